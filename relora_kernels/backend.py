@@ -1,0 +1,109 @@
+"""Which implementation serves a call: `reference`, `triton` or `cuda`.
+
+Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
+signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
+in words. `auto` takes the first of the op's order that can; a named backend that cannot raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+
+BACKENDS = ("reference", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
+
+_named: str | None = None  # set by use_backend; wins over the environment variable
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot serve the call; the message says why and what to do."""
+
+
+def current_backend() -> str:
+    """`auto` or the name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`."""
+    if _named is not None:
+        return _named
+    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Within the block every op runs on backend `name`: auto, reference, triton or cuda.
+
+    Process-wide, not per thread: autograd runs the backward of CUDA graphs in threads of its own,
+    which have to see it. Compiled graphs see it too, since ops choose when they run.
+
+    Raises ValueError for any other name. An op that `name` cannot serve raises BackendUnavailable
+    when it is called; nothing falls back.
+    """
+    global _named
+    before, _named = _named, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _named = before
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{where}: expected one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+def resolve(op: str, implementations: dict, why_not: str, *args):
+    """The module of `implementations` (in `auto`'s order) that serves op(*args)."""
+    name = current_backend()
+    if name != "auto":
+        module = implementations.get(name)
+        reason = (
+            f"{op} has no {name} implementation yet"
+            if module is None
+            else getattr(module, why_not)(*args)
+        )
+        if reason is not None:
+            raise BackendUnavailable(
+                f"{op}: backend {name!r} was asked for and cannot serve this call: {reason}. "
+                f"Use use_backend('auto') or unset {ENVIRONMENT_VARIABLE} to let the library "
+                f"choose; `python -m relora_kernels` lists what each backend can do here."
+            )
+        return module
+    reasons = []
+    for name, module in implementations.items():
+        reason = getattr(module, why_not)(*args)
+        if reason is None:
+            if reasons:
+                _say_once(name, tuple(reasons), args)
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise BackendUnavailable(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
+
+
+def _say_once(name: str, reasons: tuple[str, ...], args) -> None:
+    """On a GPU, tell once a reason that `auto` passed a faster backend over; on a CPU it always does."""
+    import torch
+
+    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        _warn_once(name, reasons)
+
+
+@functools.cache
+def _warn_once(name: str, reasons: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"relora_kernels runs on backend {name!r} ({'; '.join(reasons)}); "
+        f"`python -m relora_kernels` tells more",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None where the Triton compiler is installed. A bare folder named triton is not it."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "the triton package is not installed (pip install triton)"
+    return None

@@ -1,0 +1,248 @@
+"""FusedReLoRaLinear: a drop-in for nn.Linear that trains A and B and keeps W frozen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from relora_kernels.ops.lora_linear import lora_linear
+from relora_kernels.ops.merge import ROUNDINGS, check_finite, merge_unchecked
+from relora_kernels.reference import philox
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class FusedReLoRaLinear(nn.Linear):
+    """y = x W^T + bias + s * (dropout(x) A^T) B^T, with W frozen and A, B trained.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        r: rank, >= 1.
+        lora_alpha: s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: probability of dropping an element of x on the low-rank branch in training.
+        lora_dtype: of A and B; default float32 for a 16-bit W (master copies, computed in W's
+            dtype), else W's dtype.
+        trainable_scaling: s = tanh(lora_scaling) with one trained parameter, which starts at 1 and
+            starts again at 1 after each merge: with B = 0 a scale of 0 would leave every gradient 0.
+        merge_rounding: how a merge rounds W: "nearest", "stochastic" or "compensated" (see `merge_`).
+            Default: compensated for a 16-bit W, nearest otherwise.
+        seed, name: A is drawn from (seed, name, merge_count) alone; without a name the first draw is
+            torch's generator's, and later ones take the name that `merge_and_reinit` finds.
+
+    Parameters: ``weight`` (out, in), frozen; ``bias`` (out,), trained; ``lora_A`` (r, in), starts as
+    U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
+    ``weight_residual`` (out, in), or None: what compensated merges could not store in a 16-bit W,
+    kept in host memory, part of the state_dict.
+
+    Raises ValueError for r < 1, a dropout outside [0, 1] or an unknown rounding.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        r: int = 128,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        device=None,
+        dtype: torch.dtype | None = None,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        trainable_scaling: bool = False,
+        merge_rounding: str | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> None:
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"FusedReLoRaLinear: expected rank r >= 1, got {r!r}")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"FusedReLoRaLinear: expected 0 <= lora_dropout <= 1, got {lora_dropout}")
+        if merge_rounding not in (None, *ROUNDINGS):
+            raise ValueError(
+                f"FusedReLoRaLinear: expected merge_rounding None or one of {ROUNDINGS}, "
+                f"got {merge_rounding!r}"
+            )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.weight.requires_grad_(False)
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout, self.merge_rounding = lora_dropout, merge_rounding
+        self.seed, self.name = seed, name
+        if lora_dtype is None:
+            lora_dtype = torch.float32 if self.weight.dtype in _NARROW else self.weight.dtype
+        factory = {"device": device, "dtype": lora_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, **factory))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, **factory))
+        self.lora_scaling = nn.Parameter(torch.empty(1, **factory)) if trainable_scaling else None
+        self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
+        self.weight_residual: torch.Tensor | None = None
+        self.reset_lora_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 128,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_dtype: torch.dtype | None = None,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        trainable_scaling: bool = False,
+        merge_rounding: str | None = None,
+        seed: int = 0,
+        name: str = "",
+    ) -> FusedReLoRaLinear:
+        """The layer around `linear`'s own weight and bias, which are shared, not copied.
+
+        `weight_dtype` stores W in another dtype; if it is narrower and merges are compensated, what
+        the cast drops becomes the first residual. The other arguments are the constructor's.
+        Raises TypeError for anything but a plain ``nn.Linear``.
+        """
+        if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
+            raise TypeError(
+                f"FusedReLoRaLinear.from_linear: expected a plain torch.nn.Linear, "
+                f"got {type(linear).__name__}"
+            )
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, r, lora_alpha,
+            lora_dropout, use_rslora, "meta", weight_dtype or linear.weight.dtype, lora_dtype,
+            trainable_scaling=trainable_scaling, merge_rounding=merge_rounding, seed=seed, name=name,
+        )  # fmt: skip
+        weight, device = linear.weight, linear.weight.device
+        for key in ("lora_A", "lora_B", "lora_scaling"):
+            parameter = getattr(layer, key)
+            if parameter is not None:
+                setattr(layer, key, nn.Parameter(torch.empty_like(parameter, device=device)))
+        layer.merge_count = torch.zeros((), dtype=torch.int64, device=device)
+        layer.weight, layer.bias = weight, linear.bias
+        if weight_dtype not in (None, weight.dtype):
+            layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
+            if layer.rounding == "compensated" and weight.dtype not in _NARROW:
+                layer.weight_residual = layer._host_residual()
+                layer.weight_residual.copy_(weight.detach() - layer.weight.to(weight.dtype))
+        layer.weight.requires_grad_(False)
+        layer.train(linear.training)
+        layer.reset_lora_parameters()
+        return layer
+
+    @property
+    def scaling(self) -> float:
+        """s as a number (with `trainable_scaling`, read from the parameter)."""
+        if self.lora_scaling is not None:
+            return torch.tanh(self.lora_scaling.detach().float()).item()
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def rounding(self) -> str:
+        """merge_rounding, with None resolved for W's dtype."""
+        default = "compensated" if self.weight.dtype in _NARROW else "nearest"
+        return self.merge_rounding or default
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lora_B, scaling = self.lora_B, 1.0
+        if self.lora_scaling is None:
+            scaling = self.scaling
+        else:
+            lora_B = lora_B * torch.tanh(self.lora_scaling)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        return lora_linear(x, self.weight, self.lora_A, lora_B, scaling, self.bias, dropout_p)
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Draw A anew, zero B, start the trained scale at 1. W is left alone."""
+        if self.lora_A.device.type == "meta":
+            return
+        bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+        if self.name:
+            seed = philox.derive_seed("A", self.seed, self.name, int(self.merge_count))
+            philox.uniform_(self.lora_A, bound, seed)
+        else:
+            self.lora_A.uniform_(-bound, bound)
+        self.lora_B.zero_()
+        if self.lora_scaling is not None:
+            self.lora_scaling.fill_(1.0)
+
+    def merge_arguments(self) -> tuple:
+        """(weight, lora_A, lora_B, scaling, name) as `check_finite` takes them."""
+        return self.weight, self.lora_A, self.lora_B, self.scaling, self.name or "FusedReLoRaLinear"
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- round(W + s B A), A drawn anew, B zeroed, merge_count + 1, in this order.
+
+        Raises FloatingPointError, with nothing changed, if the update is not finite. The function
+        that the layer computes stays the same up to the rounding of W.
+        """
+        check_finite([self.merge_arguments()])
+        self.merge_unchecked()
+
+    @torch.no_grad()
+    def merge_unchecked(self) -> None:
+        """merge() for callers that have run `check_finite` on all their layers at once."""
+        self._add_update()
+        self.merge_count += 1
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone."""
+        check_finite([self.merge_arguments()])
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        merged = self.weight.detach().clone()
+        residual = self.weight_residual
+        rounding = "nearest" if residual is None else "compensated"
+        residual = None if residual is None else residual.clone()
+        merge_unchecked(merged, self.lora_A, self.lora_B, self.scaling, rounding, residual, 0)
+        linear.weight, linear.bias = nn.Parameter(merged), self.bias
+        return linear.train(self.training)
+
+    def _add_update(self) -> None:
+        rounding = self.rounding
+        if rounding == "compensated" and self.weight.dtype in _NARROW:
+            if self.weight_residual is None:
+                self.weight_residual = self._host_residual()
+        seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
+        residual = self.weight_residual if rounding == "compensated" else None
+        merge_unchecked(
+            self.weight, self.lora_A, self.lora_B, self.scaling, rounding, residual, seed
+        )
+
+    def _host_residual(self) -> torch.Tensor:
+        """Zeros like W in host memory, pinned where W is on a GPU: it is read at merges alone."""
+        pin = self.weight.is_cuda
+        return torch.zeros(self.weight.shape, dtype=self.weight.dtype, device="cpu", pin_memory=pin)
+
+    def _apply(self, fn, recurse=True):
+        before = self.weight.dtype
+        super()._apply(fn, recurse)
+        if self.weight_residual is not None and self.weight.dtype != before:
+            # A wider W holds the residual itself; a narrower one was asked to drop digits.
+            if before in _NARROW and self.weight.dtype not in _NARROW:
+                self.weight.data.add_(self.weight_residual.to(self.weight))
+            self.weight_residual = None
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_residual is not None:
+            destination[prefix + "weight_residual"] = self.weight_residual
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        residual = state_dict.pop(prefix + "weight_residual", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict:
+            self.weight_residual = None
+        if residual is not None:
+            self.weight_residual = self._host_residual()
+            self.weight_residual.copy_(residual)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}, merge_rounding={self.rounding}"
+        )

@@ -1,0 +1,224 @@
+"""ReLoRA over a whole model: apply_relora, merge_and_reinit, merge_and_unload."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from relora_kernels.layer import FusedReLoRaLinear
+from relora_kernels.ops.merge import ROUNDINGS, check_finite
+
+# The attention and MLP projections, by the path of the module (the ReLoRA paper's choice).
+_DEFAULT_TARGETS = r".*(attn|attention|mlp|ffn|feed_forward|fc1|fc2).*"
+# Path components that torch's and accelerate's wrappers add; A's draw must not depend on them.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+@dataclasses.dataclass
+class ReLoRaConfig:
+    """What apply_relora does. Names and meanings follow PEFT's LoraConfig where it has them.
+
+    Attributes:
+        r, lora_alpha, lora_dropout, use_rslora, lora_dtype, trainable_scaling: see FusedReLoRaLinear.
+        target_modules: which nn.Linear modules: a list of names (a module matches whose path is the
+            name or ends in "." + name), a regular expression (matched against the whole path),
+            "all-linear" (every one but the output head), or None: attention and MLP projections.
+        exclude_modules: a list of names or a regular expression of modules to leave alone.
+        weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps theirs.
+        merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
+        seed: A's draws and stochastic rounding depend on (seed, module path, merge count) alone.
+
+    Raises ValueError on construction for values out of range.
+    """
+
+    r: int = 128
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dtype: torch.dtype | None = None
+    weight_dtype: torch.dtype | None = None
+    trainable_scaling: bool = False
+    merge_rounding: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"ReLoRaConfig: expected rank r >= 1, got {self.r!r}")
+        if not 0.0 <= self.lora_dropout <= 1.0:
+            raise ValueError(f"ReLoRaConfig: expected 0 <= lora_dropout <= 1, got {self.lora_dropout}")
+        if self.merge_rounding not in (None, *ROUNDINGS):
+            raise ValueError(
+                f"ReLoRaConfig: expected merge_rounding None or one of {ROUNDINGS}, "
+                f"got {self.merge_rounding!r}"
+            )
+        for name in ("lora_dtype", "weight_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise ValueError(f"ReLoRaConfig: expected {name} a floating torch.dtype, got {dtype!r}")
+
+
+def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Module:
+    """Swap the targeted nn.Linear modules of `model` for FusedReLoRaLinear, in place; returns `model`.
+
+    Their weights are shared, not copied, and frozen; everything else (embeddings, norms, head, biases)
+    stays as it is and trains at full rank. The config is kept as ``model.relora_config``. Make the
+    optimizer afterwards, from the parameters that require grad.
+
+    Raises ValueError if nothing is targeted (the message lists candidates), if the model holds
+    FusedReLoRaLinear modules already, or if a targeted weight is shared with another module.
+    """
+    config = config or ReLoRaConfig()
+    wrapped = [path for path, _ in relora_layers(model, required=False)]
+    if wrapped:
+        raise ValueError(
+            f"apply_relora: expected a model without FusedReLoRaLinear modules, got {len(wrapped)} "
+            f"({_some(wrapped)}); call merge_and_unload(model) first"
+        )
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "apply_relora: expected a model that holds nn.Linear modules, got an nn.Linear itself; "
+            "use FusedReLoRaLinear.from_linear"
+        )
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    head = _output_head(model)
+    targets = [path for path in linears if _is_target(path, linears[path] is head, config)]
+    if not targets:
+        raise ValueError(
+            f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
+            f"{config.exclude_modules!r}) to match nn.Linear modules, got none of "
+            f"{len(linears)}; candidates: {_some(linears, 12)}"
+        )
+    _refuse_tied(model, targets)
+    for path in targets:
+        layer = FusedReLoRaLinear.from_linear(
+            linears[path], config.r, config.lora_alpha, config.lora_dropout, config.use_rslora,
+            config.lora_dtype, weight_dtype=config.weight_dtype,
+            trainable_scaling=config.trainable_scaling, merge_rounding=config.merge_rounding,
+            seed=config.seed, name=_plain_path(path),
+        )  # fmt: skip
+        _set_module(model, path, layer)
+    model.relora_config = config
+    return model
+
+
+def relora_layers(
+    model: nn.Module, required: bool = True
+) -> list[tuple[str, FusedReLoRaLinear]]:
+    """(path, layer) of every FusedReLoRaLinear in `model`; ValueError if there is none."""
+    layers = [(p, m) for p, m in model.named_modules() if isinstance(m, FusedReLoRaLinear)]
+    if required and not layers:
+        raise ValueError(
+            f"expected a model with FusedReLoRaLinear modules, got {type(model).__name__} with none; "
+            f"call apply_relora(model, config) first"
+        )
+    return layers
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """lora_A, lora_B and, where trained, lora_scaling of every layer: what an optimizer reset is for."""
+    for _, layer in relora_layers(model):
+        for parameter in (layer.lora_A, layer.lora_B, layer.lora_scaling):
+            if parameter is not None:
+                yield parameter
+
+
+@torch.no_grad()
+def merge_and_reinit(model: nn.Module) -> int:
+    """Merge every FusedReLoRaLinear of `model` and restart its A and B; returns how many there are.
+
+    Per layer: W <- round(W + s B A), then A drawn from (seed, name, merge_count), B zeroed. What the
+    model computes stays the same up to the rounding of W. Reset the optimizer's moments and the
+    learning rate at the same step (`ReLoRaSchedule` does all three).
+
+    Raises RuntimeError while gradients of A or B are pending, and FloatingPointError if any layer's
+    update is not finite; nothing is changed then.
+    """
+    layers = relora_layers(model)
+    for path, layer in layers:
+        for key in ("lora_A", "lora_B", "lora_scaling"):
+            parameter = getattr(layer, key)
+            if parameter is not None and parameter.grad is not None and parameter.grad.any():
+                raise RuntimeError(
+                    f"merge_and_reinit: expected no pending gradients, got {path}.{key}.grad, a "
+                    f"gradient of factors that the merge replaces; call optimizer.step() and "
+                    f"optimizer.zero_grad() first"
+                )
+        layer.name = layer.name or _plain_path(path)
+    check_finite([layer.merge_arguments() for _, layer in layers])
+    for _, layer in layers:
+        layer.merge_unchecked()
+    return len(layers)
+
+
+@torch.no_grad()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Replace every FusedReLoRaLinear by a plain trainable nn.Linear holding the merged weight.
+
+    In place; returns `model` (the new nn.Linear, if `model` is itself one layer). W is rounded to
+    nearest, residual included. Raises FloatingPointError, with nothing changed, if an update is not
+    finite.
+    """
+    layers = relora_layers(model)
+    check_finite([layer.merge_arguments() for _, layer in layers])
+    for path, layer in layers:
+        if path == "":
+            return layer.to_linear()
+        _set_module(model, path, layer.to_linear())
+    if hasattr(model, "relora_config"):
+        del model.relora_config
+    return model
+
+
+def _is_target(path: str, is_head: bool, config: ReLoRaConfig) -> bool:
+    if config.exclude_modules is not None and _matches(path, config.exclude_modules):
+        return False
+    if config.target_modules is None:
+        return not is_head and _matches(path, _DEFAULT_TARGETS)
+    if config.target_modules == "all-linear":
+        return not is_head
+    return _matches(path, config.target_modules)
+
+
+def _matches(path: str, pattern: str | Sequence[str]) -> bool:
+    """PEFT's rule: a string is a regular expression of the whole path, a list holds name endings."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path) is not None
+    return any(path == name or path.endswith("." + name) for name in pattern)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """A Hugging Face model's output head, which "all-linear" leaves at full rank."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    for names in owners.values():
+        if len(names) > 1 and any(f"{path}.weight" in names for path in targets):
+            raise ValueError(
+                f"apply_relora: expected targeted weights of their own, got one shared by "
+                f"{', '.join(names)}; leave it out with exclude_modules or untie it"
+            )
+
+
+def _plain_path(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _some(names, count: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,167 @@
+"""merge_: W += s * B @ A in place. Formula and rounding: reference/merge.py."""
+
+from __future__ import annotations
+
+import torch
+
+from relora_kernels import backend
+from relora_kernels.cuda import merge as _cuda
+from relora_kernels.ops import LIBRARY, checks
+from relora_kernels.reference import merge as _reference
+
+IMPLEMENTATIONS = {"cuda": _cuda, "reference": _reference}  # in `auto`'s order of preference
+if backend.triton_missing() is None:
+    from relora_kernels._triton import merge as _triton
+
+    IMPLEMENTATIONS = {"triton": _triton, **IMPLEMENTATIONS}
+
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+
+LIBRARY.define(
+    "_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, str rounding, "
+    "Tensor(b!)? residual, int seed) -> ()"
+)
+
+
+def _merge(*args):
+    backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args).merge_(*args)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("_merge_", _merge, _device)
+
+
+@torch.library.register_fake("relora_kernels::_merge_", lib=LIBRARY)
+def _merge_fake(weight, lora_A, lora_B, scaling, rounding, residual, seed):
+    return None
+
+
+@torch.no_grad()
+def merge_(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    rounding: str = "nearest",
+    residual: torch.Tensor | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
+    """W <- round(W + scaling * B @ A) in place; returns `weight`. lora_A and lora_B are left alone.
+
+    Equivalent to ``weight.copy_(weight.float() + scaling * (lora_B.float() @ lora_A.float()))``.
+
+    Args:
+        weight: (out, in), float32, bfloat16, float16 or float64, any strides without overlap.
+        lora_A, lora_B: (r, in) and (out, r), one floating dtype. Products are summed in float32
+            (float64 for a float64 weight).
+        scaling: s, a number.
+        rounding: how the sum is rounded to weight's dtype, once.
+            ``"nearest"`` loses updates much smaller than the weight (bfloat16, update of 1e-3 of the
+            weight's norm: half of it);
+            ``"stochastic"`` is unbiased; random bits are a function of (seed, element) alone;
+            ``"compensated"`` keeps what rounding drops in `residual` and adds it at the next merge.
+            For float32 and float64 weights, whose sums need no narrowing, all three are nearest.
+        residual: (out, in) in weight's dtype, on weight's device or in host memory, zeros before the
+            first merge; written in place. Expected with ``"compensated"`` and only there.
+        seed: int64, used by ``"stochastic"``.
+
+    Raises ValueError or TypeError for other shapes, dtypes, devices or ranges, and
+    FloatingPointError where the update, or a float16 sum, is not finite; W is untouched then.
+    """
+    scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
+    check_finite([(weight, lora_A, lora_B, scaling, "merge_")])
+    return merge_unchecked(weight, lora_A, lora_B, scaling, rounding, residual, seed)
+
+
+@torch.no_grad()
+def merge_unchecked(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> torch.Tensor:
+    """merge_ without its checks: for callers that have checked many layers at once."""
+    staged = residual
+    if residual is not None and residual.device != weight.device:
+        staged = residual.to(weight.device, non_blocking=True)
+    torch.ops.relora_kernels._merge_(
+        weight, lora_A, lora_B, scaling, rounding, staged, seed
+    )
+    if staged is not residual:
+        residual.copy_(staged)
+    return weight
+
+
+def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> float:
+    op = "merge_"
+    checks.plain_tensors(op, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    checks.lora_shapes(op, weight, lora_A, lora_B)
+    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride())):
+        raise ValueError(
+            f"{op}: expected a weight without overlapping elements, got strides {weight.stride()}; "
+            f"clone() it first"
+        )
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"{op}: expected rounding to be one of {ROUNDINGS}, got {rounding!r}")
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    if residual is not None:
+        if rounding != "compensated":
+            raise ValueError(f"{op}: residual goes with rounding='compensated', got {rounding!r}")
+        checks.plain_tensors(op, residual=residual)
+        if residual.shape != weight.shape or residual.dtype != weight.dtype:
+            raise ValueError(
+                f"{op}: expected residual of weight's shape and dtype "
+                f"{checks.describe(weight)}, got {checks.describe(residual)}"
+            )
+        if residual.device not in (weight.device, torch.device("cpu")):
+            raise ValueError(
+                f"{op}: expected residual on {weight.device} or in host memory, "
+                f"got {residual.device}"
+            )
+    elif rounding == "compensated" and narrow:
+        raise ValueError(
+            f"{op}: rounding='compensated' needs residual, a tensor of weight's shape and dtype "
+            f"(torch.zeros_like(weight) before the first merge), got None"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: expected seed to be an int64, got {seed!r}")
+    return checks.finite_number(op, "scaling", scaling)
+
+
+@torch.no_grad()
+def check_finite(updates) -> None:
+    """Raise FloatingPointError if any update (weight, lora_A, lora_B, scaling, name) is not finite.
+
+    |s| r max|A| max|B| bounds every element of the update, so one small reduction per factor and
+    one synchronisation for all layers settle the usual case; the product is formed, in pieces, only
+    for an update whose bound does not settle it.
+    """
+    updates = [u for u in updates if u[0].numel() > 0]
+    if not updates:
+        return
+    bounds = torch.stack([_update_bound(*u[:4]).cpu() for u in updates]).tolist()
+    for (weight, lora_A, lora_B, scaling, name), bound in zip(updates, bounds):
+        if not bound < _largest(weight.dtype) and not _is_finite(weight, lora_A, lora_B, scaling):
+            raise FloatingPointError(
+                f"{name}: expected a finite update of weight {tuple(weight.shape)} "
+                f"{weight.dtype}, got inf or NaN in scaling * lora_B @ lora_A or in its sum; "
+                f"nothing was merged. Check lora_A and lora_B for NaN, and the learning rate"
+            )
+
+
+def _update_bound(weight, lora_A, lora_B, scaling) -> torch.Tensor:
+    bound = abs(scaling) * lora_A.shape[0] * lora_A.abs().amax().double() * lora_B.abs().amax().double()
+    return bound + weight.abs().amax().double() if weight.dtype == torch.float16 else bound
+
+
+def _largest(dtype: torch.dtype) -> float:
+    # A tenth of float32's range leaves room for the sum's own rounding; float16's limit is W's own.
+    return 65504.0 if dtype == torch.float16 else torch.finfo(torch.float32).max / 10
+
+
+def _is_finite(weight, lora_A, lora_B, scaling) -> bool:
+    work = torch.promote_types(weight.dtype, torch.float32)
+    rows_at_once = max(1, 2**24 // weight.shape[1])
+    for row in range(0, weight.shape[0], rows_at_once):
+        update = (lora_B[row : row + rows_at_once].to(work) @ lora_A.to(work)) * scaling
+        if weight.dtype == torch.float16:
+            w = weight[row : row + rows_at_once]
+            update = torch.where(w.isfinite(), (w + update).to(w.dtype), update)
+        if not update.isfinite().all():
+            return False
+    return True

@@ -1,0 +1,79 @@
+"""prune_: zero the smallest magnitudes, per tensor, in place. Contract: reference/prune.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from relora_kernels import backend
+from relora_kernels.ops import LIBRARY, checks
+from relora_kernels.reference import prune as _reference
+
+IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order of preference
+
+LIBRARY.define("_prune_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with) -> ()")
+
+
+def _prune(*args):
+    backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args).prune_(*args)
+
+
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("_prune_", _prune, _device)
+
+
+@torch.library.register_fake("relora_kernels::_prune_", lib=LIBRARY)
+def _prune_fake(tensors, ratio, paired_with):
+    return None
+
+
+@torch.no_grad()
+def prune_(
+    tensors: torch.Tensor | Sequence[torch.Tensor],
+    ratio: float,
+    paired_with: torch.Tensor | Sequence[torch.Tensor] | None = None,
+) -> None:
+    """Zero, in place, the elements of each tensor with |t| <= quantile(|t|, ratio).
+
+    Equivalent, for each tensor of at most 2^24 elements, to
+    ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``: thresholds
+    are exactly torch.quantile's (linear interpolation), at any size (ReLoRA, arXiv 2307.05695,
+    prunes Adam's moments so at a restart).
+
+    Args:
+        tensors: one tensor or a list; float32, bfloat16, float16 or float64; any shape, size >= 0.
+            Ties at the threshold are dropped. A tensor holding NaN becomes all zero.
+        ratio: share to drop, 0 <= ratio <= 1. 0 still drops the smallest value, 1 drops all.
+        paired_with: as many tensors of the same shapes, zeroed where their partner in `tensors` is.
+
+    Raises TypeError or ValueError for anything else, before anything is changed.
+    """
+    tensors = _as_list("tensors", tensors)
+    paired = [] if paired_with is None else _as_list("paired_with", paired_with)
+    ratio = checks.fraction("prune_", "ratio", ratio)
+    if paired_with is not None and [t.shape for t in tensors] != [t.shape for t in paired]:
+        raise ValueError(
+            f"prune_: expected paired_with to have the shapes of tensors, "
+            f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
+        )
+    for t, partner in zip(tensors, paired):
+        checks.plain_tensors("prune_", tensor=t, paired_with=partner)
+    # One call per device: a list may span several.
+    for device in dict.fromkeys(t.device for t in tensors):
+        at = [i for i, t in enumerate(tensors) if t.device == device]
+        torch.ops.relora_kernels._prune_(
+            [tensors[i] for i in at], ratio, [paired[i] for i in at if paired]
+        )
+
+
+def _as_list(name: str, tensors) -> list[torch.Tensor]:
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    for i, t in enumerate(tensors):
+        checks.plain_tensors("prune_", **{f"{name}[{i}]": t})
+        if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+            raise ValueError(
+                f"prune_: expected {name}[{i}] without overlapping elements, "
+                f"got strides {t.stride()}; clone() it first"
+            )
+    return tensors

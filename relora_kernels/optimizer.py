@@ -1,0 +1,134 @@
+"""reset_optimizer: prune or zero Adam's moments of the LoRA parameters at a restart, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from relora_kernels.ops import checks
+from relora_kernels.ops.prune import prune_
+from relora_kernels.reference import philox
+from relora_kernels.reference.prune import prune_random_
+
+MODES = ("magnitude", "random", "zero")
+
+
+@torch.no_grad()
+def reset_optimizer(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[torch.nn.Parameter],
+    mode: str = "magnitude",
+    ratio: float = 0.9,
+    paired: bool = True,
+    reset_step: bool = False,
+    seed: int = 0,
+) -> None:
+    """Prune the Adam moments of `params` in place; every other parameter's state is left alone.
+
+    Args:
+        optimizer: any optimizer whose state holds ``exp_avg`` and ``exp_avg_sq`` as floating tensors
+            (Adam, AdamW, NAdam, ...; ``max_exp_avg_sq`` is treated as ``exp_avg_sq``).
+        params: parameters of `optimizer`. One that has no state yet has nothing to reset.
+        mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
+            element with probability `ratio`, from (seed, position in `params`, element) alone;
+            "zero" drops all.
+        ratio: share to drop, 0 <= ratio <= 1; not used by "zero".
+        paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
+            mask, as the ReLoRA authors' code does: where m is kept and v dropped the next updates are
+            some ten times too large, which only a long learning-rate warm-up hides; a warning says so.
+        reset_step: also set Adam's step count to 0. Without it the first updates from zeroed moments
+            are about three times the learning rate (0.1 / sqrt(0.001)).
+
+    Raises ValueError for parameters that are not the optimizer's or arguments out of range, and
+    TypeError, naming the optimizer and the state, for state that is not plain Adam moments (8-bit
+    codes, sharded tensors, momentum buffers); nothing is changed then.
+    """
+    if mode not in MODES:
+        raise ValueError(f"reset_optimizer: expected mode to be one of {MODES}, got {mode!r}")
+    ratio = checks.fraction("reset_optimizer", "ratio", ratio)
+    states = adam_states(optimizer, [params] if isinstance(params, torch.Tensor) else list(params))
+    first = [(i, state["exp_avg"]) for i, state in states]
+    seconds = [
+        [(i, state[key]) for i, state in states if torch.is_tensor(state.get(key))]
+        for key in ("exp_avg_sq", "max_exp_avg_sq")
+    ]
+    if mode == "zero":
+        for _, moment in (*first, *seconds[0], *seconds[1]):
+            moment.zero_()
+    elif paired:
+        _prune_paired(first, seconds, mode, ratio, seed)
+    else:
+        _warn_independent(ratio)
+        for group, moments in enumerate((first, *seconds)):
+            _prune(moments, mode, ratio, (seed, group))
+    if reset_step:
+        for _, state in states:
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()
+            elif "step" in state:
+                state["step"] = 0
+
+
+def _prune_paired(first, seconds, mode, ratio, seed) -> None:
+    # prune_ zeroes one partner by each mask. |m| keeps its values until its own turn, so a third
+    # tensor (AMSGrad's) is pruned through a copy of m.
+    by_index = dict(first)
+    if seconds[1]:
+        copies = [(i, by_index[i].clone()) for i, _ in seconds[1]]
+        _prune(copies, mode, ratio, (seed, 0), [t for _, t in seconds[1]])
+    partners = dict(seconds[0])
+    _prune(first, mode, ratio, (seed, 0), [partners[i] for i, _ in first])
+
+
+def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
+    tensors = [t for _, t in moments]
+    if mode == "magnitude":
+        prune_(tensors, ratio, paired_with)
+    else:
+        seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
+        prune_random_(tensors, ratio, paired_with, seeds)
+
+
+def adam_states(optimizer, params) -> list[tuple[int, dict]]:
+    """(position in `params`, state) of each parameter that has state; raises as reset_optimizer does."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    states = []
+    for i, p in enumerate(params):
+        if id(p) not in known:
+            raise ValueError(
+                f"reset_optimizer: expected parameters of the optimizer, got params[{i}] "
+                f"{checks.describe(p)} that it does not hold; pass lora_parameters(model) and make "
+                f"the optimizer after apply_relora"
+            )
+        if state := optimizer.state.get(p):
+            _refuse_other_state(optimizer, state)
+            states.append((i, state))
+    return states
+
+
+def _refuse_other_state(optimizer, state) -> None:
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(key)
+        if type(moment) is torch.Tensor and moment.dtype in checks.FLOATS:
+            continue
+        got = f"no {key!r} (state: {', '.join(sorted(map(str, state)))})"
+        if moment is not None:
+            got = f"{key!r} as {type(moment).__name__} {checks.describe(moment)}"
+        raise TypeError(
+            f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating "
+            f"tensors, got {got} from {type(getattr(optimizer, 'optimizer', optimizer)).__name__}; "
+            f"use a full-precision, unsharded Adam such as torch.optim.AdamW"
+        )
+
+
+def _warn_independent(ratio: float) -> None:
+    if 0.0 < ratio < 1.0:
+        warnings.warn(
+            "reset_optimizer(paired=False) prunes exp_avg and exp_avg_sq by independent masks: "
+            "where exp_avg is kept and exp_avg_sq dropped the next updates are some ten times too "
+            "large. Warm the learning rate up over 100 steps or more after it, or use paired=True",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,87 @@
+"""lora_linear: y = x W^T + s * (dropout(x) A^T) B^T + bias, forward and backward.
+
+    P  = s * dropout(x) A^T        (M, r), rounded once to x's dtype
+    y  = x W^T + P B^T + bias      the small product first, the large GEMM accumulates onto it
+    Q  = s * dy B                  (M, r)
+    dx = dy W + mask * (Q A)       dA = Q^T dropout(x)      dB = dy^T P      dbias = sum over M of dy
+
+There is no dW: W is frozen. lora_A and lora_B are rounded to x's dtype for the products (float32
+masters, bf16 compute); their gradients are summed in float32 and returned in their own dtype.
+The order (small product first, then addmm) hides the read of y behind the large GEMM and rounds
+the small term instead of the large one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from relora_kernels.reference import philox
+
+
+def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
+    return None
+
+
+def why_not_backward(
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+) -> str | None:
+    return None
+
+
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
+    p = (dropout(x, dropout_p, seed) @ lora_A.to(x.dtype).T) * scaling
+    y = torch.addmm(p @ lora_B.to(x.dtype).T, x, weight.T)
+    return (y if bias is None else y + bias.to(x.dtype)), p
+
+
+def backward(
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+):
+    """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
+
+    A gradient that is not needed comes back with 0 elements.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    dbias = dy.new_empty(0, dtype=wide)
+    if need_dx or need_dA:
+        q = (dy @ lora_B.to(dy.dtype)) * scaling  # (M, r)
+    if need_dx:
+        low_rank = q @ lora_A.to(dy.dtype)  # (M, in)
+        if dropout_p > 0.0:
+            low_rank = low_rank * dropout_mask(x, dropout_p, seed)
+        dx = torch.addmm(low_rank, dy, weight)
+    if need_dA:
+        dlora_A = _mm_wide(q.T, dropout(x, dropout_p, seed)).to(lora_A.dtype)
+    if need_dB:
+        dlora_B = _mm_wide(dy.T, p).to(lora_B.dtype)
+    if need_dbias:
+        dbias = dy.sum(0, dtype=wide)
+    return dx, dlora_A, dlora_B, dbias
+
+
+def dropout(x: torch.Tensor, p: float, seed) -> torch.Tensor:
+    return x if p == 0.0 else x * dropout_mask(x, p, seed)
+
+
+def dropout_mask(x: torch.Tensor, p: float, seed) -> torch.Tensor:
+    """(M, in) in x's dtype: 0 where dropped, 1 / keep elsewhere.
+
+    Element (m, k) is dropped where its 16 random bits are below round(p * 2^16); `keep` is the
+    probability that this gives, so the expectation is exact. p < 2^-17 drops nothing.
+    """
+    if p == 1.0:
+        return torch.zeros_like(x)
+    threshold = round(p * 65536)
+    bits = philox.bits16(seed, philox.STREAM_DROPOUT, tuple(x.shape), device=x.device)
+    return (bits >= threshold).to(x.dtype) * (65536.0 / (65536 - threshold))
+
+
+def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b with a float32 result (float64 for float64), accumulated in at least float32."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

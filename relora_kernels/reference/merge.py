@@ -1,0 +1,80 @@
+"""merge_: W <- round(W + s * B @ A) in place.
+
+The specification of the merge. The kernels of the other backends compute, for each element,
+
+    d = fl32(fl32(s) * (B @ A))      products accumulated in float32
+    v = fl32(W + d)                  compensated: v = fl32(fl32(W + residual) + d)
+
+and round v once to W's dtype. (float64 weights: the same in float64, for gradcheck-like oracles.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from relora_kernels.reference import philox
+
+_ROW_BLOCK_ELEMENTS = 2**24  # temporaries stay under some 200 MB whatever the size of W
+_BF16_MAX_BITS = 0x7F7F0000
+
+
+def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> str | None:
+    return None
+
+
+def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
+    """weight (out, in), lora_A (r, in), lora_B (out, r), residual (out, in) or None; all 2-D."""
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a = lora_A.to(work)
+    rows_at_once = max(1, _ROW_BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for row in range(0, weight.shape[0], rows_at_once):
+        w = weight[row : row + rows_at_once]
+        value = w.to(work)
+        if rounding == "compensated" and residual is not None:
+            value = value + residual[row : row + rows_at_once].to(work)
+        value = value + (lora_B[row : row + rows_at_once].to(work) @ a) * _as(scaling, work)
+        if rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
+            bits = philox.bits16(
+                seed, philox.STREAM_ROUND, tuple(w.shape), (row, 0), weight.device
+            )
+            new = stochastic_round(value, bits, weight.dtype)
+        else:
+            new = value.to(weight.dtype)
+        # Everything is allocated before the first write: running out of memory changes nothing.
+        if rounding == "compensated" and residual is not None:
+            residual[row : row + rows_at_once].copy_(value - new.to(work))
+        w.copy_(new)
+
+
+def stochastic_round(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `value` to `dtype` (bfloat16 or float16) with 16 random `bits` (int64) an element.
+
+    Rounds away from zero with probability equal to the discarded fraction, so the mean is exact to
+    2^-16 of a step (float16: 2^-13). inf, NaN and what lies above the largest finite number take
+    round-to-nearest.
+    """
+    magnitude = value.abs()
+    raw = value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    if dtype == torch.bfloat16:
+        rounded = _from_bits((raw + bits) & 0xFFFF0000)
+        in_range = (raw & 0x7FFFFFFF) <= _BF16_MAX_BITS
+    else:
+        rounded = _from_bits((raw + (bits >> 3)) & 0xFFFFE000)
+        # Below 2^-14 float16 is a fixed-point grid of 2^-24, coarser than the bits masked above.
+        scaled = magnitude * 2.0**24
+        floor = scaled.floor()
+        up = bits < (scaled - floor) * 65536.0
+        subnormal = torch.copysign((floor + up) * 2.0**-24, value)
+        rounded = torch.where(magnitude < 2.0**-14, subnormal, rounded)
+        in_range = magnitude <= 65504.0
+    return torch.where(in_range, rounded, value).to(dtype)
+
+
+def _from_bits(bits: torch.Tensor) -> torch.Tensor:
+    """int64 holding 32 bits -> float32."""
+    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
+
+
+def _as(scaling: float, dtype: torch.dtype) -> float:
+    """`scaling` rounded to `dtype`, as a Python float."""
+    return torch.tensor(scaling, dtype=dtype).item()

@@ -1,0 +1,86 @@
+"""prune_: zero the elements of smallest magnitude, per tensor, in place.
+
+    thr  = quantile(|t| in float32, ratio)   torch.quantile's linear interpolation, then t's dtype
+    keep = |t| > thr                         strictly: ties at the threshold are dropped
+
+The contract for special values: a NaN anywhere makes the threshold NaN, so nothing is kept and the
+tensor becomes all zero; inf ranks above every finite number; a dropped element becomes +0, whatever
+it was (no mask is multiplied, so inf and NaN leave no NaN behind).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from relora_kernels.reference import philox
+
+_TORCH_F32_RANK_LIMIT = 2**24  # torch.quantile computes the rank in float32 up to this size
+
+
+def why_not(tensors, ratio, paired_with) -> str | None:
+    return None
+
+
+def prune_(tensors, ratio, paired_with) -> None:
+    """Each tensor of `tensors` on its own; `paired_with` is empty or as long, zeroed by the same masks."""
+    for i, t in enumerate(tensors):
+        if t.numel() == 0:
+            continue
+        magnitude = t.abs()
+        drop = ~(magnitude > magnitude_quantile(magnitude, ratio).to(t.dtype))
+        t.masked_fill_(drop, 0.0)
+        if paired_with:
+            paired_with[i].masked_fill_(drop, 0.0)
+
+
+def prune_random_(tensors, ratio, paired_with, seeds) -> None:
+    """Drop each element with probability `ratio`, keyed by (seed of the tensor, flat index)."""
+    threshold = round(ratio * 2**32)
+    for i, t in enumerate(tensors):
+        n = t.numel()
+        drop = torch.empty(n, dtype=torch.bool, device=t.device)
+        for start in range(0, n, 2**24):  # 2^24 at once: draws take some 50 bytes an element
+            count = min(2**24, n - start)
+            bits = philox.bits32(seeds[i], philox.STREAM_PRUNE, (1, count), (0, start), t.device)
+            drop[start : start + count] = bits[0] < threshold
+        t.masked_fill_(drop.view(t.shape), 0.0)
+        if paired_with:
+            paired_with[i].masked_fill_(drop.view(t.shape), 0.0)
+
+
+def magnitude_quantile(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
+    """torch.quantile(magnitude.float().flatten(), ratio) for any size; a 0-dim float32 tensor.
+
+    Order statistics k and k + 1 come from one selection and one pass, without a sort and without
+    torch.quantile's limit of 2^24 elements. (float64 stays float64.)
+    """
+    flat = magnitude.flatten()
+    work = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    low_rank, weight = quantile_rank(flat.numel(), ratio, work)
+    low = torch.kthvalue(flat, low_rank + 1).values
+    # The next order statistic: `low` again where it is tied, else the smallest element above it.
+    at_most = (flat <= low).sum()
+    above = torch.where(flat > low, flat, torch.inf).amin()
+    high = torch.where((at_most >= low_rank + 2) | (weight == 0.0), low, above)
+    threshold = _lerp(low.to(work), high.to(work), weight)
+    return torch.where(flat.isnan().any(), torch.nan, threshold)
+
+
+def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tuple[int, float]:
+    """(k, w): the quantile lies between order statistics k and k + 1 (from 0), at fraction w.
+
+    rank = fl(ratio) * fl(n - 1) in float32 as torch.quantile has it; in float64 above 2^24 elements,
+    where float32 no longer holds every rank.
+    """
+    if n > _TORCH_F32_RANK_LIMIT:
+        work = torch.float64
+    rank = (torch.tensor(ratio, dtype=work) * torch.tensor(n - 1, dtype=work)).item()
+    low = min(math.floor(rank), n - 1)
+    return low, rank - low if low < n - 1 else 0.0
+
+
+def _lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
+    """torch.lerp: a + w (b - a) below w = 1/2, b - (b - a)(1 - w) above, with a fused multiply-add."""
+    return torch.lerp(a, b, torch.tensor(weight, dtype=a.dtype, device=a.device))

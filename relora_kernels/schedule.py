@@ -1,0 +1,224 @@
+"""The jagged learning rate, and the one object that decides when to merge, reset and restart."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
+from relora_kernels.optimizer import MODES, adam_states, reset_optimizer
+from relora_kernels.reference import philox
+
+_SHORT_WARMUP = 50  # steps: below it, independent masks blew up (beta2 = 0.999)
+
+
+def cosine_with_warmup(
+    warmup_steps: int, total_steps: int, min_ratio: float = 0.1
+) -> Callable[[int], float]:
+    """Multiplier f(t): linear 0 -> 1 over warmup_steps, then half a cosine down to min_ratio.
+
+    f(t) = t / w for t < w, else min + (1 - min) * (1 + cos(pi (t - w) / (T - w))) / 2 (ReLoRA,
+    arXiv 2307.05695), and min from T on. Steps count optimizer updates.
+    """
+    _require("cosine_with_warmup", 0 <= warmup_steps < total_steps, "0 <= warmup_steps < total_steps",
+             f"{warmup_steps} and {total_steps}")  # fmt: skip
+    _require("cosine_with_warmup", 0.0 <= min_ratio <= 1.0, "0 <= min_ratio <= 1", min_ratio)
+
+    def multiplier(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+        return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return multiplier
+
+
+class JaggedLR(LRScheduler):
+    """A base schedule with a restart every `restart_every` steps (a "jagged" schedule).
+
+    With P = restart_every, w = restart_warmup_steps, t the step and k = floor(t / P): where t >= P
+    and t mod P < w the multiplier is (t mod P) / w * f(k P + w), elsewhere f(t) (ReLoRA, arXiv
+    2307.05695, section 3). With `anneal_steps` = a the last a steps before a restart fall linearly
+    towards 0 as well.
+
+    Args:
+        optimizer: its param groups' lr are the base rates.
+        base_schedule: f, a function step -> multiplier, or a LambdaLR (then its lr_lambdas).
+        restart_every, restart_warmup_steps, anneal_steps: steps; restart_warmup_steps + anneal_steps
+            <= restart_every.
+        total_steps: length of the run, if known: there is no restart at or after it.
+
+    Raises ValueError for other values.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        base_schedule: Callable[[int], float] | LambdaLR,
+        restart_every: int,
+        restart_warmup_steps: int,
+        anneal_steps: int = 0,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        _require("JaggedLR", restart_every >= 1, "restart_every >= 1", restart_every)
+        _require("JaggedLR", restart_warmup_steps >= 0 and anneal_steps >= 0,
+                 "restart_warmup_steps >= 0 and anneal_steps >= 0",
+                 f"{restart_warmup_steps} and {anneal_steps}")  # fmt: skip
+        _require("JaggedLR", restart_warmup_steps + anneal_steps <= restart_every,
+                 f"restart_warmup_steps + anneal_steps <= restart_every = {restart_every}",
+                 restart_warmup_steps + anneal_steps)  # fmt: skip
+        if isinstance(base_schedule, LambdaLR):
+            self.base_schedules = list(base_schedule.lr_lambdas)
+        elif callable(base_schedule):
+            self.base_schedules = [base_schedule] * len(optimizer.param_groups)
+        else:
+            raise ValueError(
+                f"JaggedLR: expected base_schedule to be a function step -> multiplier or a LambdaLR, "
+                f"got {type(base_schedule).__name__}"
+            )
+        self.restart_every, self.restart_warmup_steps = restart_every, restart_warmup_steps
+        self.anneal_steps, self.total_steps = anneal_steps, total_steps
+        self.restarts_done = 0  # by ReLoRaSchedule; here because it is saved with the step count
+        super().__init__(optimizer, last_epoch)
+
+    def restarts_due(self, step: int) -> int:
+        """How many restarts lie at or before `step`: one at every multiple of restart_every."""
+        if self.total_steps is not None:
+            step = min(step, self.total_steps - 1)
+        return step // self.restart_every
+
+    def multiplier(self, step: int, base: Callable[[int], float] | None = None) -> float:
+        """The factor on the base rate at `step` (of the first param group, unless `base` is given)."""
+        base = base or self.base_schedules[0]
+        start = self.restarts_due(step) * self.restart_every
+        since = step - start
+        if start > 0 and since < self.restart_warmup_steps:
+            return since / self.restart_warmup_steps * base(start + self.restart_warmup_steps)
+        left = start + self.restart_every - step
+        if left <= self.anneal_steps and self.restarts_due(step + left) > self.restarts_due(step):
+            return base(step) * left / (self.anneal_steps + 1)
+        return base(step)
+
+    def get_lr(self) -> list[float]:
+        return [
+            base_lr * self.multiplier(self.last_epoch, base)
+            for base_lr, base in zip(self.base_lrs, self.base_schedules)
+        ]
+
+    def state_dict(self) -> dict:
+        """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
+        left_out = ("base_schedules", "total_steps")
+        return {k: v for k, v in super().state_dict().items() if k not in left_out}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from `state_dict`. Raises ValueError if it was saved with other restarts."""
+        for key in ("restart_every", "restart_warmup_steps", "anneal_steps"):
+            _require("JaggedLR.load_state_dict", state_dict[key] == getattr(self, key),
+                     f"{key} = {getattr(self, key)} as constructed", state_dict[key])  # fmt: skip
+        super().load_state_dict(state_dict)
+
+
+class ReLoRaSchedule:
+    """One boundary for merge, optimizer reset and learning-rate restart.
+
+    In a plain loop::
+
+        loss.backward(); optimizer.step(); optimizer.zero_grad(); schedule.step()
+
+    With a trainer that steps schedulers itself, hand it `lr_scheduler` and call `restart_if_due`
+    after each step (ReLoRaCallback does). Restarts are counted by lr_scheduler.last_epoch alone.
+
+    Args:
+        model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.
+        base_schedule, restart_every, restart_warmup_steps, anneal_steps, total_steps: see JaggedLR.
+        reset_mode, reset_ratio, paired, reset_step: see `reset_optimizer` (mode, ratio, ...);
+            reset_mode None leaves the moments alone.
+
+    Raises ValueError if the LoRA parameters are not the optimizer's, TypeError if its state holds no
+    Adam moments. Warns if independent masks meet a restart warm-up under 50 steps.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        base_schedule: Callable[[int], float] | LambdaLR,
+        restart_every: int,
+        restart_warmup_steps: int,
+        total_steps: int | None = None,
+        anneal_steps: int = 0,
+        reset_mode: str | None = "magnitude",
+        reset_ratio: float = 0.9,
+        paired: bool = True,
+        reset_step: bool = False,
+    ) -> None:
+        _require("ReLoRaSchedule", reset_mode in (None, *MODES), f"reset_mode None or one of {MODES}",
+                 repr(reset_mode))  # fmt: skip
+        _require("ReLoRaSchedule", 0.0 <= reset_ratio <= 1.0, "0 <= reset_ratio <= 1", reset_ratio)
+        if reset_mode == "magnitude" and not paired and restart_warmup_steps < _SHORT_WARMUP:
+            warnings.warn(
+                f"ReLoRaSchedule: independent masks (paired=False) with a restart warm-up of "
+                f"{restart_warmup_steps} steps, under {_SHORT_WARMUP}, have been seen to blow up: "
+                f"use paired=True or a longer restart_warmup_steps",
+                UserWarning,
+                stacklevel=2,
+            )
+        adam_states(optimizer, list(lora_parameters(model)))
+        self.seed = relora_layers(model)[0][1].seed
+        self.model, self.optimizer = model, optimizer
+        self.reset_mode, self.reset_ratio = reset_mode, reset_ratio
+        self.paired, self.reset_step = paired, reset_step
+        self.lr_scheduler = JaggedLR(
+            optimizer, base_schedule, restart_every, restart_warmup_steps, anneal_steps, total_steps
+        )
+
+    @property
+    def cycle(self) -> int:
+        """Restarts done so far."""
+        return self.lr_scheduler.restarts_done
+
+    def step(self) -> bool:
+        """After optimizer.step() and zero_grad(): step the learning rate, and restart where due."""
+        self.lr_scheduler.step()
+        return self.restart_if_due()
+
+    def restart_if_due(self) -> bool:
+        """Merge, draw A anew and reset the moments if the learning rate has come to a restart.
+
+        True if it did. Raises as merge_and_reinit and reset_optimizer do; the restart then stays due.
+        """
+        due = self.lr_scheduler.restarts_due(self.lr_scheduler.last_epoch)
+        if due <= self.cycle:
+            return False
+        params = list(lora_parameters(self.model))
+        adam_states(self.optimizer, params)  # refuse before the merge, not after it
+        merge_and_reinit(self.model)
+        if self.reset_mode is not None:
+            reset_optimizer(
+                self.optimizer,
+                params,
+                self.reset_mode,
+                self.reset_ratio,
+                self.paired,
+                self.reset_step,
+                seed=philox.derive_seed(self.seed, "reset", due),
+            )
+        self.lr_scheduler.restarts_done = due
+        return True
+
+    def state_dict(self) -> dict:
+        """Plain numbers: step, restarts done and learning rates."""
+        return self.lr_scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.lr_scheduler.load_state_dict(state_dict)
+
+
+def _require(where: str, condition: bool, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{where}: expected {expected}, got {got}")
