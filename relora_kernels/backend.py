@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 import warnings
 
 BACKENDS = ("reference", "triton", "cuda")
@@ -55,38 +56,46 @@ def _checked(name: str, where: str) -> str:
 
 
 def resolve(op: str, implementations: dict, why_not: str, *args):
-    """The module of `implementations` (in `auto`'s order) that serves op(*args)."""
+    """The module of `implementations` that serves op(*args): the named one, or `auto`'s first.
+
+    Raises BackendUnavailable where the named backend cannot, or none can.
+    """
     name = current_backend()
-    if name != "auto":
-        module = implementations.get(name)
-        reason = (
-            f"{op} has no {name} implementation yet"
-            if module is None
-            else getattr(module, why_not)(*args)
+    if name == "auto":
+        return _first_that_can(op, implementations, why_not, args)
+    reason = reason_against(name, op, implementations, why_not, args)
+    if reason is not None:
+        raise BackendUnavailable(
+            f"{op}: backend {name!r} was asked for and cannot serve this call: {reason}. "
+            f"Use use_backend('auto') or unset {ENVIRONMENT_VARIABLE} to let the library "
+            f"choose; `python -m relora_kernels` lists what each backend can do here"
         )
-        if reason is not None:
-            raise BackendUnavailable(
-                f"{op}: backend {name!r} was asked for and cannot serve this call: {reason}. "
-                f"Use use_backend('auto') or unset {ENVIRONMENT_VARIABLE} to let the library "
-                f"choose; `python -m relora_kernels` lists what each backend can do here."
-            )
-        return module
+    return implementations[name]
+
+
+def reason_against(name: str, op: str, implementations: dict, why_not: str, args) -> str | None:
+    """Why backend `name` cannot serve op(*args); None where it can."""
+    if name in implementations:
+        return getattr(implementations[name], why_not)(*args)
+    if name == "triton" and triton_missing() is not None:
+        return triton_missing()
+    return f"{op} has no {name} implementation yet"
+
+
+def _first_that_can(op: str, implementations: dict, why_not: str, args):
     reasons = []
     for name, module in implementations.items():
         reason = getattr(module, why_not)(*args)
         if reason is None:
-            if reasons:
-                _say_once(name, tuple(reasons), args)
+            _say_once(name, tuple(reasons), args)
             return module
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
 
 
 def _say_once(name: str, reasons: tuple[str, ...], args) -> None:
-    """On a GPU, tell once a reason that `auto` passed a faster backend over; on a CPU it always does."""
-    import torch
-
-    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+    """On a GPU, tell once why `auto` passed a backend over. On a CPU it always does."""
+    if reasons and any(getattr(a, "is_cuda", False) for a in args):
         _warn_once(name, reasons)
 
 
@@ -96,14 +105,28 @@ def _warn_once(name: str, reasons: tuple[str, ...]) -> None:
         f"relora_kernels runs on backend {name!r} ({'; '.join(reasons)}); "
         f"`python -m relora_kernels` tells more",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
 @functools.cache
 def triton_missing() -> str | None:
-    """None where the Triton compiler is installed. A bare folder named triton is not it."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
+    """None where the Triton compiler is installed, else the reason in words."""
+    if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
     return None
+
+
+def _hide_bare_folder() -> None:
+    """Let `import triton` fail where all it would find is a bare folder of that name.
+
+    From this repository's root, without the compiler installed, Python takes the folder triton/ for a
+    package; torch would then import it and trip over its missing contents.
+    """
+    if "triton" not in sys.modules:
+        spec = importlib.util.find_spec("triton")
+        if spec is not None and spec.origin is None:
+            sys.modules["triton"] = None
+
+
+_hide_bare_folder()

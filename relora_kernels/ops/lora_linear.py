@@ -174,7 +174,9 @@ def _check(x, weight, lora_A, lora_B, bias) -> None:
 
 def _autocast(x, weight, bias):
     """Cast as autocast casts F.linear's arguments. lora_A and lora_B stay masters."""
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # autocast knows no meta device
+        return x, weight, bias
+    if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
 

@@ -1,7 +1,7 @@
 """lora_linear: y = x W^T + s * (dropout(x) A^T) B^T + bias, forward and backward.
 
     P  = s * dropout(x) A^T        (M, r), rounded once to x's dtype
-    y  = x W^T + P B^T + bias      the small product first, the large GEMM accumulates onto it
+    y  = x W^T + (P B^T + bias)    the small product first, the large GEMM accumulates onto it
     Q  = s * dy B                  (M, r)
     dx = dy W + mask * (Q A)       dA = Q^T dropout(x)      dB = dy^T P      dbias = sum over M of dy
 
@@ -31,8 +31,9 @@ def why_not_backward(
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
     p = (dropout(x, dropout_p, seed) @ lora_A.to(x.dtype).T) * scaling
-    y = torch.addmm(p @ lora_B.to(x.dtype).T, x, weight.T)
-    return (y if bias is None else y + bias.to(x.dtype)), p
+    b = lora_B.to(x.dtype).T
+    small = p @ b if bias is None else torch.addmm(bias.to(x.dtype), p, b)
+    return torch.addmm(small, x, weight.T), p
 
 
 def backward(

@@ -1,0 +1,79 @@
+"""python -m relora_kernels: what is built, what this machine has, which backend each op takes."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import relora_kernels
+from relora_kernels import backend, cuda
+from relora_kernels.ops import lora_linear, merge, prune
+
+
+def main() -> None:
+    print(f"relora_kernels {relora_kernels.__version__} in {relora_kernels.__path__[0]}")
+    print(f"  python    {platform.python_version()}")
+    print(f"  torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    print(f"  triton    {_triton()}")
+    print(f"  kernels   {_kernels()}")
+    devices = [torch.device("cpu")]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        print(f"  cuda:{i}    {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+        devices.append(torch.device("cuda", i))
+    if len(devices) == 1:
+        print("  GPU       none that torch can use")
+    print(f"  backend   {backend.current_backend()} ({backend.ENVIRONMENT_VARIABLE}, use_backend)")
+    for device in devices:
+        print(f"\nwith backend 'auto', tensors on {device}:")
+        for op, implementations, why_not, args in _calls(device):
+            _print_choice(op, implementations, why_not, args)
+
+
+def _print_choice(op: str, implementations: dict, why_not: str, args) -> None:
+    reasons = {
+        name: backend.reason_against(name, op, implementations, why_not, args)
+        for name in [*implementations, *(b for b in backend.BACKENDS if b not in implementations)]
+    }
+    taken = next(name for name, reason in reasons.items() if reason is None)
+    print(f"  {op:24} {taken}")
+    for name, reason in reasons.items():
+        if name != taken:
+            print(f"  {'':24} not {name}: {reason or f'{taken} comes first'}")
+
+
+def _calls(device: torch.device):
+    """A bfloat16 call of each op with float32 factors, as in training."""
+    x, weight = (torch.empty(16, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    lora_A, lora_B = torch.empty(16, 16, device=device), torch.empty(16, 16, device=device)
+    bias, residual = torch.empty(16, device=device), torch.empty_like(weight)
+    factors = (weight, lora_A, lora_B)
+    linear, pruning = lora_linear.IMPLEMENTATIONS, prune.IMPLEMENTATIONS
+    yield "lora_linear", linear, "why_not_forward", (x, *factors, 1.0, bias, 0.0, None)
+    yield (
+        "lora_linear backward", linear, "why_not_backward",
+        (x, x, *factors, x, 1.0, 0.0, None, True, True, True, True),
+    )  # fmt: skip
+    yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0)
+    yield "prune_", pruning, "why_not", ([lora_A], 0.9, [lora_B])
+
+
+def _triton() -> str:
+    if (missing := backend.triton_missing()) is not None:
+        return missing
+    import triton
+
+    return triton.__version__
+
+
+def _kernels() -> str:
+    module, reason = cuda.extension()
+    if module is None:
+        return reason
+    archs = ", ".join(f"sm_{a}" for a in module.archs)
+    return f"CUDA C++ for {archs}, PTX {', '.join(module.ptx)}"
+
+
+if __name__ == "__main__":
+    main()

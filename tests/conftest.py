@@ -1,0 +1,28 @@
+"""Where the tests run: on a GPU if there is one, else on the CPU with Triton's interpreter."""
+
+import importlib.util
+import os
+import sys
+
+# A bare folder named triton (this repository's) is no compiler: without the real package
+# `import triton` has to fail rather than find it.
+_spec = importlib.util.find_spec("triton")
+if _spec is None or _spec.origin is None:
+    sys.modules["triton"] = None
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,134 @@
+"""Choosing a backend: by name, by environment, never silently; and the folder named triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import relora_kernels
+from relora_kernels import BackendUnavailable, current_backend, merge_, use_backend
+from relora_kernels import backend as backends
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RELORA_", "TRITON_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**kept, **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_use_backend_nests_and_restores(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    assert current_backend() == "auto"
+    with use_backend("reference"):
+        assert current_backend() == "reference"
+        with pytest.raises(KeyError), use_backend("triton"):
+            assert current_backend() == "triton"
+            raise KeyError
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+
+
+def test_environment_variable(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    assert current_backend() == "reference"
+    with use_backend("auto"):
+        assert current_backend() == "auto"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fastest")
+    with pytest.raises(ValueError, match="RELORA_KERNELS_BACKEND.*auto, reference, triton, cuda; got 'fastest'"):
+        current_backend()
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="got 'cublas'"), use_backend("cublas"):
+        pass
+    assert current_backend() in ("auto", os.environ.get(backends.ENVIRONMENT_VARIABLE))
+
+
+def test_a_named_backend_says_why_it_cannot_serve_case7():
+    x, w, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda'.*python -m relora_kernels"):
+        merge_(w, a, b, 1.0)
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="lora_linear"):
+        relora_kernels.lora_linear(x, w, a, b, 1.0)
+    assert w.eq(1).all()
+
+
+def test_every_backend_of_an_op_offers_the_same_functions():
+    from relora_kernels.ops import lora_linear, merge, prune
+
+    for op, functions in (
+        (lora_linear, ("why_not_forward", "why_not_backward", "forward", "backward")),
+        (merge, ("why_not", "merge_")),
+        (prune, ("why_not", "prune_")),
+    ):
+        assert list(op.IMPLEMENTATIONS)[-1] == "reference"  # auto's last resort
+        for name, module in op.IMPLEMENTATIONS.items():
+            assert name in backends.BACKENDS
+            for function in functions:
+                ours = getattr(module, function).__code__
+                theirs = getattr(op.IMPLEMENTATIONS["reference"], function).__code__
+                assert ours.co_varnames[: ours.co_argcount] == theirs.co_varnames[: theirs.co_argcount]
+
+
+class TestFolderNamedTriton:
+    """It holds the Triton kernels and must never shadow the compiler package."""
+
+    def test_it_is_no_package(self):
+        assert not (ROOT / "triton" / "__init__.py").exists()
+
+    @pytest.mark.skipif(backends.triton_missing() is not None, reason=str(backends.triton_missing()))
+    @pytest.mark.parametrize("where", ["root", "elsewhere"])
+    def test_import_triton_is_the_compiler(self, where, tmp_path):
+        result = python(
+            "import triton, triton.language; print(triton.__version__)\n"
+            "import relora_kernels._triton.merge as m; print(m.__file__)",
+            cwd=ROOT if where == "root" else tmp_path,
+            PYTHONPATH="" if where == "root" else str(ROOT),
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[1].endswith("merge.py")
+
+    def test_without_the_compiler_the_library_works_from_the_root(self):
+        """Only the bare folder is in sight: it must count as no Triton at all."""
+        result = python(
+            "import importlib.machinery, sys\n"
+            "class Hide:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name == 'triton':\n"
+            "            return importlib.machinery.PathFinder.find_spec(name, [sys.path[0] or '.'])\n"
+            "sys.meta_path.insert(0, Hide())\n"
+            "import torch, relora_kernels as rk\n"
+            "from relora_kernels import backend\n"
+            "print(backend.triton_missing())\n"
+            "layer = rk.FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16)\n"
+            "torch.compile(layer, fullgraph=True)(torch.ones(2, 8).bfloat16()).sum().backward()\n"
+            "layer.zero_grad(); layer.merge(); print('merged', int(layer.merge_count))\n"
+            "with rk.use_backend('triton'):\n"
+            "    try: layer.merge()\n"
+            "    except rk.BackendUnavailable as e: print(e)\n"
+        )
+        assert result.returncode == 0, result.stderr
+        assert "not installed (pip install triton)" in result.stdout.splitlines()[0]
+        assert "merged 1" in result.stdout and "'triton' was asked for" in result.stdout
+        assert result.stdout.count("pip install triton") == 2
+
+
+def test_importing_needs_no_gpu_and_is_silent():
+    result = python("import relora_kernels; print(relora_kernels.__version__)")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+def test_python_m_relora_kernels_tells_what_is_there():
+    result = subprocess.run(
+        [sys.executable, "-m", "relora_kernels"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    for words in ("relora_kernels", "torch", "lora_linear", "merge_", "prune_", "reference", "triton", "cuda"):
+        assert words in result.stdout

@@ -1,0 +1,260 @@
+"""FusedReLoRaLinear as a drop-in, and what a merge does to it.
+
+`faultN`: the known fault N of earlier ReLoRA code that the test would catch.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from relora_kernels import FusedReLoRaLinear, lora_linear
+
+
+def trained(layer: FusedReLoRaLinear, size: float = 0.02) -> FusedReLoRaLinear:
+    """As after some training: B is no longer zero."""
+    with torch.no_grad():
+        layer.lora_B.normal_(0, size)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_from_linear_computes_what_the_linear_did(bias, dtype, device):
+    linear = nn.Linear(24, 16, bias=bias, dtype=dtype, device=device)
+    layer = FusedReLoRaLinear.from_linear(linear, r=4)
+    x = torch.randn(3, 24, dtype=dtype, device=device)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert isinstance(layer, nn.Linear)
+
+
+def test_parameters_and_defaults():
+    layer = FusedReLoRaLinear(300, 200)
+    named = dict(layer.named_parameters())
+    assert {k: tuple(p.shape) for k, p in named.items()} == {
+        "weight": (200, 300), "bias": (200,), "lora_A": (128, 300), "lora_B": (200, 128),
+    }  # fmt: skip
+    assert [k for k, p in named.items() if p.requires_grad] == ["bias", "lora_A", "lora_B"]
+    assert layer.scaling == 0.25 and layer.r == 128 and layer.lora_alpha == 32
+    assert FusedReLoRaLinear(8, 8, r=16, use_rslora=True).scaling == 8.0
+    assert not layer.lora_B.any()
+    bound = 300**-0.5
+    assert layer.lora_A.abs().max() <= bound and layer.lora_A.std().item() == pytest.approx(
+        bound / 3**0.5, rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float32),
+     (torch.float64, torch.float64)],
+)  # fmt: skip
+def test_masters_of_16_bit_weights_are_float32(dtype, lora_dtype):
+    layer = FusedReLoRaLinear(8, 8, r=2, dtype=dtype)
+    assert layer.weight.dtype == dtype and layer.lora_A.dtype == layer.lora_B.dtype == lora_dtype
+    assert FusedReLoRaLinear(8, 8, r=2, dtype=dtype, lora_dtype=dtype).lora_A.dtype == dtype
+
+
+@pytest.mark.parametrize("trainable_scaling", [False, True])
+def test_gradients_live_after_wrap_and_after_every_merge_faults_1_2(trainable_scaling, device):
+    layer = FusedReLoRaLinear(16, 12, r=4, trainable_scaling=trainable_scaling, device=device)
+    x = torch.randn(8, 16, device=device)
+    for _ in range(3):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        assert layer.lora_B.grad.any() and layer.lora_A.any()
+        assert not layer.lora_A.grad.any()  # B is zero
+        trained(layer)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        assert layer.lora_A.grad.any()
+        if trainable_scaling:
+            assert layer.lora_scaling.grad.any()
+        layer.zero_grad()
+        layer.merge()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_merge_keeps_the_function_and_adds_the_scaled_update_fault_3(rounding, dtype, device):
+    layer = FusedReLoRaLinear(64, 48, r=8, lora_alpha=2, dtype=dtype, merge_rounding=rounding,
+                              device=device)  # fmt: skip
+    trained(layer)
+    x = torch.randn(32, 64, device=device).to(dtype)
+    before, y = layer.weight.double().clone(), layer(x).double()
+    update = 0.25 * layer.lora_B.double() @ layer.lora_A.double()
+    old_A = layer.lora_A.detach().clone()
+    layer.merge()
+    step = torch.finfo(dtype).eps * (before + update).abs()
+    assert ((layer.weight.double() - before - update).abs() <= step + 1e-6).all()
+    assert not layer.lora_B.any() and not torch.equal(layer.lora_A, old_A)
+    assert layer.merge_count == 1
+    # |dy| <= sum over k of |dW| |x|, and rounding of y itself.
+    room = step @ x.double().abs().T
+    assert ((layer(x).double() - y).abs() <= room.T + 4 * torch.finfo(dtype).eps * y.abs().max()).all()
+
+
+def test_trainable_scale_is_merged_and_restarts(device):
+    layer = trained(FusedReLoRaLinear(16, 12, r=4, trainable_scaling=True, device=device))
+    with torch.no_grad():
+        layer.lora_scaling.fill_(0.3)
+    x = torch.randn(5, 16, device=device)
+    y = layer(x)
+    torch.testing.assert_close(
+        y,
+        nn.functional.linear(x, layer.weight, layer.bias)
+        + torch.tanh(layer.lora_scaling) * (x @ layer.lora_A.T @ layer.lora_B.T),
+    )
+    layer.merge()
+    assert layer.lora_scaling.item() == 1.0
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_compensated_is_the_default_for_16_bit_weights():
+    layer = trained(FusedReLoRaLinear(256, 256, r=8, dtype=torch.bfloat16), 1e-4)
+    start = layer.weight.double()
+    total = torch.zeros_like(start)
+    for _ in range(4):
+        total += layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        layer.merge()
+        trained(layer, 1e-4)
+    kept = layer.weight.double() + layer.weight_residual.double() - start
+    assert ((kept * total).sum() / total.square().sum()).item() >= 0.999
+    assert layer.weight_residual.device.type == "cpu"
+
+
+def test_named_layers_draw_from_seed_name_and_count_alone_fault_7():
+    def draws(seed, name, dtype=torch.float32, merges=1):
+        torch.manual_seed(int(torch.randint(1000, ())))  # torch's generator must not matter
+        layer = FusedReLoRaLinear(16, 8, r=4, seed=seed, name=name, lora_dtype=dtype)
+        for _ in range(merges):
+            layer.merge()
+        return layer.lora_A.detach()
+
+    assert torch.equal(draws(1, "a"), draws(1, "a"))
+    assert torch.equal(draws(1, "a", merges=3), draws(1, "a", merges=3))
+    assert torch.equal(draws(1, "a").bfloat16(), draws(1, "a", torch.bfloat16))
+    different = [draws(1, "a"), draws(2, "a"), draws(1, "b"), draws(1, "a", merges=2), draws(1, "a", merges=0)]
+    for i, a in enumerate(different):
+        assert all(not torch.equal(a, b) for b in different[:i])
+
+
+def test_weight_stays_frozen_while_training(device):
+    layer = FusedReLoRaLinear(16, 8, r=4, device=device)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    before = layer.weight.clone()
+    for _ in range(3):
+        layer(torch.randn(4, 16, device=device)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None
+
+
+def test_an_update_that_is_not_finite_leaves_the_layer_alone_case43():
+    layer = trained(FusedReLoRaLinear(16, 8, r=4))
+    layer.lora_B.data[0, 0] = torch.nan
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="nothing was merged"):
+        layer.merge()
+    with pytest.raises(FloatingPointError):
+        layer.to_linear()
+    for k, v in layer.state_dict().items():
+        assert torch.equal(v.nan_to_num(), before[k].nan_to_num())
+
+
+def test_state_dict_round_trip_with_residual():
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    layer.merge()
+    state = copy.deepcopy(layer.state_dict())
+    assert {"weight", "bias", "lora_A", "lora_B", "merge_count", "weight_residual"} == set(state)
+    other = FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16)
+    other.load_state_dict(state)
+    for k, v in other.state_dict().items():
+        assert torch.equal(v, state[k])
+    fresh = FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16).state_dict()
+    other.load_state_dict(fresh)  # saved before any merge: what the weight says is all there is
+    assert other.weight_residual is None
+    parent = nn.Sequential(nn.Identity(), layer)
+    twin = nn.Sequential(nn.Identity(), FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    twin.load_state_dict(parent.state_dict())
+    assert torch.equal(twin[1].weight_residual, layer.weight_residual)
+
+
+def test_widening_the_layer_adds_the_residual_to_the_weight():
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    layer.merge()
+    exact = layer.weight.float() + layer.weight_residual.float()
+    layer.float()
+    assert torch.equal(layer.weight, exact) and layer.weight_residual is None
+
+
+def test_narrowing_from_linear_keeps_the_remainder():
+    linear = nn.Linear(32, 16)
+    wide = linear.weight.detach().clone()
+    layer = FusedReLoRaLinear.from_linear(linear, r=4, weight_dtype=torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_A.dtype == torch.float32
+    error = layer.weight.float() + layer.weight_residual.float() - wide
+    assert error.abs().max() <= 2**-16 * wide.abs().max()
+    assert torch.equal(linear.weight, wide)
+
+
+def test_to_linear_is_plain_and_trainable():
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16)).eval()
+    layer.merge()
+    trained(layer)
+    total = layer.weight.double() + layer.weight_residual.double()
+    total = total + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    linear = layer.to_linear()
+    assert type(linear) is nn.Linear and linear.weight.requires_grad and not linear.training
+    assert ((linear.weight.double() - total).abs() <= total.abs() * 2**-8).all()
+    nn.Linear(32, 16, dtype=torch.bfloat16).load_state_dict(linear.state_dict())
+    for k, v in layer.state_dict().items():
+        assert torch.equal(v, before[k])
+
+
+def test_dropout_only_in_training(device):
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, lora_dropout=0.5, device=device), 1.0)
+    x = torch.randn(4, 32, device=device)
+    plain = lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias)
+    assert not torch.equal(layer(x), plain)
+    assert torch.equal(layer.eval()(x), plain)
+
+
+def test_meta_device_and_deepcopy():
+    layer = FusedReLoRaLinear(16, 8, r=4, device="meta")
+    assert layer.lora_A.is_meta and layer(torch.empty(3, 16, device="meta")).shape == (3, 8)
+    real = layer.to_empty(device="cpu")
+    real.reset_lora_parameters()
+    assert not real.lora_B.any() and real.lora_A.any()
+    twin = copy.deepcopy(trained(FusedReLoRaLinear(16, 8, r=4, dtype=torch.bfloat16)))
+    twin.merge()
+    assert twin.merge_count == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"r": 0}, "r >= 1, got 0"),
+        ({"r": 2.0}, "r >= 1, got 2.0"),
+        ({"lora_dropout": 1.1}, "lora_dropout <= 1, got 1.1"),
+        ({"merge_rounding": "up"}, "merge_rounding.*got 'up'"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        FusedReLoRaLinear(8, 8, **kwargs)
+
+
+def test_from_linear_takes_plain_linears_only():
+    for module in (nn.Conv1d(2, 2, 1), FusedReLoRaLinear(4, 4, r=1), nn.Bilinear(2, 2, 2)):
+        with pytest.raises(TypeError, match=f"nn.Linear, got {type(module).__name__}"):
+            FusedReLoRaLinear.from_linear(module)
+
+
+def test_a_bfloat16_merge_with_float32_input_says_autocast():
+    layer = FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="autocast"):
+        layer(torch.randn(2, 8))

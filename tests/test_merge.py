@@ -1,0 +1,300 @@
+"""merge_: what reaches W, on every backend that runs here, judged on W itself and not on outputs.
+
+On a CPU the Triton kernel runs in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_kernels import BackendUnavailable, merge_, use_backend
+from relora_kernels.ops import merge as op
+from relora_kernels.reference import merge as reference
+from relora_kernels.reference import philox
+
+WIDE = torch.float64
+NARROW = [torch.bfloat16, torch.float16]
+DTYPES = [*NARROW, torch.float32]
+
+
+def backends() -> list[str]:
+    """Those that can serve a merge on this machine's test device."""
+    found = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = (*factors(8, 8, 2, device=device), 1.0, "nearest", None, 0)
+    for name, module in op.IMPLEMENTATIONS.items():
+        with use_backend(name):
+            if module.why_not(*args) is None:
+                found.append(name)
+    return found
+
+
+def factors(out_features, in_features, r, dtype=torch.float32, lora_dtype=torch.float32,
+            size=0.01, device="cpu"):  # fmt: skip
+    """weight, lora_A, lora_B with ||B A|| about size * ||W||."""
+    weight = torch.randn(out_features, in_features, device=device).to(dtype)
+    lora_A = torch.randn(r, in_features, device=device).to(lora_dtype)
+    lora_B = (torch.randn(out_features, r, device=device) * size * r**-0.5).to(lora_dtype)
+    return weight, lora_A, lora_B
+
+
+def exact_sum(weight, lora_A, lora_B, scaling, residual=None):
+    total = weight.to(WIDE) + scaling * (lora_B.to(WIDE) @ lora_A.to(WIDE))
+    return total if residual is None else total + residual.to(WIDE)
+
+
+def neighbours(value: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two numbers of `dtype` around each float64 value (equal where it is representable)."""
+    near = value.to(dtype)
+    up = torch.nextafter(near, torch.full_like(near, torch.inf))
+    down = torch.nextafter(near, torch.full_like(near, -torch.inf))
+    lower = torch.where(near.to(WIDE) <= value, near, down)
+    upper = torch.where(near.to(WIDE) >= value, near, up)
+    return lower.to(WIDE), upper.to(WIDE)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lora_dtype", DTYPES)
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+@pytest.mark.parametrize("shape", [(70, 133, 9), (64, 256, 32), (3, 5461, 2), (1, 1, 1)])
+def test_every_dtype_and_rounding(backend, dtype, lora_dtype, rounding, shape, device):
+    weight, lora_A, lora_B = factors(*shape, dtype, lora_dtype, device=device)
+    residual = None
+    if rounding == "compensated":
+        residual = (torch.randn_like(weight, dtype=torch.float32) * 1e-4).to(dtype)
+    exact = exact_sum(weight, lora_A, lora_B, 0.25, residual)
+    with use_backend(backend):
+        assert merge_(weight, lora_A, lora_B, 0.25, rounding, residual, seed=3) is weight
+    got = weight.to(WIDE)
+    # float32 sums of r products: a few units in the last place of float32.
+    slack = 2**-22 * (exact.abs() + shape[2] ** 0.5)
+    if dtype == torch.float32:
+        assert ((got - exact).abs() <= slack).all()
+        return
+    if rounding == "compensated":
+        kept = got + residual.to(WIDE)
+        assert ((kept - exact).abs() <= slack + exact.abs() * torch.finfo(dtype).eps ** 2).all()
+    lower, upper = neighbours(exact - slack, dtype)[0], neighbours(exact + slack, dtype)[1]
+    assert ((got >= lower) & (got <= upper)).all()
+    if rounding != "stochastic":
+        middle = (exact.to(dtype).to(WIDE) - exact).abs()
+        assert ((got - exact).abs() <= middle + 2 * slack).all()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_backends_draw_the_same_bits(backend, dtype, device):
+    """Equal wherever the float32 sums are: with exactly representable products, everywhere."""
+    weight, _, _ = factors(37, 203, 1, dtype, device=device)
+    lora_A = torch.randint(-8, 8, (5, 203), device=device).float() / 2**14
+    lora_B = torch.randint(-8, 8, (37, 5), device=device).float()
+    results = []
+    for name in ("reference", backend):
+        with use_backend(name):
+            results.append(merge_(weight.clone(), lora_A, lora_B, 0.5, "stochastic", seed=-5))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], merge_(weight.clone(), lora_A, lora_B, 0.5))
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_strides_offsets_and_what_lies_around_them(backend, device):
+    """Case 12: odd pitches, transposed and misaligned views; nothing outside the view is written."""
+    for view in (
+        lambda base: base[1:38, 3:70],
+        lambda base: base.T[2:39, 1:68],
+        lambda base: base[::2, ::3][:37, :27],
+        lambda base: base.flatten()[7 : 7 + 37 * 67].view(37, 67),
+    ):
+        for dtype in DTYPES:
+            base = torch.randn(80, 90, device=device).to(dtype)
+            touched = torch.zeros(80, 90, dtype=torch.bool, device=device)
+            view(touched).fill_(True)
+            before, weight = base.clone(), view(base)
+            lora_A = torch.randn(weight.shape[1], 6, device=device).T
+            lora_B = torch.randn(weight.shape[0], 12, device=device)[:, ::2]
+            exact = exact_sum(weight, lora_A, lora_B, 0.5)
+            with use_backend(backend):
+                merge_(weight, lora_A, lora_B, 0.5)
+            tolerance = torch.finfo(dtype).eps * exact.abs() + 1e-5
+            assert ((weight.to(WIDE) - exact).abs() <= tolerance).all()
+            assert torch.equal(base[~touched], before[~touched])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 70), st.integers(1, 140), st.integers(1, 40), st.sampled_from(DTYPES))
+def test_drawn_shapes(out_features, in_features, r, dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, lora_A, lora_B = factors(out_features, in_features, r, dtype, device=device)
+    exact = exact_sum(weight, lora_A, lora_B, 0.25)
+    for name in backends():
+        with use_backend(name):
+            got = merge_(weight.clone(), lora_A, lora_B, 0.25).double()
+        assert ((got - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), name
+
+
+def share_kept(rounding: str, seeds: int = 1) -> float:
+    """<what W gained, the update> / <the update, the update> at 2048^2, r = 128, rho = 1e-3."""
+    weight, lora_A, lora_B = factors(2048, 2048, 128, torch.bfloat16, size=1e-3)
+    update = lora_B.double() @ lora_A.double()
+    assert (update.norm() / weight.double().norm()).item() == pytest.approx(1e-3, rel=0.05)
+    gained = torch.zeros_like(update)
+    for seed in range(seeds):
+        merged = weight.clone()
+        residual = torch.zeros_like(weight) if rounding == "compensated" else None
+        merge_(merged, lora_A, lora_B, 1.0, rounding, residual, seed)
+        gained += merged.double() - weight.double()
+        if residual is not None:
+            gained += residual.double()
+    return ((gained / seeds * update).sum() / update.square().sum()).item()
+
+
+def test_share_of_the_update_that_survives():
+    """On the update itself: outputs hide what nearest rounding loses."""
+    assert share_kept("nearest") == pytest.approx(0.52, abs=0.02)
+    assert share_kept("compensated") >= 0.999
+    assert share_kept("stochastic", seeds=4) == pytest.approx(1.0, abs=0.01)
+
+
+def test_repeated_compensated_merges_add_up():
+    weight, _, _ = factors(64, 96, 1, torch.bfloat16)
+    residual, start, total = torch.zeros_like(weight), weight.double(), 0.0
+    for _ in range(50):
+        _, lora_A, lora_B = factors(64, 96, 8, size=1e-4)
+        total = total + lora_B.double() @ lora_A.double()
+        merge_(weight, lora_A, lora_B, 1.0, "compensated", residual)
+    gained = weight.double() + residual.double() - start
+    assert ((gained - total).norm() / total.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_rounding_is_unbiased_and_stays_between_neighbours(dtype):
+    values = torch.cat(
+        [
+            torch.linspace(-3, 3, 997),
+            torch.linspace(-1.2e-4, 1.2e-4, 997),  # float16's subnormals begin at 6.1e-5
+            torch.tensor([1 + 2**-9, 65503.0, 65504.0, -65504.0, 3e38, 0.0, -0.0, 5e-8, 1e-40]),
+        ]
+    )
+    draws = 4096
+    bits = philox.bits16(1, philox.STREAM_ROUND, (draws, len(values)))
+    rounded = reference.stochastic_round(values.expand(draws, -1), bits, dtype).double()
+    lower, upper = neighbours(values.double(), dtype)
+    finite = values.abs() <= torch.finfo(dtype).max
+    assert ((rounded >= lower) & (rounded <= upper))[:, finite].all()
+    step = (upper - lower)[finite]
+    bias = (rounded.mean(0) - values.double())[finite]
+    assert (bias.abs() <= step * (5 * 0.5 / draws**0.5 + 2**-12)).all()
+    exactly = values[finite & (lower == upper)]
+    assert torch.equal(rounded[0, finite & (lower == upper)], exactly.double())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_rounding_of_inf_and_nan(dtype):
+    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38])
+    bits = torch.full((4,), 65535)
+    rounded = reference.stochastic_round(values, bits, dtype)
+    assert torch.equal(rounded, values.to(dtype)) or (
+        rounded[2].isnan() and torch.equal(rounded[[0, 1, 3]], values.to(dtype)[[0, 1, 3]])
+    )
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_update_that_is_not_finite_is_refused_case43(backend, dtype, device):
+    for poison in (torch.nan, torch.inf, 3e38):
+        weight, lora_A, lora_B = factors(6, 8, 2, dtype, device=device)
+        lora_A[1, 2] = poison
+        lora_B *= 1e4
+        before = [t.clone() for t in (weight, lora_A, lora_B)]
+        with use_backend(backend), pytest.raises(FloatingPointError, match="nothing was merged"):
+            merge_(weight, lora_A, lora_B, 1.0)
+        for a, b in zip((weight, lora_A, lora_B), before):
+            assert torch.equal(a, b) or a.isnan().any()
+        assert torch.equal(weight, before[0])
+
+
+def test_large_but_finite_updates_are_merged():
+    """The cheap bound overflows here; the product itself does not."""
+    weight, lora_A, lora_B = torch.zeros(4, 4), torch.full((2, 4), 1e20), torch.zeros(4, 2)
+    lora_A[:, 1:] = 0
+    lora_B[0, 0] = 1e18
+    merge_(weight, lora_A, lora_B, 1.0)
+    assert weight[0, 0] == 1e38 and weight[1:].eq(0).all()
+
+
+def test_float16_overflow_of_the_sum_is_refused():
+    weight = torch.full((4, 4), 65000.0).half()
+    with pytest.raises(FloatingPointError):
+        merge_(weight, torch.ones(1, 4), torch.full((4, 1), 1000.0), 1.0)
+    assert weight.eq(65000.0).all()
+
+
+@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+def test_opcheck(rounding):
+    weight, lora_A, lora_B = factors(8, 12, 3, torch.bfloat16)
+    residual = torch.zeros_like(weight) if rounding == "compensated" else None
+    with use_backend("reference"):
+        torch.library.opcheck(
+            torch.ops.relora_kernels._merge_.default,
+            (weight, lora_A, lora_B, 0.5, rounding, residual, 3),
+        )
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_version_counters_move(backend, device):
+    weight, lora_A, lora_B = factors(8, 12, 3, torch.bfloat16, device=device)
+    residual = torch.zeros_like(weight)
+    before = weight._version, residual._version
+    with use_backend(backend):
+        merge_(weight, lora_A, lora_B, 0.5, "compensated", residual)
+    assert weight._version > before[0] and residual._version > before[1]
+
+
+def test_float64_is_merged_in_float64():
+    weight, lora_A, lora_B = (t.double() for t in factors(9, 11, 4))
+    exact = weight + 0.3 * (lora_B @ lora_A)
+    merge_(weight, lora_A, lora_B, 0.3)
+    torch.testing.assert_close(weight, exact, rtol=1e-14, atol=1e-14)
+
+
+def test_empty_weights(device):
+    for shape in ((0, 4), (4, 0), (0, 0)):
+        weight = torch.empty(shape, device=device)
+        factors_ = torch.ones(2, shape[1], device=device), torch.ones(shape[0], 2, device=device)
+        assert merge_(weight, *factors_, 1.0) is weight
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"weight": torch.zeros(4, 6, dtype=torch.int32)}, TypeError, "int32"),
+        ({"weight": torch.zeros(24)}, ValueError, r"weight \(out, in\)"),
+        ({"weight": torch.zeros(1, 6).expand(4, 6)}, ValueError, "overlapping.*clone"),
+        ({"lora_A": torch.zeros(2, 5)}, ValueError, r"\(r, 6\).*got \(2, 5\)"),
+        ({"lora_A": torch.zeros(0, 6), "lora_B": torch.zeros(4, 0)}, ValueError, "r >= 1"),
+        ({"lora_B": torch.zeros(4, 2).half()}, TypeError, "one dtype"),
+        ({"lora_B": torch.zeros(4, 2, device="meta")}, ValueError, "lora_B on meta"),
+        ({"scaling": float("inf")}, ValueError, "finite scaling"),
+        ({"rounding": "up"}, ValueError, "nearest.*got 'up'"),
+        ({"rounding": "compensated", "weight": torch.zeros(4, 6).half()}, ValueError, "zeros_like"),
+        ({"residual": torch.zeros(4, 6)}, ValueError, "residual goes with"),
+        ({"rounding": "compensated", "residual": torch.zeros(4, 5)}, ValueError, r"got \(4, 5\)"),
+        ({"seed": 1.5}, ValueError, "int64, got 1.5"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(changes, error, says):
+    good = {"weight": torch.ones(4, 6), "lora_A": torch.ones(2, 6), "lora_B": torch.ones(4, 2),
+            "scaling": 0.5}  # fmt: skip
+    with pytest.raises(error, match=says):
+        merge_(**{**good, **changes})
+    assert good["weight"].eq(1).all()
+
+
+def test_named_backend_never_falls_back():
+    weight, lora_A, lora_B = (t.double() for t in factors(4, 6, 2))
+    for name in ("triton", "cuda"):
+        if name in op.IMPLEMENTATIONS:
+            with use_backend(name), pytest.raises(BackendUnavailable, match=name):
+                merge_(weight, lora_A, lora_B, 1.0)

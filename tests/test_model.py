@@ -1,0 +1,283 @@
+"""apply_relora, merge_and_reinit and merge_and_unload on whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from relora_kernels import (
+    FusedReLoRaLinear,
+    ReLoRaConfig,
+    apply_relora,
+    lora_parameters,
+    merge_and_reinit,
+    merge_and_unload,
+)
+from relora_kernels.model import relora_layers
+
+
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.attn = nn.ModuleDict({k: nn.Linear(width, width) for k in ("q_proj", "k_proj")})
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(width, 2 * width)})
+        self.mlp["down_proj"] = nn.Linear(2 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = x + self.attn["k_proj"](torch.tanh(self.attn["q_proj"](self.norm(x))))
+        return x + self.mlp["down_proj"](torch.relu(self.mlp["up_proj"](x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 32)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+PROJECTIONS = [f"blocks.{i}.{m}" for i in range(2) for m in
+               ("attn.q_proj", "attn.k_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
+
+
+def paths(model):
+    return [path for path, _ in relora_layers(model)]
+
+
+def train(model, steps=3):
+    """A few steps so that B is no longer zero; gradients cleared."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.randint(0, 32, (4, 8))
+    for _ in range(steps):
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_default_targets_are_attention_and_mlp_projections():
+    model = Model()
+    before = model(torch.arange(8)[None])
+    assert apply_relora(model, ReLoRaConfig(r=4)) is model
+    assert paths(model) == PROJECTIONS
+    torch.testing.assert_close(model(torch.arange(8)[None]), before)
+    for name, parameter in model.named_parameters():
+        frozen = any(name == f"{p}.weight" for p in PROJECTIONS)
+        assert parameter.requires_grad != frozen, name
+
+
+@pytest.mark.parametrize(
+    ("target", "exclude", "expected"),
+    [
+        (["q_proj"], None, [p for p in PROJECTIONS if p.endswith("q_proj")]),
+        (["q_proj", "blocks.1.mlp.up_proj"], None,
+         ["blocks.0.attn.q_proj", "blocks.1.attn.q_proj", "blocks.1.mlp.up_proj"]),
+        (r".*1\.mlp\..*", None, ["blocks.1.mlp.up_proj", "blocks.1.mlp.down_proj"]),
+        ("all-linear", None, PROJECTIONS),
+        (None, ["down_proj"], [p for p in PROJECTIONS if not p.endswith("down_proj")]),
+        (None, r"blocks\.0\..*", [p for p in PROJECTIONS if p.startswith("blocks.1")]),
+        (["head"], None, ["head"]),
+    ],
+)  # fmt: skip
+def test_targets(target, exclude, expected):
+    model = apply_relora(Model(), ReLoRaConfig(r=2, target_modules=target, exclude_modules=exclude))
+    assert paths(model) == expected
+
+
+def test_targets_that_match_nothing_list_candidates_case44():
+    with pytest.raises(ValueError, match=r"\['queries'\].*none of 9.*blocks.0.attn.q_proj"):
+        apply_relora(Model(), ReLoRaConfig(target_modules=["queries"]))
+
+
+def test_a_wrapped_model_is_refused_case45():
+    model = apply_relora(Model(), ReLoRaConfig(r=2))
+    with pytest.raises(ValueError, match="got 8 .*merge_and_unload"):
+        apply_relora(model, ReLoRaConfig(r=2))
+
+
+def test_a_tied_weight_is_refused_case36():
+    model = Model()
+    model.blocks[1].attn["q_proj"].weight = model.blocks[0].attn["q_proj"].weight
+    with pytest.raises(ValueError, match="blocks.0.attn.q_proj.weight, blocks.1.attn.q_proj.weight"):
+        apply_relora(model, ReLoRaConfig(r=2))
+    assert not relora_layers(model, required=False)
+    model.head.weight = nn.Parameter(model.embed.weight)  # tied head and embedding are nobody's target
+    apply_relora(model, ReLoRaConfig(r=2, exclude_modules=["q_proj"]))
+
+
+def test_a_single_linear_is_pointed_to_from_linear():
+    with pytest.raises(ValueError, match="from_linear"):
+        apply_relora(nn.Linear(4, 4), ReLoRaConfig(r=2))
+
+
+def test_config_reaches_the_layers():
+    config = ReLoRaConfig(r=4, lora_alpha=8, lora_dropout=0.1, use_rslora=True, trainable_scaling=True,
+                          lora_dtype=torch.float32, weight_dtype=torch.bfloat16,
+                          merge_rounding="stochastic", seed=5)  # fmt: skip
+    model = apply_relora(Model(), config)
+    assert model.relora_config is config
+    layer = model.blocks[1].mlp["up_proj"]
+    assert isinstance(layer, FusedReLoRaLinear)
+    assert (layer.r, layer.lora_dropout, layer.use_rslora, layer.seed) == (4, 0.1, True, 5)
+    assert layer.weight.dtype == torch.bfloat16 and layer.lora_B.dtype == torch.float32
+    assert layer.rounding == "stochastic" and layer.name == "blocks.1.mlp.up_proj"
+    assert layer.lora_scaling.item() == 1.0 and len(list(lora_parameters(model))) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"r": 0}, "r >= 1, got 0"),
+        ({"lora_dropout": -1}, "lora_dropout"),
+        ({"merge_rounding": "floor"}, "got 'floor'"),
+        ({"lora_dtype": torch.int8}, "lora_dtype a floating"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype a floating.*'bfloat16'"),
+    ],
+)
+def test_bad_configs_are_refused(kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        ReLoRaConfig(**kwargs)
+
+
+def test_merge_and_reinit_keeps_the_function_and_restarts_every_layer():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    ids = torch.randint(0, 32, (2, 8))
+    for count in range(1, 4):
+        train(model)
+        frozen = {p: m.weight.clone() for p, m in relora_layers(model)}
+        before = model(ids)
+        assert merge_and_reinit(model) == 8
+        torch.testing.assert_close(model(ids), before)
+        for path, layer in relora_layers(model):
+            assert not torch.equal(layer.weight, frozen[path])
+            assert not layer.lora_B.any() and layer.lora_A.any() and layer.merge_count == count
+
+
+def test_weights_are_bitwise_frozen_between_merges():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    before = {p: m.weight.clone() for p, m in relora_layers(model)}
+    train(model, steps=5)
+    assert all(torch.equal(m.weight, before[p]) for p, m in relora_layers(model))
+
+
+def test_layers_of_one_shape_draw_different_factors():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    q0, q1 = (model.blocks[i].attn["q_proj"] for i in range(2))
+    assert not torch.equal(q0.lora_A, q1.lora_A)
+    merge_and_reinit(model)
+    assert not torch.equal(q0.lora_A, q1.lora_A)
+
+
+def test_draws_do_not_depend_on_wrappers_or_torch_generator_fault_7():
+    plain, wrapped = Model(), Model()
+    torch.manual_seed(1)
+    apply_relora(plain, ReLoRaConfig(r=4, seed=3))
+    torch.manual_seed(2)
+    apply_relora(wrapped, ReLoRaConfig(r=4, seed=3))
+    merge_and_reinit(plain)
+    merge_and_reinit(nn.Sequential(wrapped)[0])
+    compiled = torch.compile(wrapped)
+    merge_and_reinit(plain)
+    merge_and_reinit(compiled)
+    for (_, a), (_, b) in zip(relora_layers(plain), relora_layers(wrapped)):
+        assert torch.equal(a.lora_A, b.lora_A)
+
+
+def test_hand_built_layers_get_their_path_as_name():
+    model = nn.Sequential(FusedReLoRaLinear(8, 8, r=2), FusedReLoRaLinear(8, 8, r=2))
+    assert not torch.equal(model[0].lora_A, model[1].lora_A)
+    merge_and_reinit(model)
+    assert [m.name for m in model] == ["0", "1"]
+    assert not torch.equal(model[0].lora_A, model[1].lora_A)
+
+
+def test_one_bad_layer_refuses_the_whole_merge_case43():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    train(model)
+    model.blocks[1].mlp["down_proj"].lora_A.data[0, 0] = torch.inf
+    before = copy.deepcopy(model.state_dict())
+    for function in (merge_and_reinit, merge_and_unload):
+        with pytest.raises(FloatingPointError, match="blocks.1.mlp.down_proj"):
+            function(model)
+    assert len(relora_layers(model)) == 8
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k])
+
+
+def test_pending_gradients_refuse_the_merge_case50():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    model(torch.arange(4)[None]).sum().backward()
+    with pytest.raises(RuntimeError, match=r"pending.*blocks.0.attn.q_proj.lora_B.grad.*zero_grad"):
+        merge_and_reinit(model)
+    assert all(layer.merge_count == 0 for _, layer in relora_layers(model))
+    model.zero_grad()
+    merge_and_reinit(model)
+    model.zero_grad(set_to_none=False)
+    merge_and_reinit(model)
+
+
+def test_models_without_layers_are_refused():
+    for function in (merge_and_reinit, merge_and_unload, lambda m: list(lora_parameters(m))):
+        with pytest.raises(ValueError, match="apply_relora"):
+            function(Model())
+
+
+def test_merge_and_unload_gives_plain_linears_fault_10():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    ids = torch.randint(0, 32, (2, 8))
+    train(model)
+    merge_and_reinit(model)  # after a merge the adapter alone is not the model
+    train(model)
+    before = model(ids)
+    assert merge_and_unload(model) is model
+    assert not relora_layers(model, required=False) and not hasattr(model, "relora_config")
+    torch.testing.assert_close(model(ids), before)
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(ids), model(ids))
+    assert all(p.requires_grad for p in model.parameters())
+    layer = FusedReLoRaLinear(4, 4, r=1)
+    assert type(merge_and_unload(layer)) is nn.Linear
+
+
+def test_whole_model_compiles_without_breaks_or_recompiles_after_a_merge():
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    compiled = torch.compile(model, fullgraph=True)
+    ids = torch.randint(0, 32, (4, 8))
+    compiled(ids).square().sum().backward()
+    model.zero_grad()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(2):
+            merge_and_reinit(model)
+            y = compiled(ids)
+            y.square().sum().backward()
+            model.zero_grad()
+    torch.testing.assert_close(y, model(ids))
+
+
+def test_hugging_face_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(0, 64, (2, 12))
+    before = model(ids).logits
+    apply_relora(model, ReLoRaConfig(r=8))
+    assert len(relora_layers(model)) == 2 * 7
+    assert model.lm_head.weight.requires_grad and model.model.embed_tokens.weight.requires_grad
+    torch.testing.assert_close(model(ids).logits, before)
+    model(ids, labels=ids).loss.backward()
+    assert all(layer.lora_B.grad.any() for _, layer in relora_layers(model))

@@ -1,0 +1,183 @@
+"""prune_ against torch.quantile bit for bit, and its contract for what quantile does not cover."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_kernels import prune_, use_backend
+from relora_kernels.reference import prune as reference
+
+RATIOS = [0.0, 0.5, 0.8, 0.9, 0.99, 0.999, 1.0, 0.123456]
+
+
+def expected(t, ratio):
+    """method: thr = quantile(|t| in float32), cast to t's dtype; strictly larger survives."""
+    threshold = torch.quantile(t.abs().float().flatten(), ratio).to(t.dtype)
+    return torch.where(t.abs() > threshold, t, 0.0)
+
+
+def kinds(n: int, generator) -> dict:
+    base = torch.randn(n, generator=generator)
+    return {
+        "normal": base,
+        "log-normal": (3 * base).exp(),
+        "ties": base.round(),
+        "many zeros": base * (torch.rand(n, generator=generator) < 0.2),
+        "constant": torch.full((n,), -2.5),
+        "denormal": base * 1e-40,
+        "with inf": torch.where(torch.rand(n, generator=generator) < 0.1, torch.inf, base),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_quantile_threshold_on_thousands_of_cases(dtype, device):
+    generator = torch.Generator().manual_seed(1)
+    for n in [1, 2, 3, 4, 5, 7, 10, 11, 100, 101, 1000, 1023, 4097, 30011]:
+        for name, t in kinds(n, generator).items():
+            t = t.to(dtype).to(device)
+            for ratio in RATIOS:
+                got = t.clone()
+                prune_(got, ratio)
+                assert torch.equal(got, expected(t, ratio)), (n, name, ratio)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),
+    st.floats(0, 1),
+)
+def test_equals_the_quantile_threshold_on_drawn_values(values, ratio):
+    t = torch.tensor(values)
+    got = t.clone()
+    prune_(got, ratio)
+    assert torch.equal(got, expected(t, ratio))
+
+
+def test_threshold_matches_torch_quantile_bit_for_bit():
+    for trial in range(2000):
+        n = int(torch.randint(1, 3000, ()))
+        ratio = RATIOS[trial % len(RATIOS)] if trial % 2 else float(torch.rand(()))
+        t = torch.randn(n).abs()
+        assert torch.equal(reference.magnitude_quantile(t, ratio), torch.quantile(t, ratio)), (n, ratio)
+
+
+def test_more_than_two_to_the_24_elements_case49():
+    """torch.quantile refuses this size; the threshold has to be an order statistic all the same."""
+    n = 2**24 + 3
+    t = torch.randn(n)
+    got = t.clone()
+    prune_(got, 0.99)
+    ordered = t.abs().sort().values
+    rank = 0.99 * (n - 1)
+    low, high = ordered[int(rank)], ordered[int(rank) + 1]
+    kept = t[got != 0].abs()
+    assert kept.min() >= high or kept.min() > low
+    assert (got != 0).sum() in (n - 1 - int(rank), n - 2 - int(rank))
+    assert torch.equal(got[got != 0], t[got != 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paired_tensors_are_zeroed_by_the_same_masks(dtype, device):
+    first = [torch.randn(s, device=device).to(dtype) for s in [(5, 7), (301,), (2, 3, 4), ()]]
+    second = [torch.rand_like(t) + 0.5 for t in first]
+    before = [t.clone() for t in second]
+    prune_(first, 0.6, paired_with=second)
+    for a, b, c in zip(first, second, before):
+        assert torch.equal(b, torch.where(a != 0, c, 0.0))
+
+
+def test_tensors_are_judged_one_by_one():
+    small, large = torch.randn(100) * 1e-6, torch.randn(100) * 1e6
+    prune_([small, large], 0.9)
+    assert (small != 0).sum() == (large != 0).sum() == 10
+
+
+def test_special_values():
+    nan = torch.tensor([1.0, torch.nan, 3.0])
+    partner = torch.ones(3)
+    prune_([nan], 0.5, [partner])
+    assert torch.equal(nan, torch.zeros(3)) and torch.equal(partner, torch.zeros(3))
+    inf = torch.tensor([1.0, -torch.inf, 3.0, 2.0])
+    prune_(inf, 0.5)
+    assert torch.equal(inf, torch.tensor([0.0, -torch.inf, 3.0, 0.0]))
+    zeros = torch.tensor([-0.0, -1e-3, 5.0])
+    prune_(zeros, 0.5)
+    assert torch.equal(zeros, torch.tensor([0.0, 0.0, 5.0])) and not torch.signbit(zeros).any()
+    ties = torch.ones(10)
+    prune_(ties, 0.5)
+    assert not ties.any()
+
+
+def test_views_empty_and_strided_tensors(device):
+    base = torch.randn(40, 50, device=device)
+    for view in (base.T[3:20, ::3], base[1:7], base[:, 5]):
+        before, want = base.clone(), expected(view.clone(), 0.7)
+        prune_(view, 0.7)
+        assert torch.equal(view, want)
+        base.copy_(before)
+    empty = torch.empty(0, 3, device=device)
+    prune_([empty, torch.ones(1, device=device)], 0.5)
+    prune_([], 0.5)
+
+
+def test_float64_uses_its_own_precision():
+    t = torch.tensor([1.0, 1.0 + 1e-12, 1.0 + 2e-12], dtype=torch.float64)
+    prune_(t, 0.5)
+    assert torch.equal(t, torch.tensor([0.0, 0.0, 1.0 + 2e-12], dtype=torch.float64))
+
+
+def test_opcheck_and_compile():
+    tensors, partners = [torch.randn(9, 3), torch.randn(20)], [torch.rand(9, 3), torch.rand(20)]
+    torch.library.opcheck(torch.ops.relora_kernels._prune_.default, (tensors, 0.5, partners))
+
+    def step(t):
+        t = t * 2
+        prune_([t], 0.5)
+        return t + 1
+
+    x = torch.randn(100)
+    assert torch.equal(torch.compile(step, fullgraph=True)(x), step(x))
+
+
+def test_random_pruning_is_keyed_by_element():
+    whole, partner = torch.ones(1000, 37), torch.ones(1000, 37)
+    reference.prune_random_([whole], 0.75, [partner], [9])
+    assert torch.equal(whole, partner)
+    assert (whole == 0).float().mean().item() == pytest.approx(0.75, abs=0.01)
+    flat = torch.ones(5000)
+    reference.prune_random_([flat], 0.75, None, [9])
+    assert torch.equal(flat, whole.flatten()[:5000])
+    reference.prune_random_([partner], 0.0, None, [1])
+    assert torch.equal(whole, partner)
+    reference.prune_random_([partner], 1.0, None, [1])
+    assert not partner.any()
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "says"),
+    [
+        ((torch.ones(3), 1.5), ValueError, "0 <= ratio <= 1, got 1.5"),
+        ((torch.ones(3), -0.1), ValueError, "ratio"),
+        ((torch.ones(3), float("nan")), ValueError, "ratio"),
+        ((torch.ones(3), "0.5"), TypeError, "ratio to be a number"),
+        ((torch.ones(3, dtype=torch.uint8), 0.5), TypeError, r"tensors\[0\].*uint8"),
+        (([torch.ones(3), None], 0.5), TypeError, r"tensors\[1\] to be a tensor, got NoneType"),
+        ((torch.ones(1).expand(3), 0.5), ValueError, "overlapping"),
+        (([torch.ones(3)], 0.5, [torch.ones(4)]), ValueError, r"\(3,\)\], got \[\(4,\)"),
+        (([torch.ones(3)], 0.5, []), ValueError, r"got \[\]"),
+        (([torch.ones(3)], 0.5, [torch.ones(3, device="meta")]), ValueError, "meta"),
+    ],
+)
+def test_bad_input_is_refused(args, error, says):
+    with pytest.raises(error, match=says):
+        prune_(*args)
+    if isinstance(args[0], torch.Tensor):
+        assert args[0].float().eq(1).all()
+
+
+def test_a_named_backend_without_prune_raises():
+    from relora_kernels import BackendUnavailable
+
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="prune_"):
+        prune_(torch.ones(3), 0.5)

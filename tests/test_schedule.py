@@ -1,0 +1,216 @@
+"""The jagged learning rate, and one boundary for merge, reset and restart."""
+
+import json
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from relora_kernels import (
+    FusedReLoRaLinear,
+    JaggedLR,
+    ReLoRaSchedule,
+    cosine_with_warmup,
+    lora_parameters,
+)
+from relora_kernels.model import relora_layers
+
+
+def some_optimizer(lr=1.0, groups=1):
+    return torch.optim.AdamW(
+        [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr * (i + 1)} for i in range(groups)]
+    )
+
+
+def rates(scheduler, optimizer, steps):
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_check_values_of_the_jagged_cosine():
+    schedule = JaggedLR(some_optimizer(), cosine_with_warmup(500, 20000, 0.1), 5000, 100)
+    values = {4999: 0.8869, 5000: 0.0, 5001: 0.00882, 5100: 0.88198, 250: 0.5, 20000: 0.0}
+    for step, value in values.items():
+        assert schedule.multiplier(step) == pytest.approx(value, abs=5e-5), step
+    assert cosine_with_warmup(500, 20000, 0.1)(20000) == pytest.approx(0.1)
+    assert cosine_with_warmup(500, 20000, 0.1)(30000) == pytest.approx(0.1)
+
+
+def test_the_optimizer_gets_these_rates_with_each_group_its_own_base():
+    optimizer = some_optimizer(0.5, groups=2)
+    scheduler = JaggedLR(optimizer, cosine_with_warmup(2, 40), 10, 3)
+    for step in range(35):
+        for i, group in enumerate(optimizer.param_groups):
+            assert group["lr"] == pytest.approx(0.5 * (i + 1) * scheduler.multiplier(step))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_any_base_schedule():
+    constant = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 5)
+    assert [constant.multiplier(t) for t in (0, 9, 10, 11, 14, 15, 20)] == [1, 1, 0, 0.2, 0.8, 1, 0]
+    optimizer = some_optimizer(groups=2)
+    base = LambdaLR(optimizer, [lambda t: 1.0, lambda t: 0.5])
+    jagged = JaggedLR(optimizer, base, 10, 5)
+    assert jagged.get_lr() == [1.0, 2 * 0.5]
+    transformers = pytest.importorskip("transformers")
+    linear = transformers.get_linear_schedule_with_warmup(some_optimizer(), 5, 100)
+    assert JaggedLR(some_optimizer(), linear, 10, 5).multiplier(50) == 0.0
+
+
+def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():
+    assert JaggedLR(some_optimizer(), lambda t: 1.0, 10, 0).multiplier(10) == 1.0
+    ending = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 5, total_steps=30)
+    assert ending.multiplier(20) == 0.0 and ending.multiplier(30) == 1.0
+    assert [ending.restarts_due(t) for t in (0, 9, 10, 29, 30, 31, 45)] == [0, 0, 1, 2, 2, 2, 2]
+
+
+def test_anneal_before_a_restart():
+    schedule = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 2, anneal_steps=3, total_steps=20)
+    assert [schedule.multiplier(t) for t in range(5, 13)] == [1, 1, 0.75, 0.5, 0.25, 0, 0.5, 1]
+    assert [schedule.multiplier(t) for t in range(16, 20)] == [1, 1, 1, 1]  # no restart at the end
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ((lambda t: 1.0, 0, 0), "restart_every >= 1, got 0"),
+        ((lambda t: 1.0, 10, -1), "restart_warmup_steps >= 0"),
+        ((lambda t: 1.0, 10, 11), "<= restart_every = 10, got 11"),
+        ((0.5, 10, 1), "function step -> multiplier.*got float"),
+    ],
+)
+def test_bad_schedules_are_refused(args, says):
+    with pytest.raises(ValueError, match=says):
+        JaggedLR(some_optimizer(), *args)
+    with pytest.raises(ValueError, match="warmup_steps < total_steps, got 10 and 10"):
+        cosine_with_warmup(10, 10)
+
+
+def small_run(restart_every=4, total=14, state=None, model=None, steps=None, **kwargs):
+    """A plain training loop; returns (model, schedule, log of (step, lr, restarted))."""
+    if model is None:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0", lora_dropout=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    schedule = ReLoRaSchedule(
+        model, optimizer, lambda t: 1.0, restart_every, 2, total_steps=total, **kwargs
+    )
+    if state is not None:
+        schedule.load_state_dict(state["schedule"])
+        optimizer.load_state_dict(state["optimizer"])
+    log = []
+    for step in range(schedule.lr_scheduler.last_epoch, steps or total):
+        generator = torch.Generator().manual_seed(step)
+        rate = optimizer.param_groups[0]["lr"]
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.append((step + 1, rate, schedule.step()))
+    return model, schedule, optimizer, log
+
+
+def test_one_boundary_for_merge_reset_and_rate_fault_4():
+    model, schedule, optimizer, log = small_run(reset_mode="zero")
+    assert [step for step, _, restarted in log if restarted] == [4, 8, 12]
+    assert [step - 1 for step, rate, _ in log if rate == 0.0] == [4, 8, 12]
+    assert schedule.cycle == model[0].merge_count == 3
+    # at total_steps nothing follows, so there is no restart: the factors hold the last cycle
+    model, schedule, _, log = small_run(total=12)
+    assert [step for step, _, restarted in log if restarted] == [4, 8]
+    assert model[0].lora_B.any()
+
+
+def test_the_reset_touches_the_factors_alone():
+    model, _, optimizer, _ = small_run(total=5, steps=4, reset_mode="zero")
+    factors = set(lora_parameters(model))
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].any() != (p in factors)
+
+
+def test_reset_mode_none_leaves_the_moments():
+    model, _, optimizer, log = small_run(total=5, steps=4, reset_mode=None)
+    assert log[-1][2] and all(s["exp_avg"].any() for p, s in optimizer.state.items() if p is not model[0].lora_A)
+
+
+def test_a_skipped_scheduler_step_moves_all_three_together():
+    """E.g. after a skipped optimizer step: the boundary hangs on the scheduler's count alone."""
+    model, schedule, optimizer, _ = small_run(total=100, steps=3)
+    assert not schedule.restart_if_due() and model[0].merge_count == 0
+    schedule.lr_scheduler.step()
+    assert schedule.restart_if_due() and optimizer.param_groups[0]["lr"] == 0.0
+    assert not schedule.restart_if_due() and model[0].merge_count == 1
+
+
+def test_resume_continues_the_same_run_fault_6():
+    whole, _, _, log = small_run(reset_mode="random", reset_ratio=0.5)
+    for stop in (3, 4, 6, 8):
+        model, schedule, optimizer, _ = small_run(steps=stop, reset_mode="random", reset_ratio=0.5)
+        state = {"schedule": schedule.state_dict(), "optimizer": optimizer.state_dict()}
+        json.dumps(state["schedule"])  # plain numbers
+        fresh = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0"))
+        fresh.load_state_dict(model.state_dict())
+        _, schedule, _, rest = small_run(
+            state=state, model=fresh, reset_mode="random", reset_ratio=0.5
+        )
+        assert rest == log[stop:]
+        for key, tensor in fresh.state_dict().items():
+            assert torch.equal(tensor, whole.state_dict()[key]), key
+
+
+def test_resume_with_other_restarts_is_refused():
+    _, schedule, _, _ = small_run(steps=2)
+    _, other, _, _ = small_run(restart_every=5, steps=1)
+    with pytest.raises(ValueError, match="restart_every = 5 as constructed, got 4"):
+        other.load_state_dict(schedule.state_dict())
+
+
+def test_a_refused_merge_stays_due_and_changes_nothing():
+    model, schedule, optimizer, _ = small_run(steps=3, total=100)
+    schedule.lr_scheduler.step()
+    good = model[0].lora_A.data[0, 0].clone()
+    model[0].lora_A.data[0, 0] = torch.nan
+    weight = model[0].weight.clone()
+    with pytest.raises(FloatingPointError):
+        schedule.restart_if_due()
+    assert torch.equal(model[0].weight, weight) and schedule.cycle == 0
+    model[0].lora_A.data[0, 0] = good
+    assert schedule.restart_if_due() and schedule.cycle == 1
+
+
+def test_an_unfit_optimizer_is_refused_before_any_merge_case48():
+    model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(ValueError, match="after apply_relora"):
+        ReLoRaSchedule(model, other, lambda t: 1.0, 4, 2)
+    with pytest.raises(ValueError, match="apply_relora"):
+        ReLoRaSchedule(torch.nn.Linear(2, 2), other, lambda t: 1.0, 4, 2)
+    model, schedule, optimizer, _ = small_run(steps=3, total=100)
+    optimizer.state[model[0].lora_A] = {"state1": torch.zeros(2, 8, dtype=torch.uint8)}
+    schedule.lr_scheduler.step()
+    with pytest.raises(TypeError, match="state1"):
+        schedule.restart_if_due()
+    assert model[0].merge_count == 0
+
+
+def test_independent_masks_with_a_short_warmup_warn():
+    model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.warns(UserWarning, match="49 steps, under 50"):
+        ReLoRaSchedule(model, optimizer, lambda t: 1.0, 400, 49, paired=False)
+    with pytest.raises(ValueError, match="reset_mode"):
+        ReLoRaSchedule(model, optimizer, lambda t: 1.0, 400, 49, reset_mode="half")
+
+
+def test_function_is_unchanged_over_a_restart():
+    model, schedule, _, _ = small_run(steps=3, total=100)
+    x = torch.randn(5, 8)
+    before = model(x)
+    schedule.lr_scheduler.step()
+    assert schedule.restart_if_due()
+    torch.testing.assert_close(model(x), before)
+    assert relora_layers(model)[0][1].merge_count == 1
