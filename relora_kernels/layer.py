@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from relora_kernels import sharding
 from relora_kernels.ops.lora_linear import lora_linear
 from relora_kernels.ops.merge import ROUNDINGS, check_finite, merge_unchecked
 from relora_kernels.reference import philox
@@ -60,7 +61,9 @@ class FusedReLoRaLinear(nn.Linear):
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"FusedReLoRaLinear: expected rank r >= 1, got {r!r}")
         if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"FusedReLoRaLinear: expected 0 <= lora_dropout <= 1, got {lora_dropout}")
+            raise ValueError(
+                f"FusedReLoRaLinear: expected 0 <= lora_dropout <= 1, got {lora_dropout}"
+            )
         if merge_rounding not in (None, *ROUNDINGS):
             raise ValueError(
                 f"FusedReLoRaLinear: expected merge_rounding None or one of {ROUNDINGS}, "
@@ -134,7 +137,7 @@ class FusedReLoRaLinear(nn.Linear):
     def scaling(self) -> float:
         """s as a number (with `trainable_scaling`, read from the parameter)."""
         if self.lora_scaling is not None:
-            return torch.tanh(self.lora_scaling.detach().float()).item()
+            return torch.tanh(sharding.whole(self.lora_scaling.detach()).float()).item()
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
@@ -160,7 +163,7 @@ class FusedReLoRaLinear(nn.Linear):
         bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
         if self.name:
             seed = philox.derive_seed("A", self.seed, self.name, int(self.merge_count))
-            philox.uniform_(self.lora_A, bound, seed)
+            philox.uniform_(*sharding.local_rows(self.lora_A), bound, seed)
         else:
             self.lora_A.uniform_(-bound, bound)
         self.lora_B.zero_()
@@ -168,8 +171,19 @@ class FusedReLoRaLinear(nn.Linear):
             self.lora_scaling.fill_(1.0)
 
     def merge_arguments(self) -> tuple:
-        """(weight, lora_A, lora_B, scaling, name) as `check_finite` takes them."""
-        return self.weight, self.lora_A, self.lora_B, self.scaling, self.name or "FusedReLoRaLinear"
+        """(weight, lora_A, lora_B, scaling, name) as `check_finite` takes them.
+
+        Whole tensors, so that all ranks of a sharded model come to one verdict; a weight whose values
+        do not matter for it (all but float16) is not gathered.
+        """
+        weight = self.weight.detach()
+        if sharding.is_sharded(weight):
+            narrow = weight.dtype == torch.float16
+            weight = (
+                sharding.whole(weight) if narrow else weight.new_empty(weight.shape, device="meta")
+            )
+        lora_A, lora_B = sharding.whole(self.lora_A.detach()), sharding.whole(self.lora_B.detach())
+        return weight, lora_A, lora_B, self.scaling, self.name or "FusedReLoRaLinear"
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -191,8 +205,15 @@ class FusedReLoRaLinear(nn.Linear):
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone."""
+        if sharding.is_sharded(self.weight):
+            raise TypeError(
+                f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
+                f"load the full state_dict into an unsharded model and merge that"
+            )
         check_finite([self.merge_arguments()])
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta"
+        )
         merged = self.weight.detach().clone()
         residual = self.weight_residual
         rounding = "nearest" if residual is None else "compensated"
@@ -202,20 +223,29 @@ class FusedReLoRaLinear(nn.Linear):
         return linear.train(self.training)
 
     def _add_update(self) -> None:
+        """The merge itself, on this rank's rows of W and B where they are sharded."""
         rounding = self.rounding
         if rounding == "compensated" and self.weight.dtype in _NARROW:
             if self.weight_residual is None:
                 self.weight_residual = self._host_residual()
-        seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
+        weight, first_row = sharding.local_rows(self.weight)
         residual = self.weight_residual if rounding == "compensated" else None
+        if residual is not None and len(residual) != len(weight):  # made before W was sharded
+            residual = residual[first_row : first_row + len(weight)].clone()
+            self.weight_residual = residual
+        lora_B, _ = sharding.local_rows(self.lora_B)
+        seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
         merge_unchecked(
-            self.weight, self.lora_A, self.lora_B, self.scaling, rounding, residual, seed
+            weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed
         )
 
     def _host_residual(self) -> torch.Tensor:
-        """Zeros like W in host memory, pinned where W is on a GPU: it is read at merges alone."""
-        pin = self.weight.is_cuda
-        return torch.zeros(self.weight.shape, dtype=self.weight.dtype, device="cpu", pin_memory=pin)
+        """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at
+        merges alone."""
+        weight, _ = sharding.local_rows(self.weight)
+        return torch.zeros(
+            weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda
+        )
 
     def _apply(self, fn, recurse=True):
         before = self.weight.dtype

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear
 from relora_kernels.ops.merge import ROUNDINGS, check_finite
 
@@ -51,7 +52,9 @@ class ReLoRaConfig:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"ReLoRaConfig: expected rank r >= 1, got {self.r!r}")
         if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ValueError(f"ReLoRaConfig: expected 0 <= lora_dropout <= 1, got {self.lora_dropout}")
+            raise ValueError(
+                f"ReLoRaConfig: expected 0 <= lora_dropout <= 1, got {self.lora_dropout}"
+            )
         if self.merge_rounding not in (None, *ROUNDINGS):
             raise ValueError(
                 f"ReLoRaConfig: expected merge_rounding None or one of {ROUNDINGS}, "
@@ -59,8 +62,12 @@ class ReLoRaConfig:
             )
         for name in ("lora_dtype", "weight_dtype"):
             dtype = getattr(self, name)
-            if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise ValueError(f"ReLoRaConfig: expected {name} a floating torch.dtype, got {dtype!r}")
+            if dtype is not None and not (
+                isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            ):
+                raise ValueError(
+                    f"ReLoRaConfig: expected {name} a floating torch.dtype, got {dtype!r}"
+                )
 
 
 def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Module:
@@ -107,9 +114,7 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     return model
 
 
-def relora_layers(
-    model: nn.Module, required: bool = True
-) -> list[tuple[str, FusedReLoRaLinear]]:
+def relora_layers(model: nn.Module, required: bool = True) -> list[tuple[str, FusedReLoRaLinear]]:
     """(path, layer) of every FusedReLoRaLinear in `model`; ValueError if there is none."""
     layers = [(p, m) for p, m in model.named_modules() if isinstance(m, FusedReLoRaLinear)]
     if required and not layers:
@@ -136,14 +141,19 @@ def merge_and_reinit(model: nn.Module) -> int:
     model computes stays the same up to the rounding of W. Reset the optimizer's moments and the
     learning rate at the same step (`ReLoRaSchedule` does all three).
 
+    Parameters sharded by FSDP2's fully_shard are merged shard by shard, with the same result; call
+    it on every rank then.
+
     Raises RuntimeError while gradients of A or B are pending, and FloatingPointError if any layer's
     update is not finite; nothing is changed then.
     """
+    sharding.reshard(model)
     layers = relora_layers(model)
     for path, layer in layers:
         for key in ("lora_A", "lora_B", "lora_scaling"):
             parameter = getattr(layer, key)
-            if parameter is not None and parameter.grad is not None and parameter.grad.any():
+            gradient = None if parameter is None else parameter.grad
+            if gradient is not None and sharding.whole(gradient).any():
                 raise RuntimeError(
                     f"merge_and_reinit: expected no pending gradients, got {path}.{key}.grad, a "
                     f"gradient of factors that the merge replaces; call optimizer.step() and "
@@ -162,7 +172,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     In place; returns `model` (the new nn.Linear, if `model` is itself one layer). W is rounded to
     nearest, residual included. Raises FloatingPointError, with nothing changed, if an update is not
-    finite.
+    finite, and TypeError for a sharded model.
     """
     layers = relora_layers(model)
     check_finite([layer.merge_arguments() for _, layer in layers])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from relora_kernels import sharding
 from relora_kernels.ops import checks
 from relora_kernels.ops.prune import prune_
 from relora_kernels.reference import philox
@@ -42,8 +43,9 @@ def reset_optimizer(
             are about three times the learning rate (0.1 / sqrt(0.001)).
 
     Raises ValueError for parameters that are not the optimizer's or arguments out of range, and
-    TypeError, naming the optimizer and the state, for state that is not plain Adam moments (8-bit
-    codes, sharded tensors, momentum buffers); nothing is changed then.
+    TypeError, naming the optimizer and the state, for state that is not floating Adam moments (8-bit
+    codes, momentum buffers); nothing is changed then. Moments sharded by FSDP2 give the unsharded
+    result; call it on every rank then.
     """
     if mode not in MODES:
         raise ValueError(f"reset_optimizer: expected mode to be one of {MODES}, got {mode!r}")
@@ -84,11 +86,27 @@ def _prune_paired(first, seconds, mode, ratio, seed) -> None:
 
 def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
     tensors = [t for _, t in moments]
-    if mode == "magnitude":
+    if any(sharding.is_sharded(t) for t in tensors):
+        _prune_gathered(moments, mode, ratio, seed, paired_with or [])
+    elif mode == "magnitude":
         prune_(tensors, ratio, paired_with)
     else:
         seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
         prune_random_(tensors, ratio, paired_with, seeds)
+
+
+def _prune_gathered(moments, mode, ratio, seed, partners) -> None:
+    """Sharded moments, one pair at a time: gathered, pruned as a whole, this rank's rows kept.
+
+    The factors are small, so the result can be the unsharded one exactly at little cost.
+    """
+    for n, (i, moment) in enumerate(moments):
+        pair = [moment, *partners[n : n + 1]]
+        copies = [sharding.whole(t).clone() for t in pair]
+        _prune([(i, copies[0])], mode, ratio, seed, copies[1:] or None)
+        for t, copy in zip(pair, copies):
+            local, first = sharding.local_rows(t)
+            local.copy_(copy[first : first + len(local)])
 
 
 def adam_states(optimizer, params) -> list[tuple[int, dict]]:
@@ -111,7 +129,8 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
 def _refuse_other_state(optimizer, state) -> None:
     for key in ("exp_avg", "exp_avg_sq"):
         moment = state.get(key)
-        if type(moment) is torch.Tensor and moment.dtype in checks.FLOATS:
+        plain = type(moment) is torch.Tensor or sharding.is_sharded(moment)
+        if plain and moment.dtype in checks.FLOATS:
             continue
         got = f"no {key!r} (state: {', '.join(sorted(map(str, state)))})"
         if moment is not None:
@@ -119,7 +138,7 @@ def _refuse_other_state(optimizer, state) -> None:
         raise TypeError(
             f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating "
             f"tensors, got {got} from {type(getattr(optimizer, 'optimizer', optimizer)).__name__}; "
-            f"use a full-precision, unsharded Adam such as torch.optim.AdamW"
+            f"use a full-precision Adam such as torch.optim.AdamW"
         )
 
 

@@ -25,5 +25,7 @@ def assert_as_good_as(actual, eager, exact, factor: float) -> None:
     can be exact by luck in one of the two.
     """
     ours, theirs = error(actual, exact), error(eager, exact)
-    last_place = torch.finfo(actual.dtype).eps / 2 * exact.abs().max().item() if exact.numel() else 0.0
+    last_place = (
+        torch.finfo(actual.dtype).eps / 2 * exact.abs().max().item() if exact.numel() else 0.0
+    )
     assert ours <= factor * theirs + last_place, f"error {ours:.3g}, eager's {theirs:.3g}"

@@ -41,7 +41,9 @@ def test_environment_variable(monkeypatch):
     with use_backend("auto"):
         assert current_backend() == "auto"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fastest")
-    with pytest.raises(ValueError, match="RELORA_KERNELS_BACKEND.*auto, reference, triton, cuda; got 'fastest'"):
+    with pytest.raises(
+        ValueError, match="RELORA_KERNELS_BACKEND.*auto, reference, triton, cuda; got 'fastest'"
+    ):
         current_backend()
 
 
@@ -53,7 +55,10 @@ def test_unknown_names_are_refused():
 
 def test_a_named_backend_says_why_it_cannot_serve_case7():
     x, w, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
-    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda'.*python -m relora_kernels"):
+    with (
+        use_backend("cuda"),
+        pytest.raises(BackendUnavailable, match="'cuda'.*python -m relora_kernels"),
+    ):
         merge_(w, a, b, 1.0)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="lora_linear"):
         relora_kernels.lora_linear(x, w, a, b, 1.0)
@@ -74,7 +79,9 @@ def test_every_backend_of_an_op_offers_the_same_functions():
             for function in functions:
                 ours = getattr(module, function).__code__
                 theirs = getattr(op.IMPLEMENTATIONS["reference"], function).__code__
-                assert ours.co_varnames[: ours.co_argcount] == theirs.co_varnames[: theirs.co_argcount]
+                assert (
+                    ours.co_varnames[: ours.co_argcount] == theirs.co_varnames[: theirs.co_argcount]
+                )
 
 
 class TestFolderNamedTriton:
@@ -83,7 +90,9 @@ class TestFolderNamedTriton:
     def test_it_is_no_package(self):
         assert not (ROOT / "triton" / "__init__.py").exists()
 
-    @pytest.mark.skipif(backends.triton_missing() is not None, reason=str(backends.triton_missing()))
+    @pytest.mark.skipif(
+        backends.triton_missing() is not None, reason=str(backends.triton_missing())
+    )
     @pytest.mark.parametrize("where", ["root", "elsewhere"])
     def test_import_triton_is_the_compiler(self, where, tmp_path):
         result = python(
@@ -127,8 +136,21 @@ def test_importing_needs_no_gpu_and_is_silent():
 
 def test_python_m_relora_kernels_tells_what_is_there():
     result = subprocess.run(
-        [sys.executable, "-m", "relora_kernels"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "relora_kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    for words in ("relora_kernels", "torch", "lora_linear", "merge_", "prune_", "reference", "triton", "cuda"):
+    for words in (
+        "relora_kernels",
+        "torch",
+        "lora_linear",
+        "merge_",
+        "prune_",
+        "reference",
+        "triton",
+        "cuda",
+    ):
         assert words in result.stdout

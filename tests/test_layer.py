@@ -93,7 +93,9 @@ def test_a_merge_keeps_the_function_and_adds_the_scaled_update_fault_3(rounding,
     assert layer.merge_count == 1
     # |dy| <= sum over k of |dW| |x|, and rounding of y itself.
     room = step @ x.double().abs().T
-    assert ((layer(x).double() - y).abs() <= room.T + 4 * torch.finfo(dtype).eps * y.abs().max()).all()
+    assert (
+        (layer(x).double() - y).abs() <= room.T + 4 * torch.finfo(dtype).eps * y.abs().max()
+    ).all()
 
 
 def test_trainable_scale_is_merged_and_restarts(device):
@@ -136,7 +138,13 @@ def test_named_layers_draw_from_seed_name_and_count_alone_fault_7():
     assert torch.equal(draws(1, "a"), draws(1, "a"))
     assert torch.equal(draws(1, "a", merges=3), draws(1, "a", merges=3))
     assert torch.equal(draws(1, "a").bfloat16(), draws(1, "a", torch.bfloat16))
-    different = [draws(1, "a"), draws(2, "a"), draws(1, "b"), draws(1, "a", merges=2), draws(1, "a", merges=0)]
+    different = [
+        draws(1, "a"),
+        draws(2, "a"),
+        draws(1, "b"),
+        draws(1, "a", merges=2),
+        draws(1, "a", merges=0),
+    ]
     for i, a in enumerate(different):
         assert all(not torch.equal(a, b) for b in different[:i])
 

@@ -48,7 +48,9 @@ def check_against_fp64(tensors, scaling=0.25):
     dy = dy.to(tensors[0].dtype)
     # The oracle computes from what the formula is given: A and B as rounded to x's dtype.
     doubled = [
-        None if t is None else t.detach().to(tensors[0].dtype).double().requires_grad_(t.requires_grad)
+        None
+        if t is None
+        else t.detach().to(tensors[0].dtype).double().requires_grad_(t.requires_grad)
         for t in tensors
     ]
     exact = results(eager_lora_linear, doubled, dy.double(), scaling)
@@ -320,7 +322,14 @@ def test_gradient_checkpointing_replays_the_same_mask(device):
 
 def good():
     x, weight, lora_A, lora_B, bias = (t.detach() for t in operands(4, 8, 6, 2, torch.float32))
-    return {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "scaling": 0.5, "bias": bias}
+    return {
+        "x": x,
+        "weight": weight,
+        "lora_A": lora_A,
+        "lora_B": lora_B,
+        "scaling": 0.5,
+        "bias": bias,
+    }
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,14 @@ def test_a_wrapped_model_is_refused_case45():
 def test_a_tied_weight_is_refused_case36():
     model = Model()
     model.blocks[1].attn["q_proj"].weight = model.blocks[0].attn["q_proj"].weight
-    with pytest.raises(ValueError, match="blocks.0.attn.q_proj.weight, blocks.1.attn.q_proj.weight"):
+    with pytest.raises(
+        ValueError, match="blocks.0.attn.q_proj.weight, blocks.1.attn.q_proj.weight"
+    ):
         apply_relora(model, ReLoRaConfig(r=2))
     assert not relora_layers(model, required=False)
-    model.head.weight = nn.Parameter(model.embed.weight)  # tied head and embedding are nobody's target
+    model.head.weight = nn.Parameter(
+        model.embed.weight
+    )  # tied head and embedding are nobody's target
     apply_relora(model, ReLoRaConfig(r=2, exclude_modules=["q_proj"]))
 
 

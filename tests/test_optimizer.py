@@ -91,7 +91,9 @@ def test_amsgrad_maxima_are_pruned_too(mode, paired):
             assert torch.equal(state["exp_avg_sq"] == 0, state["exp_avg"] == 0)
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
+@pytest.mark.parametrize(
+    "cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam]
+)
 def test_reset_step(cls):
     optimizer, params, _ = adam(cls)
     reset_optimizer(optimizer, params[:1], "zero", reset_step=True)

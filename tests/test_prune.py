@@ -59,7 +59,10 @@ def test_threshold_matches_torch_quantile_bit_for_bit():
         n = int(torch.randint(1, 3000, ()))
         ratio = RATIOS[trial % len(RATIOS)] if trial % 2 else float(torch.rand(()))
         t = torch.randn(n).abs()
-        assert torch.equal(reference.magnitude_quantile(t, ratio), torch.quantile(t, ratio)), (n, ratio)
+        assert torch.equal(reference.magnitude_quantile(t, ratio), torch.quantile(t, ratio)), (
+            n,
+            ratio,
+        )
 
 
 def test_more_than_two_to_the_24_elements_case49():

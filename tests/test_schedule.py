@@ -18,7 +18,10 @@ from relora_kernels.model import relora_layers
 
 def some_optimizer(lr=1.0, groups=1):
     return torch.optim.AdamW(
-        [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr * (i + 1)} for i in range(groups)]
+        [
+            {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": lr * (i + 1)}
+            for i in range(groups)
+        ]
     )
 
 
@@ -134,7 +137,9 @@ def test_the_reset_touches_the_factors_alone():
 
 def test_reset_mode_none_leaves_the_moments():
     model, _, optimizer, log = small_run(total=5, steps=4, reset_mode=None)
-    assert log[-1][2] and all(s["exp_avg"].any() for p, s in optimizer.state.items() if p is not model[0].lora_A)
+    assert log[-1][2] and all(
+        s["exp_avg"].any() for p, s in optimizer.state.items() if p is not model[0].lora_A
+    )
 
 
 def test_a_skipped_scheduler_step_moves_all_three_together():

@@ -5,16 +5,18 @@ factors, which stay in L2. FLOPs: 2 r an element. Formula and rounding: relora_k
 """
 
 import torch
-
 import triton
 import triton.language as tl
-from relora_kernels import backend
-from relora_kernels._triton import philox, rounding as rounding_mode
 
-# Tile of W, step along r, warps. float32 factors go through three tf32 products, which keep float32's
-# precision; 16-bit factors are exact in tf32.
+from relora_kernels import backend
+from relora_kernels._triton import philox
+from relora_kernels._triton import rounding as rounding_mode
+
+# Tile of W, step along r, warps.
 CONFIG = {"BLOCK_OUT": 64, "BLOCK_IN": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 2}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Three tf32 products keep float32's precision; 16-bit factors are exact in one.
+PRECISION = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32x3"}
 
 
 @triton.jit
@@ -91,7 +93,9 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
     out_features, in_features = weight.shape
     if weight.numel() == 0:
         return
-    tiles = triton.cdiv(out_features, CONFIG["BLOCK_OUT"]) * triton.cdiv(in_features, CONFIG["BLOCK_IN"])
+    tiles = triton.cdiv(out_features, CONFIG["BLOCK_OUT"]) * triton.cdiv(
+        in_features, CONFIG["BLOCK_IN"]
+    )
     stored = weight if residual is None else residual
     with torch.cuda.device_of(weight):
         merge_kernel[(tiles,)](
@@ -103,7 +107,7 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
             FACTOR_DTYPE=DTYPES[lora_A.dtype],
             ROUNDING=rounding,
             HAS_RESIDUAL=residual is not None,
-            PRECISION="tf32x3" if lora_A.dtype == torch.float32 else "tf32",
+            PRECISION=PRECISION[DTYPES[lora_A.dtype]],
             enable_fp_fusion=False,  # s * BA and the sum are two roundings in every backend
             **CONFIG,
         )  # fmt: skip

@@ -19,6 +19,8 @@ def bits16(seed, stream, rows, cols0, COLS: tl.constexpr):
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + stream, zero)
     # Element lanes 0..7 are (w0 low, w0 high, w1 low, ...); interleaving a, b gives a0, b0, a1, b1.
-    low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    low = tl.interleave(
+        tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF)
+    )
     high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(low, high)

@@ -33,7 +33,9 @@ def plain_tensors(op: str, **tensors) -> None:
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
-        raise ValueError(f"{op}: expected all tensors on one device, got {got}; move them with .to()")
+        raise ValueError(
+            f"{op}: expected all tensors on one device, got {got}; move them with .to()"
+        )
 
 
 def lora_shapes(op: str, weight, lora_A, lora_B) -> None:

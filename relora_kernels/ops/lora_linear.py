@@ -48,7 +48,19 @@ def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
 
 @torch.library.register_fake("relora_kernels::_lora_linear_backward", lib=LIBRARY)
 def _backward_fake(
-    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
 ):
     return (
         x.new_empty(x.shape if need_dx else 0),
@@ -71,7 +83,9 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, lora_A, lora_B, p, seed)
         ctx.scaling, ctx.dropout_p, ctx.x_shape = scaling, dropout_p, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        # As F.linear: the result is no view for autograd, so in-place operations on it stay legal
+        # under FSDP2, whose hooks a view would drop.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -181,7 +195,9 @@ def _autocast(x, weight, bias):
     dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t):
-        eligible = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        eligible = (
+            isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        )
         return t.to(dtype) if eligible else t
 
     return cast(x), cast(weight), cast(bias)

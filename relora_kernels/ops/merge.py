@@ -79,9 +79,7 @@ def merge_unchecked(weight, lora_A, lora_B, scaling, rounding, residual, seed) -
     staged = residual
     if residual is not None and residual.device != weight.device:
         staged = residual.to(weight.device, non_blocking=True)
-    torch.ops.relora_kernels._merge_(
-        weight, lora_A, lora_B, scaling, rounding, staged, seed
-    )
+    torch.ops.relora_kernels._merge_(weight, lora_A, lora_B, scaling, rounding, staged, seed)
     if staged is not residual:
         residual.copy_(staged)
     return weight
@@ -131,7 +129,7 @@ def check_finite(updates) -> None:
     one synchronisation for all layers settle the usual case; the product is formed, in pieces, only
     for an update whose bound does not settle it.
     """
-    updates = [u for u in updates if u[0].numel() > 0]
+    updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0]
     if not updates:
         return
     bounds = torch.stack([_update_bound(*u[:4]).cpu() for u in updates]).tolist()
@@ -145,7 +143,9 @@ def check_finite(updates) -> None:
 
 
 def _update_bound(weight, lora_A, lora_B, scaling) -> torch.Tensor:
-    bound = abs(scaling) * lora_A.shape[0] * lora_A.abs().amax().double() * lora_B.abs().amax().double()
+    bound = (
+        abs(scaling) * lora_A.shape[0] * lora_A.abs().amax().double() * lora_B.abs().amax().double()
+    )
     return bound + weight.abs().amax().double() if weight.dtype == torch.float16 else bound
 
 
@@ -156,8 +156,8 @@ def _largest(dtype: torch.dtype) -> float:
 
 def _is_finite(weight, lora_A, lora_B, scaling) -> bool:
     work = torch.promote_types(weight.dtype, torch.float32)
-    rows_at_once = max(1, 2**24 // weight.shape[1])
-    for row in range(0, weight.shape[0], rows_at_once):
+    rows_at_once = max(1, 2**24 // lora_A.shape[1])
+    for row in range(0, lora_B.shape[0], rows_at_once):
         update = (lora_B[row : row + rows_at_once].to(work) @ lora_A.to(work)) * scaling
         if weight.dtype == torch.float16:
             w = weight[row : row + rows_at_once]

@@ -23,7 +23,19 @@ def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -
 
 
 def why_not_backward(
-    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
 ) -> str | None:
     return None
 
@@ -37,7 +49,19 @@ def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
 
 
 def backward(
-    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
 

@@ -34,9 +34,7 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
             value = value + residual[row : row + rows_at_once].to(work)
         value = value + (lora_B[row : row + rows_at_once].to(work) @ a) * _as(scaling, work)
         if rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
-            bits = philox.bits16(
-                seed, philox.STREAM_ROUND, tuple(w.shape), (row, 0), weight.device
-            )
+            bits = philox.bits16(seed, philox.STREAM_ROUND, tuple(w.shape), (row, 0), weight.device)
             new = stochastic_round(value, bits, weight.dtype)
         else:
             new = value.to(weight.dtype)

@@ -81,7 +81,7 @@ def bits16(seed, stream: int, shape: tuple[int, int], start=(0, 0), device=None)
     return flat[:, offset : offset + shape[1]]
 
 
-def uniform_(tensor: torch.Tensor, bound: float, seed, start_row: int = 0) -> torch.Tensor:
+def uniform_(tensor: torch.Tensor, start_row: int, bound: float, seed) -> torch.Tensor:
     """Fill a 2-D `tensor` with U(-bound, bound), keyed by logical element; returns it.
 
     Element = (n - 2^23) * fl32(bound * 2^-23) with n the upper 24 of its 32 bits: one rounding, so

@@ -1,0 +1,43 @@
+"""Parameters and moments that FSDP2 has sharded (DTensor), as plain tensors.
+
+Supported placement: rows (dimension 0) over one mesh dimension, as `fully_shard` does, and replicas.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """A DTensor, by its mesh: torch.distributed need not be there."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The logical tensor, gathered from all ranks if it is sharded. A collective: call on every rank."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(this rank's rows, a view; the logical number of the first of them)."""
+    if not is_sharded(tensor):
+        return tensor, 0
+    sharded = [dim for dim, p in enumerate(tensor.placements) if not p.is_replicate()]
+    if len(sharded) > 1 or any(not tensor.placements[dim].is_shard(0) for dim in sharded):
+        raise ValueError(
+            f"expected a parameter sharded by rows over one mesh dimension, as "
+            f"torch.distributed.fsdp.fully_shard does by default, got {tensor.placements}"
+        )
+    first = 0
+    for dim in sharded:
+        rows_a_rank = -(-tensor.shape[0] // tensor.device_mesh.size(dim))  # torch.chunk's rule
+        first = min(tensor.device_mesh.get_local_rank(dim) * rows_a_rank, tensor.shape[0])
+    return tensor.to_local(), first
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Put FSDP2's parameters back into shards: after a forward pass a module may hold the whole ones,
+    and what is written to those is lost."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
