@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.optimizer import MODES, adam_states, reset_optimizer
@@ -47,7 +49,8 @@ class JaggedLR(LRScheduler):
 
     Args:
         optimizer: its param groups' lr are the base rates.
-        base_schedule: f, a function step -> multiplier, or a LambdaLR (then its lr_lambdas).
+        base_schedule: f, a function step -> multiplier, or any of torch's or transformers' schedulers
+            that follow the step alone, made for `optimizer` and not stepped yet.
         restart_every, restart_warmup_steps, anneal_steps: steps; restart_warmup_steps + anneal_steps
             <= restart_every.
         total_steps: length of the run, if known: there is no restart at or after it.
@@ -58,7 +61,7 @@ class JaggedLR(LRScheduler):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        base_schedule: Callable[[int], float] | LambdaLR,
+        base_schedule: Callable[[int], float] | LRScheduler,
         restart_every: int,
         restart_warmup_steps: int,
         anneal_steps: int = 0,
@@ -72,14 +75,16 @@ class JaggedLR(LRScheduler):
         _require("JaggedLR", restart_warmup_steps + anneal_steps <= restart_every,
                  f"restart_warmup_steps + anneal_steps <= restart_every = {restart_every}",
                  restart_warmup_steps + anneal_steps)  # fmt: skip
-        if isinstance(base_schedule, LambdaLR):
-            self.base_schedules = list(base_schedule.lr_lambdas)
+        groups = len(optimizer.param_groups)
+        if isinstance(base_schedule, LRScheduler):
+            recorded = _Recorded(base_schedule)
+            self.base_schedules = [functools.partial(recorded, i) for i in range(groups)]
         elif callable(base_schedule):
-            self.base_schedules = [base_schedule] * len(optimizer.param_groups)
+            self.base_schedules = [base_schedule] * groups
         else:
             raise ValueError(
-                f"JaggedLR: expected base_schedule to be a function step -> multiplier or a LambdaLR, "
-                f"got {type(base_schedule).__name__}"
+                f"JaggedLR: expected base_schedule to be a function step -> multiplier or an "
+                f"LRScheduler, got {type(base_schedule).__name__}"
             )
         self.restart_every, self.restart_warmup_steps = restart_every, restart_warmup_steps
         self.anneal_steps, self.total_steps = anneal_steps, total_steps
@@ -123,6 +128,31 @@ class JaggedLR(LRScheduler):
         super().load_state_dict(state_dict)
 
 
+class _Recorded:
+    """A scheduler as a function of the step: a copy of it walks ahead on a stand-in optimizer."""
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        fresh = not isinstance(scheduler, ReduceLROnPlateau) and scheduler.last_epoch == 0
+        _require("JaggedLR", fresh, "a base_schedule that follows the step alone, not stepped yet",
+                 f"{type(scheduler).__name__} at step {scheduler.last_epoch}")  # fmt: skip
+        groups = scheduler.optimizer.param_groups
+        rest = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        stand_in = torch.optim.Optimizer([{"params": [torch.zeros(1)], **r} for r in rest], {})
+        self.scheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+        self.initial = [group["initial_lr"] for group in groups]
+        self.rates = [[group["lr"] for group in groups]]  # [step][param group]
+
+    def __call__(self, group: int, step: int) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # the stand-in is never stepped, which torch warns about
+            while len(self.rates) <= step:
+                self.scheduler.step()
+                self.rates.append([g["lr"] for g in self.scheduler.optimizer.param_groups])
+        return self.rates[step][group] / self.initial[group] if self.initial[group] else 0.0
+
+
 class ReLoRaSchedule:
     """One boundary for merge, optimizer reset and learning-rate restart.
 
@@ -147,7 +177,7 @@ class ReLoRaSchedule:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        base_schedule: Callable[[int], float] | LambdaLR,
+        base_schedule: Callable[[int], float] | LRScheduler,
         restart_every: int,
         restart_warmup_steps: int,
         total_steps: int | None = None,

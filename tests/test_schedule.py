@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from relora_kernels import (
@@ -56,13 +57,39 @@ def test_the_optimizer_gets_these_rates_with_each_group_its_own_base():
 def test_any_base_schedule():
     constant = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 5)
     assert [constant.multiplier(t) for t in (0, 9, 10, 11, 14, 15, 20)] == [1, 1, 0, 0.2, 0.8, 1, 0]
-    optimizer = some_optimizer(groups=2)
-    base = LambdaLR(optimizer, [lambda t: 1.0, lambda t: 0.5])
-    jagged = JaggedLR(optimizer, base, 10, 5)
-    assert jagged.get_lr() == [1.0, 2 * 0.5]
     transformers = pytest.importorskip("transformers")
     linear = transformers.get_linear_schedule_with_warmup(some_optimizer(), 5, 100)
     assert JaggedLR(some_optimizer(), linear, 10, 5).multiplier(50) == 0.0
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda o: LambdaLR(o, [lambda t: 1 / (t + 1), lambda t: 0.5]),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.01),
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=[1.0, 2.0], total_steps=50),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.StepLR(o, 7)], [5]
+        ),
+    ],
+)
+def test_torchs_own_schedulers_as_base(base):
+    plain, optimizer = some_optimizer(groups=2), some_optimizer(groups=2)
+    expected, scheduler = base(plain), JaggedLR(optimizer, base(optimizer), 10, 3)
+    rates = []
+    for step in range(40):
+        rates.append([g["lr"] for g in plain.param_groups])
+        if step < 10 or step % 10 >= 3:
+            assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(rates[-1]), step
+        for o, s in ((plain, expected), (optimizer, scheduler)):
+            o.step()
+            s.step()
+    json.dumps(scheduler.state_dict())
+    with pytest.raises(ValueError, match="not stepped yet, got LambdaLR at step 1"):
+        stepped = LambdaLR(some_optimizer(), lambda t: 1.0)
+        stepped.optimizer.step()
+        stepped.step()
+        JaggedLR(some_optimizer(), stepped, 10, 3)
 
 
 def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():
