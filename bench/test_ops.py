@@ -128,7 +128,7 @@ def test_merge(benchmark, shape, name):
     if backend in merge_op.IMPLEMENTATIONS:
         with use_backend(backend):
             module, arguments = merge_op.IMPLEMENTATIONS[backend], (weight, lora_A, lora_B, 0.25)
-            if reason := module.why_not(*arguments, "nearest", None, 0):
+            if reason := module.why_not(*arguments, "nearest", None, 0, 0):
                 pytest.skip(reason)
     merged, exact = weight.clone(), weight.double() + 0.25 * (lora_B.double() @ lora_A.double())
     MERGES[name](merged, lora_A, lora_B, 0.25)

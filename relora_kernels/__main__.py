@@ -55,7 +55,7 @@ def _calls(device: torch.device):
         "lora_linear backward", linear, "why_not_backward",
         (x, x, *factors, x, 1.0, 0.0, None, True, True, True, True),
     )  # fmt: skip
-    yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0)
+    yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0, 0)
     yield "prune_", pruning, "why_not", ([lora_A], 0.9, [lora_B])
 
 

@@ -236,8 +236,9 @@ class FusedReLoRaLinear(nn.Linear):
         lora_B, _ = sharding.local_rows(self.lora_B)
         seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
         merge_unchecked(
-            weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed
-        )
+            weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed,
+            first_row,
+        )  # fmt: skip
 
     def _host_residual(self) -> torch.Tensor:
         """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at

@@ -22,7 +22,7 @@ def backends() -> list[str]:
     """Those that can serve a merge on this machine's test device."""
     found = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    args = (*factors(8, 8, 2, device=device), 1.0, "nearest", None, 0)
+    args = (*factors(8, 8, 2, device=device), 1.0, "nearest", None, 0, 0)
     for name, module in op.IMPLEMENTATIONS.items():
         with use_backend(name):
             if module.why_not(*args) is None:
@@ -238,7 +238,7 @@ def test_opcheck(rounding):
     with use_backend("reference"):
         torch.library.opcheck(
             torch.ops.relora_kernels._merge_.default,
-            (weight, lora_A, lora_B, 0.5, rounding, residual, 3),
+            (weight, lora_A, lora_B, 0.5, rounding, residual, 3, 0),
         )
 
 
@@ -298,3 +298,17 @@ def test_named_backend_never_falls_back():
         if name in op.IMPLEMENTATIONS:
             with use_backend(name), pytest.raises(BackendUnavailable, match=name):
                 merge_(weight, lora_A, lora_B, 1.0)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_piece_of_rows_draws_the_whole_weights_bits(backend, device):
+    """A shard's rows are rounded as they are in the unsharded weight."""
+    weight, lora_A, _ = factors(20, 45, 3, torch.bfloat16, device=device)
+    lora_B = torch.randint(-4, 4, (20, 3), device=device).float() / 2**9
+    lora_A = (lora_A * 4).round()
+    with use_backend(backend):
+        whole = merge_(weight.clone(), lora_A, lora_B, 1.0, "stochastic", seed=8)
+        piece = op.merge_unchecked(
+            weight[7:15].clone(), lora_A, lora_B[7:15], 1.0, "stochastic", None, 8, first_row=7
+        )
+    assert torch.equal(piece, whole[7:15])

@@ -24,7 +24,7 @@ def merge_kernel(
     w_ptr, a_ptr, b_ptr, residual_ptr,
     out_features, in_features, r,
     w_stride0, w_stride1, a_stride0, a_stride1, b_stride0, b_stride1, res_stride0, res_stride1,
-    scaling, seed: "i64",  # noqa: F821
+    scaling, seed: "i64", first_row,  # noqa: F821
     W_DTYPE: tl.constexpr, FACTOR_DTYPE: tl.constexpr, ROUNDING: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -65,7 +65,7 @@ def merge_kernel(
         value += rounding_mode.widen(tl.load(res_ptrs, mask=row_ok & col_ok, other=0), W_DTYPE)
     value = value + update * scaling
     if ROUNDING == "stochastic":
-        random = philox.bits16(seed, philox.STREAM_ROUND, rows, col0, BLOCK_IN)
+        random = philox.bits16(seed, philox.STREAM_ROUND, first_row + rows, col0, BLOCK_IN)
         new = rounding_mode.narrow_stochastic(value, random, W_DTYPE)
     else:
         new = rounding_mode.narrow(value, W_DTYPE)
@@ -75,7 +75,7 @@ def merge_kernel(
         tl.store(res_ptrs, rounding_mode.narrow(rest, W_DTYPE), mask=row_ok & col_ok)
 
 
-def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> str | None:
+def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
     for name, tensor in (("weight", weight), ("lora_A and lora_B", lora_A)):
         if tensor.dtype not in DTYPES:
             return f"{name} in {tensor.dtype}; the kernel takes bfloat16, float16 and float32"
@@ -88,7 +88,7 @@ def interpreted() -> bool:
     return not isinstance(merge_kernel, triton.JITFunction)
 
 
-def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
+def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> None:
     """Arguments as checked by ops/merge.py; residual on weight's device."""
     out_features, in_features = weight.shape
     if weight.numel() == 0:
@@ -102,7 +102,7 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
             _bits(weight), _bits(lora_A), _bits(lora_B), _bits(stored),
             out_features, in_features, lora_A.shape[0],
             *weight.stride(), *lora_A.stride(), *lora_B.stride(), *stored.stride(),
-            scaling, seed,
+            scaling, seed, first_row,
             W_DTYPE=DTYPES[weight.dtype],
             FACTOR_DTYPE=DTYPES[lora_A.dtype],
             ROUNDING=rounding,

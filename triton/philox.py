@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 STREAM_ROUND = tl.constexpr(0)
+STREAM_DROPOUT = tl.constexpr(1)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ ROUNDINGS = ("nearest", "stochastic", "compensated")
 
 LIBRARY.define(
     "_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, str rounding, "
-    "Tensor(b!)? residual, int seed) -> ()"
+    "Tensor(b!)? residual, int seed, int first_row) -> ()"
 )
 
 
@@ -32,7 +32,7 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("relora_kernels::_merge_", lib=LIBRARY)
-def _merge_fake(weight, lora_A, lora_B, scaling, rounding, residual, seed):
+def _merge_fake(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row):
     return None
 
 
@@ -74,12 +74,19 @@ def merge_(
 
 
 @torch.no_grad()
-def merge_unchecked(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> torch.Tensor:
-    """merge_ without its checks: for callers that have checked many layers at once."""
+def merge_unchecked(
+    weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row=0
+) -> torch.Tensor:
+    """merge_ without its checks: for callers that have checked many layers at once.
+
+    `first_row` is the logical row of weight[0], where weight and lora_B are rows of a larger layer.
+    """
     staged = residual
     if residual is not None and residual.device != weight.device:
         staged = residual.to(weight.device, non_blocking=True)
-    torch.ops.relora_kernels._merge_(weight, lora_A, lora_B, scaling, rounding, staged, seed)
+    torch.ops.relora_kernels._merge_(
+        weight, lora_A, lora_B, scaling, rounding, staged, seed, first_row
+    )
     if staged is not residual:
         residual.copy_(staged)
     return weight

@@ -18,12 +18,15 @@ _ROW_BLOCK_ELEMENTS = 2**24  # temporaries stay under some 200 MB whatever the s
 _BF16_MAX_BITS = 0x7F7F0000
 
 
-def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> str | None:
+def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
     return None
 
 
-def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
-    """weight (out, in), lora_A (r, in), lora_B (out, r), residual (out, in) or None; all 2-D."""
+def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> None:
+    """weight (out, in), lora_A (r, in), lora_B (out, r), residual (out, in) or None; all 2-D.
+
+    `first_row` is the logical row of weight[0] (a shard's): random bits belong to logical elements.
+    """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a = lora_A.to(work)
     rows_at_once = max(1, _ROW_BLOCK_ELEMENTS // max(1, weight.shape[1]))
@@ -34,7 +37,9 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> None:
             value = value + residual[row : row + rows_at_once].to(work)
         value = value + (lora_B[row : row + rows_at_once].to(work) @ a) * _as(scaling, work)
         if rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
-            bits = philox.bits16(seed, philox.STREAM_ROUND, tuple(w.shape), (row, 0), weight.device)
+            bits = philox.bits16(
+                seed, philox.STREAM_ROUND, tuple(w.shape), (first_row + row, 0), weight.device
+            )
             new = stochastic_round(value, bits, weight.dtype)
         else:
             new = value.to(weight.dtype)

@@ -1,0 +1,101 @@
+// The Python module relora_kernels._C: integers in (pointers, sizes, strides, a stream), launches
+// out. The one file that includes pybind11, which takes longer to compile than every kernel.
+// Importing it needs neither a GPU nor a driver; the first launch without one raises.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "build_info.h"  // written by cuda_build.py
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, strides in elements
+
+relora::Matrix matrix(const Tensor& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+const std::map<std::string, relora::DType> kDTypes = {
+    {"float32", relora::DType::f32},
+    {"bfloat16", relora::DType::bf16},
+    {"float16", relora::DType::fp16},
+};
+const std::map<std::string, relora::Rounding> kRoundings = {
+    {"nearest", relora::Rounding::nearest},
+    {"stochastic", relora::Rounding::stochastic},
+    {"compensated", relora::Rounding::compensated},
+};
+
+template <typename Code>
+Code code(const std::map<std::string, Code>& codes, const char* what, const std::string& name) {
+  const auto found = codes.find(name);
+  if (found != codes.end()) return found->second;
+  std::string expected;
+  for (const auto& [known, unused] : codes) expected += (expected.empty() ? "" : ", ") + known;
+  throw py::value_error(std::string(what) + ": expected " + expected + ", got " + name);
+}
+
+void check(cudaError_t error, const std::string& call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // a launch failure must not be reported again by the next caller
+  throw std::runtime_error(call + ": " + cudaGetErrorName(error) + ": " +
+                           cudaGetErrorString(error));
+}
+
+void merge(const Tensor& weight, const Tensor& residual, const Tensor& lora_A, const Tensor& lora_B,
+           std::tuple<int64_t, int64_t, int64_t> sizes, const std::string& weight_dtype,
+           const std::string& factor_dtype, const std::string& rounding, double scaling,
+           uint64_t seed, int64_t first_row, int device, uintptr_t stream) {
+  const auto [n, k, r] = sizes;
+  const relora::MergeArgs args{matrix(weight),
+                               matrix(residual),
+                               matrix(lora_A),
+                               matrix(lora_B),
+                               n,
+                               k,
+                               r,
+                               code(kDTypes, "merge: dtype of weight", weight_dtype),
+                               code(kDTypes, "merge: dtype of lora_A and lora_B", factor_dtype),
+                               code(kRoundings, "merge: rounding", rounding),
+                               float(scaling),
+                               seed,
+                               first_row};
+  if (args.rounding == relora::Rounding::compensated && !args.residual.data && n && k)
+    throw py::value_error("merge: rounding='compensated': expected a residual, got none");
+  const std::string call = "merge: weight (" + std::to_string(n) + ", " + std::to_string(k) + ") " +
+                           weight_dtype + ", r = " + std::to_string(r) + ", " + factor_dtype +
+                           " factors, rounding='" + rounding + "', device " +
+                           std::to_string(device);
+  // The static runtime keeps a current device of its own, apart from torch's.
+  check(cudaSetDevice(device), call);
+  check(relora::merge(args, reinterpret_cast<cudaStream_t>(stream)), call);
+}
+
+// CUDA version the driver supports, as 1000 * major + 10 * minor; 0 with no driver.
+int driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "driver_version");
+  return version;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CUDA kernels of relora_kernels. Use them through relora_kernels.";
+  m.attr("archs") = std::vector<std::string>{RELORA_ARCHS};  // machine code, e.g. "80", "90a"
+  m.attr("ptx") = std::vector<std::string>{RELORA_PTX};      // for newer GPUs, at most one
+  m.attr("nvcc_version") = RELORA_NVCC_VERSION;
+  m.attr("cudart_version") = CUDART_VERSION;  // 1000 * major + 10 * minor
+  m.def("driver_version", &driver_version);
+  m.def("merge", &merge, py::arg("weight"), py::arg("residual"), py::arg("lora_A"),
+        py::arg("lora_B"), py::arg("sizes"), py::arg("weight_dtype"), py::arg("factor_dtype"),
+        py::arg("rounding"), py::arg("scaling"), py::arg("seed"), py::arg("first_row"),
+        py::arg("device"), py::arg("stream"));
+}

@@ -1,0 +1,283 @@
+"""Builds `relora_kernels._C`, and is the PEP 517 build backend (setuptools' own, plus nvcc).
+
+Environment variables:
+    RELORA_KERNELS_CUDA   auto (default): build the kernels where nvcc is, fetch it from PyPI where
+                          only a driver is, else install without kernels and note why;
+                          on: no kernels is an error; off: no kernels
+    RELORA_KERNELS_ARCHS  e.g. "80;90a", or "native" for this machine's GPUs
+    MAX_JOBS              parallel compilations; default: all cores
+
+nvcc is looked for in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and among the installed Python
+packages. No torch is needed: the kernels take raw pointers and link CUDA's runtime statically.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+TOOLKIT = Path("/usr/local/cuda")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# The whole set by its metapackage: pinning nvcc alone pulls a newer nvvm, and ptxas fails.
+PYPI_NVCC = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"
+OLDEST_DRIVER = 580  # for CUDA 13
+DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+FATBIN_FLAGS = ["-Xfatbin=-compress-all"]  # six architectures: 0.9 MB instead of 4.2
+
+
+class BuildError(SystemExit):
+    """Ends the build with a message instead of a traceback."""
+
+
+class KnobError(BuildError):
+    """An environment variable has a value that means nothing: an error in every mode."""
+
+
+# ---- Decisions ----------------------------------------------------------------------------------
+
+
+def mode() -> str:
+    value = os.environ.get("RELORA_KERNELS_CUDA", "auto")
+    if value not in ("auto", "on", "off"):
+        raise KnobError(f"RELORA_KERNELS_CUDA: expected auto, on or off, got {value!r}")
+    return value
+
+
+def jobs() -> int:
+    value = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not value.isdecimal() or int(value) < 1:
+        raise KnobError(f"MAX_JOBS: expected a number of jobs >= 1, got {value!r}")
+    return int(value)
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    candidates = [Path(home, "bin", "nvcc") for home in homes]
+    candidates += [Path(on_path)] if on_path else []
+    candidates += [TOOLKIT / "bin" / "nvcc"]
+    candidates += [Path(entry, "nvidia", "cu13", "bin", "nvcc") for entry in sys.path]
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def driver_version() -> int | None:
+    """Major version of the NVIDIA driver on this machine."""
+    if not DRIVER_FILE.exists():
+        return None
+    found = re.search(r"\s(\d+)\.\d+", DRIVER_FILE.read_text())
+    return int(found[1]) if found else None
+
+
+def why_no_fetch() -> str | None:
+    """Why `auto` does not fetch nvcc from PyPI here, where none was found."""
+    driver = driver_version()
+    if driver is None:
+        return "no nvcc found, and no NVIDIA driver to build kernels for"
+    if driver < OLDEST_DRIVER:
+        return f"no nvcc found, and PyPI's needs an NVIDIA driver >= {OLDEST_DRIVER}, got {driver}"
+    return None
+
+
+def build_requirements() -> list[str]:
+    """What the build needs beside setuptools."""
+    if mode() == "off":
+        return []
+    tools = ["ninja", "pybind11"]
+    if find_nvcc():
+        return tools
+    reason = why_no_fetch()
+    if mode() == "on" or reason is None:
+        return [*tools, PYPI_NVCC]
+    print(f"relora_kernels: building without CUDA kernels: {reason}", flush=True)
+    return []
+
+
+# ---- nvcc ---------------------------------------------------------------------------------------
+
+
+def run(*command) -> str:
+    """Output of a command; its last lines where it fails."""
+    try:
+        done = subprocess.run(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-40:])
+        raise BuildError(f"{shlex.join(map(str, command))} exited {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def toolkit_root(nvcc: Path) -> Path:
+    """The toolkit's folder. nvcc may be a wrapper script elsewhere, so it is asked."""
+    here = re.search(r"_HERE_=(.+)", run(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull))
+    if not here:
+        raise BuildError(f"{nvcc} --dryrun: expected a line with _HERE_=, got none")
+    return Path(here[1].strip()).parent
+
+
+def native_archs() -> list[str]:
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = run(*command).split()
+    except BuildError as error:
+        raise KnobError(f"RELORA_KERNELS_ARCHS=native: no GPU to ask: {error}") from error
+    return sorted({line.replace(".", "") for line in lines}, key=int)
+
+
+def archs(nvcc: Path) -> list[str]:
+    """GPU architectures to build for, e.g. ["80", "90a"]."""
+    known = re.findall(r"compute_(\d+)\b", run(nvcc, "--list-gpu-arch"))
+    wanted = os.environ.get("RELORA_KERNELS_ARCHS")
+    if not wanted:
+        return [arch for arch in DEFAULT_ARCHS if arch in known]
+    names = native_archs() if wanted == "native" else wanted.split(";")
+    for name in names:
+        if not re.fullmatch(r"\d+[af]?", name) or name.rstrip("af") not in known:
+            raise KnobError(
+                f'RELORA_KERNELS_ARCHS: expected "native" or a list like "80;90a" out of '
+                f"{', '.join(known)} ({nvcc}), got {name!r} in {wanted!r}"
+            )
+    return names
+
+
+def ptx_arch(names: list[str]) -> list[str]:
+    """The one architecture whose PTX goes in, for GPUs newer than all of them; [] where none can:
+    PTX of an architecture with a suffix ("90a") runs on that one alone."""
+    return sorted((name for name in names if name.isdecimal()), key=int)[-1:]
+
+
+def arch_flags(names: list[str]) -> list[str]:
+    codes = [f"arch=compute_{name},code=sm_{name}" for name in names]
+    codes += [f"arch=compute_{name},code=compute_{name}" for name in ptx_arch(names)]
+    return [f"-gencode={code}" for code in codes]
+
+
+# ---- The build ----------------------------------------------------------------------------------
+
+
+def nvcc_version(nvcc: Path) -> str:
+    release = re.search(r"\bV(\d+\.\d+\.\d+)", run(nvcc, "--version"))
+    if not release:
+        raise BuildError(f"{nvcc} --version: expected a line with V<release>, got none")
+    return release[1]
+
+
+def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
+    import pybind11
+
+    def command(*words) -> str:  # quoted for the shell; $in and $out are ninja's
+        return shlex.join(map(str, words)).replace("$", "$$") + " "
+
+    def path(p: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(p))
+
+    info = {"ARCHS": names, "PTX": ptx_arch(names), "NVCC_VERSION": [nvcc_version(nvcc)]}
+    text = "".join(
+        f"#define RELORA_{name} " + ", ".join(f'"{value}"' for value in values) + "\n"
+        for name, values in info.items()
+    )
+    header = work / "build_info.h"
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+
+    includes = [f"-I{p}" for p in (work, pybind11.get_include(), sysconfig.get_path("include"))]
+    compile_ = command(nvcc, *COMPILE_FLAGS)
+    depend = " -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
+    library = toolkit_root(nvcc) / "lib"  # PyPI's nvcc does not look there by itself
+    threads = min(jobs(), len(names))
+    rules = "rule cuda\n  command = " + compile_
+    rules += command(f"--threads={threads}", *FATBIN_FLAGS, *arch_flags(names)) + depend
+    rules += "rule cxx\n  command = " + compile_ + command(*includes) + depend
+    rules += "rule link\n  command = " + command(nvcc, "-shared", "-cudart=static", f"-L{library}")
+    rules += "$in -o $out\n"
+    objects = []
+    for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
+        objects.append(path(work / f"{source.name}.o"))
+        rule = "cuda" if source.suffix == ".cu" else "cxx"
+        rules += f"build {objects[-1]}: {rule} {path(source)}\n"
+    rules += f"build {path(module)}: link {' '.join(objects)}\n"
+    (work / "build.ninja").write_text(rules)
+
+
+def compile_module(nvcc: Path, work: Path) -> Path:
+    """Compile csrc/ in the folder `work`; returns a module that has been imported once."""
+    names = archs(nvcc)
+    work = work.resolve() / nvcc_version(nvcc)  # another nvcc's objects are not ours
+    work.mkdir(parents=True, exist_ok=True)
+    module = work / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    try:
+        import ninja  # noqa: F401, as `python -m ninja`
+
+        write_ninja(nvcc, names, work, module)
+        run(sys.executable, "-m", "ninja", "-C", work, "-j", jobs())
+    except ImportError as error:
+        raise BuildError(f"{error}; pip install ninja pybind11, or use build isolation") from error
+    load = "import sys; sys.path.insert(0, sys.argv[1]); import _C; print(_C.archs)"
+    run(sys.executable, "-c", load, work)
+    return module
+
+
+def build_into(package: Path, work: Path) -> Path:
+    """Put `_C` into the package, or `_C.missing.txt` with the reason; returns that file."""
+    for stale in package.glob("_C.*"):  # of another build, maybe with other settings
+        stale.unlink()
+    package.mkdir(parents=True, exist_ok=True)
+    wanted, nvcc = mode(), find_nvcc()
+    jobs()
+    if wanted == "off":
+        reason = "RELORA_KERNELS_CUDA=off when relora_kernels was installed"
+    elif nvcc is None:
+        reason = why_no_fetch() or f"no nvcc found: install a CUDA toolkit, or '{PYPI_NVCC}'"
+    else:
+        try:
+            module = compile_module(nvcc, work)
+            return Path(shutil.copy2(module, package))
+        except KnobError:
+            raise
+        except BuildError as error:
+            reason = f"the build with {nvcc} failed: {error}"
+    if wanted == "on":
+        raise BuildError(f"RELORA_KERNELS_CUDA=on: {reason}")
+    print(f"relora_kernels: no CUDA kernels: {reason}", flush=True)
+    note = package / "_C.missing.txt"
+    note.write_text(reason + "\n")
+    return note
+
+
+# ---- PEP 517 and 660 hooks: setuptools' own, except for these ------------------------------------
+
+
+def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    return build_requirements()
+
+
+def get_requires_for_build_editable(config_settings=None) -> list[str]:
+    return build_requirements()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    from setuptools import build_meta
+
+    for left_over in Path("build").glob("lib*"):  # setuptools would ship what lies there
+        shutil.rmtree(left_over)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def __getattr__(name: str):
+    from setuptools import build_meta
+
+    return getattr(build_meta, name)

@@ -1,0 +1,159 @@
+// Numbers, for the device and for the host: random bits keyed by logical element, bf16 and fp16
+// conversions, round-to-nearest-even and stochastic rounding. Needs no CUDA header, so the tests
+// compile it with the host compiler and go through every 16-bit pattern.
+//
+// The contract is relora_kernels/reference/philox.py's: the same bits for the same element.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define RELORA_HD __host__ __device__ __forceinline__
+#else
+#define RELORA_HD inline
+#endif
+
+namespace relora {
+
+// Storage only: 16 bits with a type, so that overloads tell them apart.
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+RELORA_HD uint32_t float_bits(float v) {
+  uint32_t b;
+  memcpy(&b, &v, sizeof b);
+  return b;
+}
+
+RELORA_HD float bits_float(uint32_t b) {
+  float v;
+  memcpy(&v, &b, sizeof v);
+  return v;
+}
+
+// ---- Random bits -------------------------------------------------------------------------------
+
+constexpr uint32_t kStreamRound = 0;    // stochastic rounding at a merge, bits16
+constexpr uint32_t kStreamDropout = 1;  // dropout on the low-rank branch, bits16
+constexpr uint32_t kStreamInit = 2;     // the draw of A, bits32
+constexpr uint32_t kStreamPrune = 3;    // random pruning, bits32
+
+struct Words { uint32_t w[4]; };
+
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+RELORA_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
+  uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
+#ifdef __CUDACC__
+#pragma unroll 1  // unrolled, the draws of a thread's rows overlap and the merge kernel spills
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+    c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
+    c1 = uint32_t(p1);
+    c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
+    c3 = uint32_t(p0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The four words shared by one row's columns [E * block, E * block + E): E = 8 for bits16, 4 for
+// bits32.
+RELORA_HD Words draw(uint64_t seed, uint32_t stream, int64_t row, int64_t block) {
+  return philox4x32({{uint32_t(block), uint32_t(row), stream, 0u}}, uint32_t(seed),
+                    uint32_t(seed >> 32));
+}
+
+// Column `lane` (mod 8 or mod 4) of a draw. In kernels `lane` is a constant after unrolling: an
+// index known only at run time would push the words from registers to local memory.
+RELORA_HD uint32_t bits16(const Words& words, int lane) {
+  return (words.w[lane >> 1] >> (16 * (lane & 1))) & 0xFFFFu;
+}
+RELORA_HD uint32_t bits32(const Words& words, int lane) { return words.w[lane]; }
+
+// ---- To fp32: exact ----------------------------------------------------------------------------
+
+RELORA_HD float to_float(float v) { return v; }
+RELORA_HD float to_float(bf16 v) { return bits_float(uint32_t(v.bits) << 16); }
+RELORA_HD float to_float(fp16 v) {
+#ifdef __CUDA_ARCH__
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v.bits));
+  return out;
+#else
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, mag = v.bits & 0x7FFFu;
+  if (mag >= 0x7C00u) return bits_float(sign | 0x7F800000u | (mag << 13));  // inf, NaN
+  if (mag >= 0x0400u) return bits_float(sign | ((mag << 13) + (112u << 23)));
+  return bits_float(sign | float_bits(float(mag) * 0x1p-24f));  // subnormal
+#endif
+}
+
+// ---- From fp32, to nearest even ----------------------------------------------------------------
+
+template <typename T>
+RELORA_HD T round_nearest(float v);
+
+template <>
+RELORA_HD float round_nearest<float>(float v) { return v; }
+
+template <>
+RELORA_HD bf16 round_nearest<bf16>(float v) {
+#ifdef __CUDA_ARCH__
+  bf16 out;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+  return out;
+#else
+  const uint32_t b = float_bits(v);
+  if ((b & 0x7FFFFFFFu) > 0x7F800000u) return {uint16_t((b >> 16) | 0x0040u)};  // NaN stays NaN
+  return {uint16_t((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16)};
+#endif
+}
+
+template <>
+RELORA_HD fp16 round_nearest<fp16>(float v) {
+#ifdef __CUDA_ARCH__
+  fp16 out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+  return out;
+#else
+  const uint32_t sign = (float_bits(v) >> 16) & 0x8000u, mag = float_bits(v) & 0x7FFFFFFFu;
+  if (mag > 0x7F800000u) return {uint16_t(sign | 0x7E00u)};   // NaN stays NaN
+  if (mag >= 0x477FF000u) return {uint16_t(sign | 0x7C00u)};  // from 65520 on: infinity
+  if (mag < 0x38800000u)  // below 2^-14 the unit is 2^-24, which is the fp32 unit just above 0.5
+    return {uint16_t(sign | (float_bits(bits_float(mag) + 0.5f) - float_bits(0.5f)))};
+  return {uint16_t(sign | ((mag - (112u << 23) + 0xFFFu + ((mag >> 13) & 1u)) >> 13))};
+#endif
+}
+
+// ---- From fp32, stochastically: up with probability (v - lower) / (upper - lower) --------------
+// `rand16` holds 16 random bits. Infinity, NaN and values above the type's largest round to
+// nearest; representable values stay as they are.
+
+template <typename T>
+RELORA_HD T round_stochastic(float v, uint32_t rand16);
+
+template <>
+RELORA_HD float round_stochastic<float>(float v, uint32_t) { return v; }
+
+template <>
+RELORA_HD bf16 round_stochastic<bf16>(float v, uint32_t rand16) {
+  const uint32_t b = float_bits(v);
+  if ((b & 0x7FFFFFFFu) > 0x7F7F0000u) return round_nearest<bf16>(v);
+  return {uint16_t((b + rand16) >> 16)};
+}
+
+template <>
+RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
+  const uint32_t sign = (float_bits(v) >> 16) & 0x8000u, mag = float_bits(v) & 0x7FFFFFFFu;
+  if (mag > 0x477FE000u) return round_nearest<fp16>(v);  // above 65504, inf, NaN
+  if (mag >= 0x38800000u)                                // fp16 drops 13 bits of fp32's mantissa
+    return {uint16_t(sign | ((mag - (112u << 23) + (rand16 >> 3)) >> 13))};
+  const float units = bits_float(mag) * 0x1p24f;  // subnormal: every step here is exact
+  const uint32_t whole = uint32_t(units);
+  const uint32_t up = float(rand16) < (units - float(whole)) * 65536.0f;
+  return {uint16_t(sign | (whole + up))};
+}
+
+}  // namespace relora

@@ -1,0 +1,43 @@
+// csrc/numerics.cuh, arrays at a time, for ctypes. Compiled without any CUDA header, real or not.
+#include "numerics.cuh"
+
+using namespace relora;
+
+template <typename T>
+static void round_all(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = rand16 ? round_stochastic<T>(v[i], rand16[i]).bits : round_nearest<T>(v[i]).bits;
+}
+
+extern "C" {
+
+void widen_bf16(const uint16_t* v, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(bf16{v[i]});
+}
+void widen_fp16(const uint16_t* v, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(fp16{v[i]});
+}
+// rand16 null: to nearest.
+void round_bf16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
+  round_all<bf16>(v, rand16, n, out);
+}
+void round_fp16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
+  round_all<fp16>(v, rand16, n, out);
+}
+void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+  const Words words =
+      philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  memcpy(out, words.w, sizeof words.w);
+}
+// width 16 or 32: the random bits of elements (row, col), (row, col + 1), ...
+void random_bits(uint64_t seed, uint32_t stream, int width, int64_t row, int64_t col, int64_t n,
+                 uint32_t* out) {
+  const int shared = 128 / width;
+  for (int64_t i = 0; i < n; ++i) {
+    const Words words = draw(seed, stream, row, (col + i) / shared);
+    const int lane = int((col + i) % shared);
+    out[i] = width == 16 ? bits16(words, lane) : bits32(words, lane);
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,467 @@
+"""The CUDA sources without a GPU: numerics.cuh and merge.cu compiled by the host compiler, and what
+nvcc makes of them. The merge tests run on a GPU as well where there is one."""
+
+import contextlib
+import ctypes
+import mmap
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from relora_kernels import cuda
+from relora_kernels.cuda import merge as launcher
+from relora_kernels.reference import merge as reference
+from relora_kernels.reference import philox
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+sys.path.insert(0, str(CSRC))
+import cuda_build  # noqa: E402
+
+HOST_FLAGS = (
+    "-std=c++17 -O1 -g -fPIC -shared -ffp-contract=off -fno-strict-aliasing "
+    "-fsanitize=undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-unknown-pragmas -Werror"
+).split()
+
+
+def host_library(source: str, folder: Path, *includes: Path) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the CUDA sources for the host")
+    out = folder / f"{source}.so"
+    flags = [*HOST_FLAGS, *(f"-I{path}" for path in includes), f"-I{CSRC}"]
+    done = subprocess.run(
+        [compiler, *flags, str(TESTS / "simt" / source), "-o", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+# ---- numerics.cuh -------------------------------------------------------------------------------
+
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def numerics(tmp_path_factory):
+    return host_library("numerics.cpp", tmp_path_factory.mktemp("numerics"))
+
+
+def pointer(array):
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+def widen(numerics, kind, patterns):
+    out = np.empty(patterns.size, np.float32)
+    getattr(numerics, f"widen_{kind}")(
+        pointer(patterns), ctypes.c_int64(patterns.size), pointer(out)
+    )
+    return torch.from_numpy(out)
+
+
+def narrow(numerics, kind, values, rand16=None):
+    """float32 tensor -> bf16 or fp16 tensor, to nearest or with random bits."""
+    values = values.contiguous().numpy()
+    rand16 = None if rand16 is None else rand16.to(torch.int64).numpy().astype(np.uint32)
+    out = np.empty(values.size, np.int16)
+    getattr(numerics, f"round_{kind}")(
+        pointer(values), pointer(rand16), ctypes.c_int64(values.size), pointer(out)
+    )
+    return torch.from_numpy(out).view(HALF_TYPES[kind])
+
+
+def assert_same_bits(actual, expected):
+    """Bitwise, but any NaN equals any NaN."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(bits_of(actual)[number], bits_of(expected)[number])
+
+
+@pytest.mark.parametrize("kind", HALF_TYPES)
+def test_every_pattern_widens_as_in_torch_and_rounds_back_to_itself(numerics, kind):
+    patterns = np.arange(2**16, dtype=np.uint16)
+    exact = torch.from_numpy(patterns.view(np.int16)).view(HALF_TYPES[kind])
+    widened = widen(numerics, kind, patterns)
+    assert_same_bits(widened, exact.float())
+    assert_same_bits(narrow(numerics, kind, widened), exact)
+    for rand16 in (0, 0xFFFF):  # representable values are not moved by any random bits
+        drawn = torch.full((2**16,), rand16)
+        assert_same_bits(narrow(numerics, kind, widened, drawn), exact)
+
+
+def every_midpoint_and_neighbours(kind):
+    """float32 values at, one unit below and one above every representable value and midpoint."""
+    grid = torch.arange(-(2**15), 2**15).to(torch.int16).view(HALF_TYPES[kind]).float()
+    grid = grid[grid.isfinite()].sort().values
+    points = torch.cat([grid, (grid[1:] + grid[:-1]) / 2, torch.tensor([65520.0, 3.3961776e38])])
+    below = torch.nextafter(points, torch.tensor(-torch.inf))
+    above = torch.nextafter(points, torch.tensor(torch.inf))
+    specials = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 7e4, 1e-45])
+    return torch.cat([points, below, above, specials])
+
+
+@pytest.mark.parametrize("kind", HALF_TYPES)
+def test_rounding_to_nearest_equals_torch(numerics, kind):
+    values = every_midpoint_and_neighbours(kind)
+    assert_same_bits(narrow(numerics, kind, values), values.to(HALF_TYPES[kind]))
+
+
+@pytest.mark.parametrize("kind", HALF_TYPES)
+def test_stochastic_rounding_equals_the_reference(numerics, kind):
+    values = every_midpoint_and_neighbours(kind)
+    generator = torch.Generator().manual_seed(1)
+    for drawn in (
+        torch.randint(0, 2**16, values.shape, generator=generator),
+        torch.zeros(values.shape, dtype=torch.int64),
+        torch.full(values.shape, 0xFFFF),
+    ):
+        expected = reference.stochastic_round(values, drawn, HALF_TYPES[kind])
+        assert_same_bits(narrow(numerics, kind, values, drawn), expected)
+
+
+@pytest.mark.parametrize("kind", HALF_TYPES)
+@pytest.mark.parametrize("value", [1.0019, -0.3333, 3.1e-6, -6.2e-8, 1.2345e-5, 6.1e-5])
+def test_stochastic_rounding_is_unbiased(numerics, kind, value):
+    """All 2^16 draws: their mean is the value, to 2^-13 of a step (fp16 uses 13 of the 16 bits)."""
+    value = torch.tensor(value)
+    rounded = narrow(numerics, kind, value.repeat(2**16), torch.arange(2**16)).double()
+    low, high = rounded.min(), rounded.max()
+    assert low <= value <= high and rounded.unique().numel() == 2
+    assert abs(rounded.mean() - value.double()) <= 2.0**-13 * (high - low)
+
+
+def test_philox_known_answers(numerics):
+    """From Random123's kat_vectors."""
+    ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, expected in (
+        ((0,) * 4, (0,) * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((ones,) * 4, (ones,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (pi, (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        counter, key = np.array(counter, np.uint32), np.array(key, np.uint32)
+        out = np.empty(4, np.uint32)
+        numerics.philox(pointer(counter), pointer(key), pointer(out))
+        assert " ".join(f"{word:08x}" for word in out) == expected
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+def test_random_bits_equal_the_reference(numerics, width, seed):
+    draw = {16: philox.bits16, 32: philox.bits32}[width]
+    for stream, row, col in ((0, 0, 0), (1, 5, 3), (3, 2**32 + 7, 2**35 - 11), (2, 1, 2**31)):
+        expected = draw(seed, stream, (1, 37), (row, col))[0].numpy()
+        out = np.empty(37, np.uint32)
+        numerics.random_bits(
+            ctypes.c_uint64(seed % 2**64),
+            ctypes.c_uint32(stream),
+            width,
+            *map(ctypes.c_int64, (row, col, 37)),
+            pointer(out),
+        )
+        assert np.array_equal(out, expected)
+
+
+# ---- merge.cu -----------------------------------------------------------------------------------
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("col", ctypes.c_int64)]
+
+
+class MergeArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("weight", "residual", "lora_A", "lora_B")),
+        *((name, ctypes.c_int64) for name in "nkr"),
+        *((name, ctypes.c_int) for name in ("weight_dtype", "factor_dtype", "rounding")),
+        ("scaling", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+        ("first_row", ctypes.c_int64),
+    ]
+
+
+CODES = {  # launch.h's enums
+    "dtype": ("float32", "bfloat16", "float16"),
+    "rounding": ("nearest", "stochastic", "compensated"),
+}
+
+
+class Shim:
+    """relora_kernels._C's stand-in: the same kernels, on the CPU."""
+
+    def __init__(self, library):
+        self.library, self.order, self.blocks = library, 0, 0
+
+    def merge(
+        self, weight, residual, lora_A, lora_B, sizes, weight_dtype, factor_dtype, rounding,
+        scaling, seed, first_row, device, stream,
+    ):  # fmt: skip
+        args = MergeArgs(
+            Matrix(*weight),
+            Matrix(*residual),
+            Matrix(*lora_A),
+            Matrix(*lora_B),
+            *sizes,
+            CODES["dtype"].index(weight_dtype),
+            CODES["dtype"].index(factor_dtype),
+            CODES["rounding"].index(rounding),
+            scaling,
+            seed,
+            first_row,
+        )
+        blocks = ctypes.c_long()
+        error = self.library.simt_merge(ctypes.byref(args), self.order, ctypes.byref(blocks))
+        self.blocks = blocks.value
+        if error:
+            raise RuntimeError(f"cudaError {error}")
+
+
+@pytest.fixture(scope="module")
+def shim_library(tmp_path_factory):
+    return host_library("harness.cpp", tmp_path_factory.mktemp("simt"), TESTS / "simt")
+
+
+@pytest.fixture
+def shim(shim_library, monkeypatch):
+    """The launcher of relora_kernels/cuda/merge.py, with the shim below it."""
+    shim = Shim(shim_library)
+    monkeypatch.setattr(launcher, "extension", lambda: (shim, None))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    return shim
+
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LAYOUTS = ("aligned", "padded", "odd pitch", "misaligned", "transposed", "column step")
+
+
+class Guarded:
+    """A matrix inside a larger buffer. Its other elements are `beside`: NaN for what is only read,
+    so that an element read from there shows; a number where writes beside have to show."""
+
+    def __init__(self, values: torch.Tensor, layout: str, device: str, beside: float):
+        n, k = values.shape
+        strides, offset = {
+            "aligned": ((-(-k // 8) * 8, 1), 64),
+            "padded": ((-(-k // 8) * 8 + 24, 1), 64),
+            "odd pitch": ((k + 1 + k % 2, 1), 64),
+            "misaligned": ((-(-k // 8) * 8, 1), 63),
+            "transposed": ((1, n + 3), 61),
+            "column step": ((2 * k + 6, 2), 64),
+        }[layout]
+        size = offset + (n - 1) * strides[0] + (k - 1) * strides[1] + 65
+        self.buffer = torch.full((size,), beside, dtype=values.dtype, device=device)
+        self.matrix = self.buffer.as_strided((n, k), strides, offset)
+        self.matrix.copy_(values)
+
+    def copy(self):
+        other = object.__new__(Guarded)
+        other.buffer = self.buffer.clone()
+        other.matrix = other.buffer.as_strided(
+            self.matrix.shape, self.matrix.stride(), self.matrix.storage_offset()
+        )
+        return other
+
+
+def drawn_case(number: int, device: str):
+    """Sizes around the tile's, every dtype, rounding and layout; factors whose products and sums
+    are exact in float32, so that the result is one set of bits."""
+    rng = np.random.default_rng(number)
+
+    def pick(values):
+        return values[rng.integers(len(values))]
+
+    n, k = (pick([1, 3, 8, 17, 64, 127, 128, 129, 136, 200]) for _ in range(2))
+    r = pick([1, 2, 15, 16, 17, 31, 40])
+    dtype, factor_dtype = WEIGHT_DTYPES[number % 3], WEIGHT_DTYPES[number // 3 % 3]
+    rounding = CODES["rounding"][number // 9 % 3]
+    scale = pick([1.0, 1.0, 1e-3, 1e-6, 2e4])
+
+    def eighths(rows, cols):  # odd: the sign of a sum of zeros would depend on its order
+        return torch.from_numpy((rng.integers(-4, 4, (rows, cols)) * 2 + 1) / 8).to(factor_dtype)
+
+    weight = torch.from_numpy(rng.standard_normal((n, k)) * scale).clamp(-6.5e4, 6.5e4).to(dtype)
+    residual = None
+    if rounding == "compensated":
+        residual = torch.from_numpy(rng.standard_normal((n, k)) * scale * 1e-3).to(dtype)
+        residual = Guarded(residual, pick(LAYOUTS), device, beside=3.0)
+    layout = LAYOUTS[number // 27 % 6]
+    return dict(
+        weight=Guarded(weight, layout, device, beside=5.0),
+        lora_A=Guarded(eighths(r, k), pick(LAYOUTS), device, beside=torch.nan),
+        lora_B=Guarded(eighths(n, r), pick(LAYOUTS), device, beside=torch.nan),
+        scaling=float(rng.standard_normal() * scale / 4),
+        rounding=rounding,
+        residual=residual,
+        seed=int(rng.integers(-(2**63), 2**63)),
+        first_row=int(pick([0, 3, 2**31 - 60])),
+    )
+
+
+def launch(function, case):
+    function(**{k: v.matrix if isinstance(v, Guarded) else v for k, v in case.items()})
+
+
+def copy_case(case):
+    return {k: v.copy() if isinstance(v, Guarded) else v for k, v in case.items()}
+
+
+def assert_bitwise_as_the_reference(number, device="cpu"):
+    case = drawn_case(number, device)
+    expected = copy_case(case)
+    launch(reference.merge_, expected)
+    launch(launcher.merge_, case)
+    for name, value in case.items():
+        if isinstance(value, Guarded):  # the whole buffers: nothing beside the matrix was touched
+            assert_same_bits(value.buffer, expected[name].buffer)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_merge_is_bitwise_the_reference(shim, part):
+    for number in range(part * 27, (part + 1) * 27):
+        shim.order = number % 5
+        assert_bitwise_as_the_reference(number)
+        assert shim.blocks > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("part", range(6))
+def test_merge_on_a_gpu_is_bitwise_the_reference(part):
+    reason = cuda.why_no_device(torch.device("cuda", 0))
+    if reason:
+        pytest.skip(reason)
+    for number in range(part * 27, (part + 1) * 27):
+        assert_bitwise_as_the_reference(number, "cuda")
+
+
+@pytest.mark.parametrize("factor_dtype", WEIGHT_DTYPES)
+def test_merge_of_any_factors_is_as_exact_as_float32_sums(shim, factor_dtype):
+    n, k, r = 130, 140, 100
+    weight, A, B = torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)
+    A, B = A.to(factor_dtype), B.to(factor_dtype)
+    exact = weight.double() + 0.3 * (B.double() @ A.double())
+    magnitude = weight.double().abs() + 0.3 * (B.double().abs() @ A.double().abs())
+    launcher.merge_(weight, A, B, 0.3, "nearest", None, 0, 0)
+    assert ((weight.double() - exact).abs() <= r * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("rounding", CODES["rounding"])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_merge_keeps_infinities_and_nans_where_they_are(shim, dtype, rounding):
+    weight = torch.randn(9, 33).to(dtype)
+    weight[2, 5], weight[3, 6], weight[4, 7] = torch.inf, -torch.inf, torch.nan
+    expected = weight.clone()
+    A, B = torch.ones(2, 33), torch.ones(9, 2)
+    residual = [torch.zeros_like(weight) if rounding == "compensated" else None for _ in "ab"]
+    reference.merge_(expected, A, B, 0.5, rounding, residual[0], 3, 0)
+    launcher.merge_(weight, A, B, 0.5, rounding, residual[1], 3, 0)
+    assert_same_bits(weight, expected)
+
+
+def test_an_infinite_row_of_lora_B_reaches_its_own_row_alone(shim):
+    """The zeros that pad the last stage must multiply zeros, not a neighbour's infinity."""
+    weight, A, B = torch.zeros(130, 20), torch.ones(17, 20), torch.zeros(130, 17)
+    B[128, 16] = torch.inf
+    launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
+    assert weight[128].isinf().all() and (weight[:128] == 0).all() and (weight[129:] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
+def test_empty_merge_launches_nothing(shim, sizes):
+    n, k, r = sizes
+    weight = torch.randn(n, k)
+    before = weight.clone()
+    launcher.merge_(weight, torch.ones(r, k), torch.ones(n, r), 1.0, "nearest", None, 0, 0)
+    assert shim.blocks == 0 and torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("name", ["weight", "residual", "lora_A", "lora_B"])
+@pytest.mark.parametrize("size, pitch", [(2, 2**31 + 8), (9, 2**28 + 8)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
+    """Rows or columns so far apart that steps, or their sums, need 64 bits; in memory that is
+    reserved and not committed."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, unnamed until 3.12
+    memory = mmap.mmap(-1, 2 * (pitch * (size - 1) + size), flags=flags)
+    far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((size, size), (pitch, 1))
+    given = {key: torch.zeros(size, size).bfloat16() for key in ("weight", "residual")}
+    given |= {key: torch.ones(size, size).bfloat16() for key in ("lora_A", "lora_B")}
+    far.copy_(given[name])
+    given[name] = far.t() if transposed else far
+    launcher.merge_(**given, scaling=0.5, rounding="compensated", seed=0, first_row=0)
+    assert (given["weight"] == 0.5 * size).all() and (given["residual"] == 0).all()
+
+
+def test_more_tiles_than_a_grid_holds_is_an_error(shim):
+    args = MergeArgs(n=2**23, k=2**23, r=1)  # 2^32 tiles
+    blocks = ctypes.c_long()
+    assert shim.library.simt_merge(ctypes.byref(args), 0, ctypes.byref(blocks)) == 9
+    assert blocks.value == 0
+
+
+def test_version_counters_move_for_what_is_written(shim):
+    weight, residual = torch.randn(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4).bfloat16()
+    A, B = torch.ones(1, 4), torch.ones(4, 1)
+    versions = [t._version for t in (weight, residual, A, B)]
+    launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
+    moved = [t._version - v for t, v in zip((weight, residual, A, B), versions)]
+    assert moved == [1, 1, 0, 0]
+
+
+# ---- What nvcc makes of it ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nvcc():
+    found = cuda_build.find_nvcc()
+    if found is None:
+        pytest.skip("no nvcc on this machine")
+    return found
+
+
+def sources():
+    return sorted(CSRC.glob("*.cu"))
+
+
+@pytest.mark.parametrize("source", sources(), ids=lambda path: path.name)
+def test_kernels_compile_for_every_arch_without_spills(nvcc, source, tmp_path):
+    names = [arch for arch in cuda_build.DEFAULT_ARCHS if arch in cuda_build.archs(nvcc)]
+    report = cuda_build.run(
+        nvcc,
+        *cuda_build.COMPILE_FLAGS,
+        "--threads=2",
+        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+        *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names),
+        "-c",
+        source,
+        "-o",
+        tmp_path / "kernels.o",
+    )
+    kernels = re.findall(r"Compiling entry function '\w+' for 'sm_(\w+)'", report)
+    assert set(kernels) == set(names)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
+    assert len(frames) == len(kernels)
+    assert set(frames) == {("0", "0", "0")}, report
+
+
+def test_merge_moves_16_bytes_at_a_time(nvcc, tmp_path):
+    ptx = tmp_path / "merge.ptx"
+    flags = [*cuda_build.COMPILE_FLAGS, "-arch=compute_80"]
+    cuda_build.run(nvcc, *flags, "-ptx", CSRC / "merge.cu", "-o", ptx)
+    kernels = re.split(r"\.visible \.entry|\.entry", ptx.read_text())[1:]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert re.search(r"ld\.global\.v4\.\w+", kernel) and re.search(r"st\.global\.v4\.", kernel)
+        assert "fma.rn.f32" in kernel
