@@ -1,0 +1,13 @@
+"""Training with Hugging Face's Trainer: `ReLoRaCallback` for yours, `relora-train` for ours."""
+
+try:
+    import accelerate  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"relora_kernels.train needs {error.name}: pip install 'relora_kernels[train]'"
+    ) from error
+
+from .callback import ReLoRaCallback
+
+__all__ = ["ReLoRaCallback"]

@@ -1,0 +1,314 @@
+"""relora-train: a full-rank warm start, then ReLoRA, with Hugging Face's Trainer as the engine.
+
+`Run.train` is the example of how the library is used. The rest of the package is what a run needs
+around it: args, data, callback (metrics), output (the folder), report.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import sys
+
+import accelerate
+import torch
+import transformers
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import relora_kernels
+from relora_kernels import (
+    ReLoRaConfig,
+    ReLoRaSchedule,
+    apply_relora,
+    cosine_with_warmup,
+    merge_and_unload,
+)
+
+from . import report
+from .args import Args, is_main_process, parse_args, world_size
+from .callback import MetricsCallback, Progress, ReLoRaCallback, json_lines, tensorboard
+from .data import Blocks, load_corpus, load_tokenizer, training_blocks
+from .output import RunFolder, write_text
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()  # Progress is the only bar
+    try:
+        run = Run(args)
+    except (ValueError, OSError) as error:
+        print(f"relora-train: error: {error}", file=sys.stderr)
+        return 2
+    model = run.train()
+    if is_main_process():
+        run.finish(model)
+    return 0
+
+
+class Run:
+    """One run: its settings, folder and data. Construction raises ValueError for bad input."""
+
+    def __init__(self, args: Args):
+        gpus = torch.cuda.device_count()
+        if gpus > 1 and world_size() == 1:
+            raise ValueError(
+                f"expected one process per GPU, got one for {gpus}: start with torchrun "
+                f"--nproc-per-node {gpus} -m relora_kernels.train, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        self.args = args
+        self.folder = RunFolder(args.output_dir)
+        self.folder.check(args.resume, args.overwrite)
+
+        corpus = load_corpus(args)
+        self.tokenizer = load_tokenizer(args, corpus)
+        self.blocks, self.validation = training_blocks(args, corpus, self.tokenizer)
+        self.prompt = corpus.validation[0][:40]
+        self.corpus = {
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+            "documents": [len(corpus.train), len(corpus.validation)],
+            "tokens": [self.blocks.size, self.validation.size],
+        }
+        if args.relora_steps > 0:
+            self._try_relora()
+        self._claim_folder()
+        self.sinks = []
+        if is_main_process():
+            self.progress = Progress(args.steps)
+            self.sinks = [json_lines(self.folder.metrics), self.progress]
+            if writer := tensorboard(self.folder.tensorboard, self._first_step()):
+                self.sinks.append(writer)
+            else:
+                print("tensorboard is not installed: metrics go to metrics.jsonl alone")
+
+    def _try_relora(self):
+        """On a model without memory: a bad target is told now, not after the warm start."""
+        with torch.device("meta"):
+            config = dataclasses.replace(self._relora_config(), weight_dtype=None)
+            apply_relora(LlamaForCausalLM(self._llama_config()), config)
+
+    def _claim_folder(self):
+        state = accelerate.PartialState(cpu=not torch.cuda.is_available())
+        self.device = state.device
+        state.wait_for_everyone()  # every process has checked the folder
+        if self.args.resume:
+            before = json.loads(self.folder.corpus.read_text(encoding="utf-8"))
+            if before["sha256"] != self.corpus["sha256"]:
+                raise ValueError(
+                    f"--resume: expected the corpus {before['sha256'][:12]} ({before['source']}), "
+                    f"got {self.corpus['sha256'][:12]} ({self.corpus['source']})"
+                )
+        elif is_main_process():
+            self.folder.create()
+            self.args.save(self.folder.config)
+            write_text(self.folder.corpus, json.dumps(self.corpus, indent=2) + "\n")
+        state.wait_for_everyone()
+
+    def _first_step(self) -> int:
+        """The first step that this process will take, counted over both phases; 0 for a new run."""
+        if checkpoint := self._checkpoint("relora"):
+            return self.args.warm_start_steps + _step_of(checkpoint) + 1
+        checkpoint = self._checkpoint("warm_start")
+        return _step_of(checkpoint) + 1 if checkpoint else 0
+
+    def train(self) -> LlamaForCausalLM:
+        """Warm start and ReLoRA, or what is left of them; returns the model with A and B."""
+        args = self.args
+        if args.cpu_threads:
+            torch.set_num_threads(args.cpu_threads)
+        set_seed(args.seed)
+        model = LlamaForCausalLM(self._llama_config())
+        model.to(self.device)
+
+        if args.warm_start_steps > 0 and not self._checkpoint("relora"):
+            optimizer = _adamw(model, args.warm_start_learning_rate)
+            cosine = cosine_with_warmup(args.warmup_steps, args.steps, args.min_lr_ratio)
+            self._fit("warm_start", model, optimizer, LambdaLR(optimizer, cosine))
+            model = _unprepared(model)
+
+        if args.relora_steps > 0:
+            apply_relora(model, self._relora_config())
+            optimizer = _adamw(model, args.learning_rate)  # a fresh one: A and B are new
+            schedule = ReLoRaSchedule(
+                model,
+                optimizer,
+                cosine_with_warmup(args.warmup_steps, args.relora_steps, args.min_lr_ratio),
+                restart_every=args.cycle_steps,
+                restart_warmup_steps=args.restart_warmup_steps,
+                total_steps=args.relora_steps,
+                reset_mode=None if args.reset_mode == "none" else args.reset_mode,
+                reset_ratio=args.reset_ratio,
+                paired=args.paired,
+            )
+            self._fit("relora", model, optimizer, schedule.lr_scheduler, schedule)
+        return model
+
+    def _fit(self, phase, model, optimizer, lr_scheduler, schedule=None):
+        """One phase by Trainer, from its last checkpoint if the run is resumed."""
+        args, checkpoint = self.args, self._checkpoint(phase)
+        first = 0 if phase == "warm_start" else args.warm_start_steps
+        steps = args.relora_steps if phase == "relora" else args.warm_start_steps
+        rows = self.folder.rows()
+        if checkpoint and is_main_process():
+            rows = self.folder.forget_rows_after(phase, first + _step_of(checkpoint))
+        metrics = MetricsCallback(
+            self.sinks,
+            phase,
+            first_step=first,
+            tokens_per_step=args.batch_size * args.seq_length,
+            seconds=rows[-1]["seconds"] if rows else 0.0,
+            schedule=schedule,
+        )
+        trainer = Trainer(
+            model=model,
+            args=self._training_arguments(phase, steps, first == 0 and not checkpoint),
+            train_dataset=Blocks(
+                self.blocks, first * args.batch_size, steps * args.batch_size, args.seed
+            ),
+            eval_dataset=Blocks(self.validation, 0, len(self.validation)),
+            data_collator=default_data_collator,
+            processing_class=self.tokenizer,
+            optimizers=(optimizer, lr_scheduler),
+            callbacks=[ReLoRaCallback(schedule), metrics] if schedule else [metrics],
+        )
+        trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()
+
+    def _checkpoint(self, phase: str) -> str | None:
+        return self.folder.last_checkpoint(phase) if self.args.resume else None
+
+    def _llama_config(self) -> LlamaConfig:
+        args = self.args
+        return LlamaConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.num_layers,
+            num_attention_heads=args.num_heads,
+            max_position_embeddings=args.seq_length,
+            tie_word_embeddings=False,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+
+    def _relora_config(self) -> ReLoRaConfig:
+        args = self.args
+        return ReLoRaConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.targets,
+            weight_dtype=torch.bfloat16 if args.bf16 else None,
+            merge_rounding=args.merge_rounding,
+            seed=args.seed,
+        )
+
+    def _training_arguments(self, phase: str, steps: int, eval_on_start: bool) -> TrainingArguments:
+        args, on_gpu = self.args, torch.cuda.is_available()
+        return TrainingArguments(
+            output_dir=str(self.folder.phase(phase)),
+            max_steps=steps,
+            per_device_train_batch_size=args.micro_batch_size,
+            per_device_eval_batch_size=args.micro_batch_size,
+            gradient_accumulation_steps=args.batch_size // (args.micro_batch_size * world_size()),
+            max_grad_norm=args.max_grad_norm,
+            ddp_find_unused_parameters=False,
+            bf16=args.bf16,
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            seed=args.seed,
+            train_sampling_strategy="sequential",  # Blocks has shuffled them
+            remove_unused_columns=False,
+            logging_steps=args.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # a NaN loss is shown, not averaged away
+            eval_strategy="steps",
+            eval_steps=args.eval_every,
+            eval_on_start=eval_on_start,
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=args.save_every,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def finish(self, model: LlamaForCausalLM) -> None:
+        """Plots, summary, sample and the merged model."""
+        self.progress.close()
+        args, folder, rows = self.args, self.folder, self.folder.rows()
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if args.relora_steps > 0:
+            # In fp32 the residual of bf16 merges goes into the weights instead of being dropped.
+            merge_and_unload(model.float())
+        speeds = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
+        memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
+        tokens = args.steps * args.batch_size * args.seq_length
+        summary = {
+            "model": f"Llama, {args.preset} preset",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "trainable_parameters": trainable,
+            "steps": args.steps,
+            "restarts": sum("restart" in r for r in rows),
+            "tokens": tokens,
+            "epochs": tokens / self.blocks.size,
+            **report.losses(rows),
+            "train_seconds": rows[-1]["seconds"],
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "peak_memory_mib": max(memory) if memory else None,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+            "corpus": f"{self.corpus['source']}, sha256 {self.corpus['sha256'][:12]}",
+            "corpus_record": self.corpus,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "relora_kernels": relora_kernels.__version__,
+            },
+            "settings": args.settings(),
+            "sample": report.sample_text(model, self.tokenizer, self.prompt, args.seed),
+        }
+        report.plot_metrics(rows, folder.plots)
+        self._export(model)
+        write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+        print(f"\n{report.table(summary)}\n\nsample\n{summary['sample']}\n")
+        print(f"written to {folder.root}")
+
+    def _export(self, model) -> None:
+        """The merged model in one step: final/ is complete or absent."""
+        temporary = self.folder.final.with_name("final.tmp")
+        model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        if self.folder.final.exists():
+            shutil.rmtree(self.folder.final)
+        temporary.rename(self.folder.final)
+
+
+def _unprepared(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same weights in a new object: Accelerate marks a model that it has prepared, and gives it
+    neither autocast nor DDP a second time."""
+    fresh = LlamaForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict(), assign=True)
+    return fresh.to(model.device)
+
+
+def _adamw(model, learning_rate: float) -> torch.optim.AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        parameters, learning_rate, weight_decay=0.0, fused=torch.cuda.is_available()
+    )
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
