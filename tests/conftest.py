@@ -17,6 +17,11 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET") == "1" and sys.modules.get("triton", ()) is not None:
+    import interpreted_bf16
+
+    interpreted_bf16.install()
+
 
 @pytest.fixture
 def device() -> str:

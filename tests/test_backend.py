@@ -60,7 +60,7 @@ def test_a_named_backend_says_why_it_cannot_serve_case7():
         pytest.raises(BackendUnavailable, match="'cuda'.*python -m relora_kernels"),
     ):
         merge_(w, a, b, 1.0)
-    with use_backend("triton"), pytest.raises(BackendUnavailable, match="lora_linear"):
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="lora_linear has no cuda"):
         relora_kernels.lora_linear(x, w, a, b, 1.0)
     assert w.eq(1).all()
 
@@ -73,7 +73,7 @@ def test_every_backend_of_an_op_offers_the_same_functions():
         (merge, ("why_not", "merge_")),
         (prune, ("why_not", "prune_")),
     ):
-        assert list(op.IMPLEMENTATIONS)[-1] == "reference"  # auto's last resort
+        assert "reference" in op.IMPLEMENTATIONS  # it serves every call
         for name, module in op.IMPLEMENTATIONS.items():
             assert name in backends.BACKENDS
             for function in functions:

@@ -9,56 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_as_good_as, eager_lora_linear
+from oracle import check_against_fp64, eager_lora_linear, operands, results
 from torch.utils.checkpoint import checkpoint
 
 from relora_kernels import FusedReLoRaLinear, lora_linear
 from relora_kernels.reference import lora_linear as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def operands(rows, in_features, out_features, r, dtype, lora_dtype=None, device="cpu", bias=True):
-    """x (rows, in), weight, lora_A, lora_B, bias; leaves, all but weight requiring grad."""
-    lora_dtype = lora_dtype or dtype
-
-    def leaf(*shape, scale=1.0, dtype=dtype):
-        return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
-
-    weight = leaf(out_features, in_features, scale=in_features**-0.5).detach()
-    return (
-        leaf(rows, in_features),
-        weight,
-        leaf(r, in_features, scale=in_features**-0.5, dtype=lora_dtype),
-        leaf(out_features, r, scale=0.1, dtype=lora_dtype),
-        leaf(out_features) if bias else None,
-    )
-
-
-def results(function, tensors, dy, scaling=0.25):
-    """y and the gradients of x, lora_A, lora_B and bias."""
-    x, weight, lora_A, lora_B, bias = tensors
-    wanted = [t for t in (x, lora_A, lora_B, bias) if t is not None]
-    y = function(x, weight, lora_A, lora_B, scaling, bias)
-    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
-
-
-def check_against_fp64(tensors, scaling=0.25):
-    dy = torch.randn(*tensors[0].shape[:-1], tensors[1].shape[0], device=tensors[0].device)
-    dy = dy.to(tensors[0].dtype)
-    # The oracle computes from what the formula is given: A and B as rounded to x's dtype.
-    doubled = [
-        None
-        if t is None
-        else t.detach().to(tensors[0].dtype).double().requires_grad_(t.requires_grad)
-        for t in tensors
-    ]
-    exact = results(eager_lora_linear, doubled, dy.double(), scaling)
-    ours = results(lora_linear, tensors, dy, scaling)
-    eager = results(eager_lora_linear, tensors, dy, scaling)
-    for i, (a, b, c) in enumerate(zip(ours, eager, exact)):
-        assert a.dtype == b.dtype
-        assert_as_good_as(a, b, c, factor=2 if i == 0 else 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

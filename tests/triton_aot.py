@@ -1,8 +1,8 @@
-"""Compile every Triton kernel for every target without a GPU: `python tests/triton_aot.py`.
+"""Compile every Triton kernel for every target without a GPU: `python tests/triton_aot.py [80 90 ...]`.
 
-Prints one JSON object per kernel configuration and target: registers, stack (spills) and shared
-memory in bytes, tensor-core instructions and global accesses found in the machine code. Run as a
-program, since under TRITON_INTERPRET=1 (as the tests set it) kernels are not compiled.
+Prints one JSON object per kernel configuration and target: registers, stack and spills, shared memory
+in bytes, tensor-core instructions and global accesses found in the machine code. Run as a program,
+since under TRITON_INTERPRET=1 (as the tests set it) kernels are not compiled.
 """
 
 import json
@@ -12,14 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+from relora_kernels._triton import lora_linear, merge
+
 TARGETS = (80, 90, 100, 120)
-POINTERS = {"bf16": "*i16", "fp16": "*i16", "fp32": "*fp32"}
+SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
+MERGE_POINTERS = {"bf16": "*i16", "fp16": "*i16", "fp32": "*fp32"}
 
 
-def merge_variants():
-    """(kernel, name, pointer types, constants) of the merge as its launcher starts it."""
-    from relora_kernels._triton import merge
-
+def variants(arch: int):
+    """(kernel, name, argument types, constants and options) as the launchers start them."""
     for weight, factor, rounding in (
         ("bf16", "fp32", "nearest"),
         ("bf16", "fp32", "stochastic"),
@@ -28,36 +29,89 @@ def merge_variants():
         ("fp16", "fp16", "stochastic"),
         ("fp32", "fp32", "nearest"),
     ):
-        pointers = {"w_ptr": weight, "residual_ptr": weight, "a_ptr": factor, "b_ptr": factor}
+        w, f = MERGE_POINTERS[weight], MERGE_POINTERS[factor]
+        types = {
+            "w_ptr": w,
+            "residual_ptr": w,
+            "a_ptr": f,
+            "b_ptr": f,
+            "scaling": "fp32",
+            "seed": "i64",
+        }
         constants = {
             "W_DTYPE": weight, "FACTOR_DTYPE": factor, "ROUNDING": rounding,
-            "HAS_RESIDUAL": rounding == "compensated",
-            "PRECISION": merge.PRECISION[factor], **merge.CONFIG,
+            "HAS_RESIDUAL": rounding == "compensated", "PRECISION": merge.PRECISION[factor],
+            **{f"{m}_stride1": 1 for m in ("w", "a", "b", "res")},
+            "enable_fp_fusion": False, **merge.CONFIG,
         }  # fmt: skip
-        yield merge.merge_kernel, f"merge {weight} {factor} {rounding}", pointers, constants
+        yield merge.merge_kernel, f"merge {weight} {factor} {rounding}", types, constants
+
+    def typed(dtype, **other):
+        names = "x_ptr a_ptr p_ptr out_ptr b_ptr w_ptr bias_ptr left_ptr right_ptr".split()
+        return dict.fromkeys(names, f"*{dtype}") | {"seed_ptr": "*i64"} | other
+
+    big = next(c for least, c in lora_linear.TWO_SEGMENT.items() if SHARED[arch] >= least)
+    for dropout in (False, True):
+        tail = " dropout" if dropout else ""
+        common = {"DROPOUT": dropout, "PRECISION": "tf32"}
+        types = typed("bf16", scaling="fp32", keep_scale="fp32")
+        for forward in (True, False):
+            if not (forward and dropout):
+                yield (
+                    lora_linear.two_segment_kernel,
+                    f"two_segment {'y' if forward else 'dx'}{tail}",
+                    types,
+                    {
+                        "W_IS_N_BY_K": forward,
+                        "HAS_BIAS": forward,
+                        "GROUP_M": 8,
+                        **common,
+                        **(lora_linear.TWO_SEGMENT_DROPOUT if dropout else big),
+                    },
+                )
+            if forward or not dropout:
+                yield (
+                    lora_linear.low_rank_kernel,
+                    f"low_rank {'P' if forward else 'Q'}{tail}",
+                    types,
+                    {"A_IS_R_BY_K": forward, "BLOCK_R": 128, **common, **lora_linear.LOW_RANK},
+                )
+        yield (
+            lora_linear.split_kernel,
+            f"split {'dA' if dropout else 'dB dbias'}{tail}",
+            typed("bf16", partial_ptr="*fp32", bias_ptr="*fp32"),
+            {"HAS_BIAS": not dropout, **common, **lora_linear.SPLIT},
+        )
+    yield (
+        lora_linear.two_segment_kernel, "two_segment y few rows", typed("bf16", keep_scale="fp32"),
+        {"W_IS_N_BY_K": True, "HAS_BIAS": False, "DROPOUT": False, "PRECISION": "tf32", "GROUP_M": 8,
+         **lora_linear.TWO_SEGMENT_FEW_ROWS},
+    )  # fmt: skip
+    yield (
+        lora_linear.reduce_kernel, "reduce", {"partial_ptr": "*fp32", "out_ptr": "*fp32", "scale": "fp32"},
+        {"num_stages": 3, **lora_linear.REDUCE},
+    )  # fmt: skip
 
 
-def compiled(kernel, pointers: dict, constants: dict, arch: int):
-    """As the launcher would specialise it: unit column strides, everything else divisible by 16."""
+def compiled(kernel, types: dict, constants: dict, arch: int):
+    """With every pointer, size and pitch divisible by 16, as the launchers find them in models."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    options = {k: constants[k] for k in ("num_warps", "num_stages")} | {"enable_fp_fusion": False}
     names = kernel.arg_names
+    options = {k: v for k, v in constants.items() if k not in names}
     constants = {k: v for k, v in constants.items() if k in names}
-    constants |= {n: 1 for n in names if n.endswith("_stride1")}
-    other = {"scaling": "fp32", "seed": "i64"}
-    signature = {
-        n: "constexpr" if n in constants
-        else POINTERS[pointers[n]] if n in pointers
-        else other.get(n, "i32")
-        for n in names
-    }  # fmt: skip
-    divisible = [i for i, n in enumerate(names) if n not in constants and n not in other]
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    divisible = [
+        i for i, n in enumerate(names)
+        if n not in constants and n not in ("scaling", "scale", "keep_scale", "seed", "threshold")
+    ]  # fmt: skip
     source = ASTSource(
-        fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in constants.items()},
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(k),): v for k, v in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
-    )  # fmt: skip
+    )
     return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -80,18 +134,18 @@ def inspect(cubin: bytes) -> dict:
         "stack": int(stack),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", sass))),
-        "global": sorted(set(re.findall(r"\b((?:LDG|STG)\.[\w.]*)", sass))),
+        "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", sass))),
     }
 
 
 def main() -> None:
-    for arch in TARGETS:
-        for kernel, name, pointers, constants in merge_variants():
-            binary = compiled(kernel, pointers, constants, arch)
+    for arch in map(int, sys.argv[1:] or TARGETS):
+        for kernel, name, types, constants in variants(arch):
+            binary = compiled(kernel, types, constants, arch)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
+            row["most_shared"] = SHARED[arch]
             print(json.dumps(row | inspect(binary.asm["cubin"])), flush=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main()
