@@ -125,7 +125,8 @@ class FusedReLoRaLinear(nn.Linear):
         layer.weight, layer.bias = weight, linear.bias
         if weight_dtype not in (None, weight.dtype):
             layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
-            if layer.rounding == "compensated" and weight.dtype not in _NARROW:
+            drops_digits = weight.dtype not in _NARROW and layer.weight.dtype in _NARROW
+            if layer.rounding == "compensated" and drops_digits and not weight.is_meta:
                 layer.weight_residual = layer._host_residual()
                 layer.weight_residual.copy_(weight.detach() - layer.weight.to(weight.dtype))
         layer.weight.requires_grad_(False)

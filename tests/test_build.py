@@ -302,7 +302,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "nothing = (0, 0, 0)\n"
         "call = lambda **changes: _C.merge(**{**dict(weight=nothing, residual=nothing,\n"
         "    lora_A=nothing, lora_B=nothing, sizes=(5, 7, 3), weight_dtype='bfloat16',\n"
-        "    factor_dtype='float32', rounding='nearest', scaling=1.0, seed=2**64 - 1, device=0,\n"
+        "    factor_dtype='float32', rounding='nearest', scaling=1.0, seed=2**64 - 1, first_row=0, device=0,\n"
         "    stream=0), **changes})\n"
         "for changes in ({}, dict(rounding='up'), dict(rounding='compensated')):\n"
         "    try: call(**changes)\n"

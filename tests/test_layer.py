@@ -208,6 +208,12 @@ def test_narrowing_from_linear_keeps_the_remainder():
     assert torch.equal(linear.weight, wide)
 
 
+def test_narrowing_from_linear_on_meta():
+    linear = nn.Linear(32, 16, device="meta")
+    layer = FusedReLoRaLinear.from_linear(linear, r=4, weight_dtype=torch.bfloat16)
+    assert layer.weight.is_meta and layer.weight.dtype == torch.bfloat16
+
+
 def test_to_linear_is_plain_and_trainable():
     layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16)).eval()
     layer.merge()

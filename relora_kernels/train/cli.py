@@ -4,7 +4,6 @@
 around it: args, data, callback (metrics), output (the folder), report.
 """
 
-import dataclasses
 import json
 import platform
 import shutil
@@ -93,8 +92,7 @@ class Run:
     def _try_relora(self):
         """On a model without memory: a bad target is told now, not after the warm start."""
         with torch.device("meta"):
-            config = dataclasses.replace(self._relora_config(), weight_dtype=None)
-            apply_relora(LlamaForCausalLM(self._llama_config()), config)
+            apply_relora(LlamaForCausalLM(self._llama_config()), self._relora_config())
 
     def _claim_folder(self):
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
