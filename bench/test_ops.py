@@ -57,6 +57,12 @@ PRODUCTS = {
 }
 
 
+def skip_if_it_cannot(name: str, op, why_not: str, arguments) -> None:
+    module = op.IMPLEMENTATIONS.get(name.removeprefix("ours "))
+    if module and (reason := getattr(module, why_not)(*arguments)):
+        pytest.skip(reason)
+
+
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
@@ -76,6 +82,7 @@ def layer_operands(tokens, in_features, out_features, r):
 def test_layer(benchmark, direction, shape, name):
     tokens, in_features, out_features, r = shape
     operands, product = layer_operands(*shape), PRODUCTS[name]
+    skip_if_it_cannot(name, linear_op, "why_not_forward", (*operands, None, 0.0, None))
     base = frozen_linear if product is frozen_linear else eager_lora
     with torch.no_grad():
         exact = base(*(t.detach().double() if torch.is_tensor(t) else t for t in operands))
@@ -124,12 +131,8 @@ def test_merge(benchmark, shape, name):
     weight = torch.randn(out_features, in_features, device=DEVICE).to(dtype)
     lora_A = torch.randn(r, in_features, device=DEVICE)
     lora_B = torch.randn(out_features, r, device=DEVICE) * 1e-3
-    backend = name.removeprefix("ours ")
-    if backend in merge_op.IMPLEMENTATIONS:
-        with use_backend(backend):
-            module, arguments = merge_op.IMPLEMENTATIONS[backend], (weight, lora_A, lora_B, 0.25)
-            if reason := module.why_not(*arguments, "nearest", None, 0, 0):
-                pytest.skip(reason)
+    arguments = (weight, lora_A, lora_B, 0.25, "nearest", None, 0, 0)
+    skip_if_it_cannot(name, merge_op, "why_not", arguments)
     merged, exact = weight.clone(), weight.double() + 0.25 * (lora_B.double() @ lora_A.double())
     MERGES[name](merged, lora_A, lora_B, 0.25)
     error = relative_error(merged, exact)
