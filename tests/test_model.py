@@ -255,6 +255,23 @@ def test_merge_and_unload_gives_plain_linears_fault_10():
     assert type(merge_and_unload(layer)) is nn.Linear
 
 
+def test_there_is_one_merge_fault_9(monkeypatch):
+    """Every way to merge goes through the same op: without it, none changes a weight."""
+    from relora_kernels import layer as layers
+
+    model = apply_relora(Model(), ReLoRaConfig(r=4))
+    train(model)
+    before = {p: m.weight.clone() for p, m in relora_layers(model)}
+    calls = []
+    monkeypatch.setattr(layers, "merge_unchecked", lambda *args, **kwargs: calls.append(args))
+    relora_layers(model)[0][1].merge()
+    merge_and_reinit(model)
+    assert all(torch.equal(m.weight, before[p]) for p, m in relora_layers(model))
+    merge_and_unload(model)
+    assert all(torch.equal(model.get_submodule(p).weight, w) for p, w in before.items())
+    assert len(calls) == 1 + 8 + 8
+
+
 def test_whole_model_compiles_without_breaks_or_recompiles_after_a_merge():
     model = apply_relora(Model(), ReLoRaConfig(r=4))
     compiled = torch.compile(model, fullgraph=True)

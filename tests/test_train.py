@@ -17,11 +17,12 @@ import yaml
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_with_warmup
 from relora_kernels.model import relora_layers
-from relora_kernels.train import ReLoRaCallback, cli, data
+from relora_kernels.train import ReLoRaCallback, SkipNonFiniteCallback, cli, data
 from relora_kernels.train.args import FIELDS, PRESETS, parse_args
 from relora_kernels.train.callback import MetricsCallback
 from relora_kernels.train.output import RunFolder
@@ -604,3 +605,59 @@ def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # reliability 4
     tiny_trainer(tmp_path, model, (optimizer, schedule.lr_scheduler), callbacks).train()
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
     assert caplog.text.count("metrics are being lost") == 1
+
+
+# --- gradients that are not finite -------------------------------------------------------------
+
+
+def poison(monkeypatch, backward_passes):
+    """NaN in one gradient of these backward passes (two a step), before anything clips them."""
+    passes = iter(range(10**6))
+
+    def spoil(gradient):
+        return gradient * torch.nan if next(passes) in backward_passes else gradient
+
+    def adamw(model, learning_rate, make=cli._adamw):
+        next(p for p in model.parameters() if p.requires_grad).register_hook(spoil)
+        return make(model, learning_rate)
+
+    monkeypatch.setattr(cli, "_adamw", adamw)
+
+
+def test_steps_with_nan_gradients_are_skipped_and_counted_fault_5(text, tmp_path, monkeypatch):
+    """Clipping must let them pass to where they are skipped; parameters stay as they were."""
+    poison(monkeypatch, {5, 22, 24})  # steps 3, 12 and 13; 12 is a restart
+
+    class Spy(SkipNonFiniteCallback):
+        unchanged = []
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.before = [p.detach().clone() for p in model.parameters()]
+            self.skipped_before = self.skipped
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            super().on_pre_optimizer_step(args, state, control, model=model, **kwargs)
+            self.skips = self.skipped > self.skipped_before
+
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if self.skips:
+                Spy.unchanged.append(all(map(torch.equal, self.before, model.parameters())))
+
+    monkeypatch.setattr(cli, "SkipNonFiniteCallback", Spy)
+    assert cli.main(flags(text, tmp_path / "out")) == 0
+    folder = RunFolder(tmp_path / "out")
+    assert Spy.unchanged == [True] * 3
+    assert json.loads(folder.summary.read_text())["skipped_steps"] == 3
+    assert [step for step, _ in series(folder, "restart")] == RESTARTS
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in folder.metrics.open()]
+    assert [r["step"] for r in rows if "grad_norm" in r and r["grad_norm"] is None] == [3, 12, 13]
+    assert all(np.isfinite(loss) for _, loss in series(folder, "eval_loss"))
+
+
+def test_too_many_nan_gradients_end_the_run_with_clean_weights(text, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, range(12, 10**6))  # from step 7 on
+    assert cli.main(flags(text, tmp_path / "out")) == 1
+    assert "11 steps in a row up to step" in capsys.readouterr().err
+    checkpoint = RunFolder(tmp_path / "out").last_checkpoint("relora")
+    weights = load_file(f"{checkpoint}/model.safetensors")
+    assert all(t.isfinite().all() for t in weights.values() if t.is_floating_point())

@@ -8,6 +8,6 @@ except ImportError as error:
         f"relora_kernels.train needs {error.name}: pip install 'relora_kernels[train]'"
     ) from error
 
-from .callback import ReLoRaCallback
+from .callback import ReLoRaCallback, SkipNonFiniteCallback
 
-__all__ = ["ReLoRaCallback"]
+__all__ = ["ReLoRaCallback", "SkipNonFiniteCallback"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -38,6 +39,36 @@ class ReLoRaCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.schedule.restart_if_due():
             logger.info("step %d: merged, cycle %d begins", state.global_step, self.schedule.cycle)
+
+
+class SkipNonFiniteCallback(TrainerCallback):
+    """Skips an optimizer step whose gradients hold NaN or inf: parameters and moments stay as they were.
+
+    Trainer calls it between clipping, which lets such gradients pass, and the optimizer's step. The
+    learning rate and the restarts go on counting. Raises FloatingPointError after more than `limit`
+    such steps in a row. `skipped` counts them all.
+    """
+
+    def __init__(self, limit: int = 10):
+        self.limit, self.skipped, self.in_a_row = limit, 0, 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if torch.nn.utils.get_total_norm(gradients).isfinite():
+            self.in_a_row = 0
+            return
+        for parameter in model.parameters():
+            parameter.grad = None  # an optimizer passes over what has no gradient
+        self.skipped += 1
+        self.in_a_row += 1
+        step = state.global_step + 1
+        logger.warning("step %d skipped: its gradients are not finite", step)
+        if self.in_a_row > self.limit:
+            raise FloatingPointError(
+                f"expected finite gradients, got NaN or inf in {self.in_a_row} steps in a row up to "
+                f"step {step}; the weights are those of step {step - self.in_a_row}. Lower the "
+                f"learning rate, or look at the data of these steps"
+            )
 
 
 class MetricsCallback(TrainerCallback):
@@ -132,8 +163,12 @@ def json_lines(path: Path) -> Callable[[dict], None]:
     """A sink that appends each row to `path`."""
 
     def write(row: dict) -> None:
+        # JSON has no NaN: a loss or norm that is none of its numbers is null.
+        finite = {
+            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
+        }
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     return write
 

@@ -34,7 +34,14 @@ from relora_kernels import (
 
 from . import report
 from .args import Args, is_main_process, parse_args, world_size
-from .callback import MetricsCallback, Progress, ReLoRaCallback, json_lines, tensorboard
+from .callback import (
+    MetricsCallback,
+    Progress,
+    ReLoRaCallback,
+    SkipNonFiniteCallback,
+    json_lines,
+    tensorboard,
+)
 from .data import Blocks, load_corpus, load_tokenizer, training_blocks
 from .output import RunFolder, write_text
 
@@ -47,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 2
-    model = run.train()
+    try:
+        model = run.train()
+    except FloatingPointError as error:
+        print(f"relora-train: error: {error}", file=sys.stderr)
+        return 1
     if is_main_process():
         run.finish(model)
     return 0
@@ -80,6 +91,7 @@ class Run:
         if args.relora_steps > 0:
             self._try_relora()
         self._claim_folder()
+        self.guard = SkipNonFiniteCallback()
         self.sinks = []
         if is_main_process():
             self.progress = Progress(args.steps)
@@ -176,7 +188,7 @@ class Run:
             data_collator=default_data_collator,
             processing_class=self.tokenizer,
             optimizers=(optimizer, lr_scheduler),
-            callbacks=[ReLoRaCallback(schedule), metrics] if schedule else [metrics],
+            callbacks=[self.guard, *([ReLoRaCallback(schedule)] if schedule else []), metrics],
         )
         trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -259,6 +271,7 @@ class Run:
             "trainable_parameters": trainable,
             "steps": args.steps,
             "restarts": sum("restart" in r for r in rows),
+            "skipped_steps": self.guard.skipped,
             "tokens": tokens,
             "epochs": tokens / self.blocks.size,
             **report.losses(rows),

@@ -24,8 +24,8 @@ def plot_metrics(rows: list[dict], folder: Path) -> list[Path]:
 
 
 def _draw_loss(axes, rows):
-    training = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-    validation = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    training = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    validation = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
     axes.plot(*_columns(training), color=_BLUE, alpha=0.4, linewidth=1, label="training")
     axes.plot(*_columns(validation), color=_ORANGE, marker="o", markersize=3, label="validation")
     if validation:
@@ -90,7 +90,7 @@ def losses(rows: list[dict]) -> dict[str, float | None]:
     def last(rows):
         return rows[-1]["eval_loss"] if rows else None
 
-    validations = [r for r in rows if "eval_loss" in r]
+    validations = [r for r in rows if r.get("eval_loss") is not None]
     return {
         "eval_loss_start": validations[0]["eval_loss"] if validations else None,
         "eval_loss_warm_start": last([r for r in validations if r["phase"] == "warm_start"]),
