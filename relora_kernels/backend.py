@@ -3,6 +3,9 @@
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
 in words. `auto` takes the first of the op's order that can; a named backend that cannot raises.
+
+The order holds evidence: the reference, which on a GPU runs on cuBLAS, comes first until a kernel is on
+record, on that device, as right and as faster. Until then kernels serve by name.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import functools
 import importlib.util
 import os
 import sys
-import warnings
 
 BACKENDS = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
@@ -87,26 +89,9 @@ def _first_that_can(op: str, implementations: dict, why_not: str, args):
     for name, module in implementations.items():
         reason = getattr(module, why_not)(*args)
         if reason is None:
-            _say_once(name, tuple(reasons), args)
             return module
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
-
-
-def _say_once(name: str, reasons: tuple[str, ...], args) -> None:
-    """On a GPU, tell once why `auto` passed a backend over. On a CPU it always does."""
-    if reasons and any(getattr(a, "is_cuda", False) for a in args):
-        _warn_once(name, reasons)
-
-
-@functools.cache
-def _warn_once(name: str, reasons: tuple[str, ...]) -> None:
-    warnings.warn(
-        f"relora_kernels runs on backend {name!r} ({'; '.join(reasons)}); "
-        f"`python -m relora_kernels` tells more",
-        RuntimeWarning,
-        stacklevel=5,
-    )
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_kernels import prune_, use_backend
+from relora_kernels.ops import prune as op
 from relora_kernels.reference import prune as reference
 
 RATIOS = [0.0, 0.5, 0.8, 0.9, 0.99, 0.999, 1.0, 0.123456]
@@ -40,6 +41,71 @@ def test_equals_the_quantile_threshold_on_thousands_of_cases(dtype, device):
                 got = t.clone()
                 prune_(got, ratio)
                 assert torch.equal(got, expected(t, ratio)), (n, name, ratio)
+
+
+BACKENDS = [
+    name
+    for name, module in op.IMPLEMENTATIONS.items()
+    if name != "reference" and (name != "cuda" or torch.cuda.is_available())
+]
+SIZES = [1, 2, 3, 16, 101, 2049]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1.0])
+def test_kernels_equal_the_reference_on_lists(backend, dtype, ratio, device):
+    """Constant tensors, ties and zeros overflow the kernels' lists and take the way round."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = [*SIZES, 30011] if ratio == 0.9 else SIZES
+    tensors = [t.to(dtype).to(device) for n in sizes for t in kinds(n, generator).values()]
+    tensors[3::7] = [t.clone().index_fill_(0, torch.tensor(0, device=device), torch.nan)
+                     for t in tensors[3::7]]  # fmt: skip
+    partners = [torch.rand(t.shape, device=device).to(torch.bfloat16) + 1 for t in tensors]
+    results = []
+    for name in ("reference", backend):
+        mine = [t.clone() for t in tensors], [p.clone() for p in partners]
+        with use_backend(name):
+            prune_(mine[0], ratio, mine[1])
+        results.append([*mine[0], *mine[1]])
+    for i, (a, b) in enumerate(zip(*results)):
+        assert torch.equal(a, b), (i, len(a))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_on_hostile_layouts(backend, device):
+    base = torch.randn(70, 90, device=device)
+    for view in (base.T[3:60, ::3], base[1:7], base[:, 5], base.flatten()[3:5003]):
+        before, want = base.clone(), expected(view.clone(), 0.7)
+        partner = torch.ones(view.shape[::-1], device=device).permute(*range(view.dim())[::-1])
+        with use_backend(backend):
+            prune_(
+                [view, torch.empty(0, device=device)], 0.7, [partner, torch.empty(0, device=device)]
+            )
+        assert torch.equal(view, want) and torch.equal(partner != 0, want != 0)
+        view.copy_(before.as_strided(view.shape, view.stride(), view.storage_offset()))
+        assert torch.equal(base, before)  # nothing beside the view was touched
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_where_rounding_lifts_the_threshold_to_an_element(backend, device):
+    """0x3F7F and 0x3F80 lie in different bins; between them the threshold rounds up to the latter."""
+    bits = torch.tensor([0x3F7E, 0x3F7F, 0x3F80, 0x3F80, 0x3F81], dtype=torch.int16, device=device)
+    for ratio in torch.linspace(0.2, 0.6, 41).tolist():
+        t = bits.view(torch.bfloat16).clone()
+        want = expected(t, ratio)
+        with use_backend(backend):
+            prune_(t, ratio)
+        assert torch.equal(t, want), ratio
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_move_version_counters(backend, device):
+    t, partner = torch.randn(10, device=device), torch.ones(10, device=device)
+    before = t._version, partner._version
+    with use_backend(backend):
+        prune_(t, 0.5, partner)
+    assert t._version > before[0] and partner._version > before[1]
 
 
 @settings(deadline=None, max_examples=300)

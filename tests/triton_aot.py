@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from relora_kernels._triton import lora_linear, merge
+from relora_kernels._triton import lora_linear, merge, prune
 
 TARGETS = (80, 90, 100, 120)
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
@@ -93,6 +93,28 @@ def variants(arch: int):
     )  # fmt: skip
 
 
+def prune_variants():
+    types = {f"{n}_ptr": "*i64" for n in ("table", "state", "hist", "list")} | {
+        "weight_ptr": "*fp32"
+    }
+    sweep, select = ({"num_stages": 3, **config} for config in (prune.SWEEP, prune.SELECT))
+    for dtype, digits in (("fp32", prune.DIGITS[4]), ("bf16", prune.DIGITS[2])):
+        bits, kind = digits[-1], {"DTYPE": dtype}
+        first, later = (
+            {"FIRST": True, "BITS": 11, "SHIFT": sum(digits[1:])},
+            {"FIRST": False, "BITS": bits},
+        )
+        pair = {"PAIRED": True, "PARTNER_DTYPE": dtype}
+        for name, kernel, constants in (
+            ("count first", prune.count_kernel, first | sweep),
+            ("count last", prune.count_kernel, later | {"SHIFT": 0} | sweep),
+            ("select last", prune.select_kernel, later | {"LAST": True} | select),
+            ("partition", prune.partition_kernel, pair | {"SHIFT": first["SHIFT"]} | sweep),
+            ("finish", prune.finish_kernel, pair | sweep),
+        ):
+            yield kernel, f"prune {name} {dtype}", types, constants | kind
+
+
 def compiled(kernel, types: dict, constants: dict, arch: int):
     """With every pointer, size and pitch divisible by 16, as the launchers find them in models."""
     from triton.backends.compiler import GPUTarget
@@ -140,7 +162,7 @@ def inspect(cubin: bytes) -> dict:
 
 def main() -> None:
     for arch in map(int, sys.argv[1:] or TARGETS):
-        for kernel, name, types, constants in variants(arch):
+        for kernel, name, types, constants in (*variants(arch), *prune_variants()):
             binary = compiled(kernel, types, constants, arch)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
             row["most_shared"] = SHARED[arch]

@@ -11,9 +11,7 @@ from relora_kernels import backend
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import lora_linear as _reference
 
-# In `auto`'s order of preference. The reference, two cuBLAS calls on a GPU, comes first until a kernel
-# is on record as faster there.
-IMPLEMENTATIONS = {"reference": _reference}
+IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
 if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear as _triton
 

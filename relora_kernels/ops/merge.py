@@ -9,11 +9,11 @@ from relora_kernels.cuda import merge as _cuda
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import merge as _reference
 
-IMPLEMENTATIONS = {"cuda": _cuda, "reference": _reference}  # in `auto`'s order of preference
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
 if backend.triton_missing() is None:
     from relora_kernels._triton import merge as _triton
 
-    IMPLEMENTATIONS = {"triton": _triton, **IMPLEMENTATIONS}
+    IMPLEMENTATIONS["triton"] = _triton
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 

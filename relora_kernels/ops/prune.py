@@ -10,7 +10,11 @@ from relora_kernels import backend
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import prune as _reference
 
-IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order of preference
+IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
+if backend.triton_missing() is None:
+    from relora_kernels._triton import prune as _triton
+
+    IMPLEMENTATIONS["triton"] = _triton
 
 LIBRARY.define("_prune_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with) -> ()")
 
