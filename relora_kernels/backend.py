@@ -19,7 +19,8 @@ import sys
 BACKENDS = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
-_named: str | None = None  # set by use_backend; wins over the environment variable
+# One [name] for each use_backend block that is open. The last counts, over the environment variable.
+_named: list[list[str]] = []
 
 
 class BackendUnavailable(RuntimeError):
@@ -28,8 +29,8 @@ class BackendUnavailable(RuntimeError):
 
 def current_backend() -> str:
     """`auto` or the name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`."""
-    if _named is not None:
-        return _named
+    if _named:
+        return _named[-1][0]
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
@@ -38,17 +39,18 @@ def use_backend(name: str):
     """Within the block every op runs on backend `name`: auto, reference, triton or cuda.
 
     Process-wide, not per thread: autograd runs the backward of CUDA graphs in threads of its own,
-    which have to see it. Compiled graphs see it too, since ops choose when they run.
+    which have to see it. Compiled graphs see it too, since ops choose when they run. Where blocks of
+    several threads overlap, the one entered last counts.
 
     Raises ValueError for any other name. An op that `name` cannot serve raises BackendUnavailable
     when it is called; nothing falls back.
     """
-    global _named
-    before, _named = _named, _checked(name, "use_backend")
+    mine = [_checked(name, "use_backend")]
+    _named.append(mine)
     try:
         yield
     finally:
-        _named = before
+        _named[:] = [entry for entry in _named if entry is not mine]
 
 
 def _checked(name: str, where: str) -> str:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from relora_kernels import sharding
+from relora_kernels.ops import checks
 from relora_kernels.ops.lora_linear import lora_linear
-from relora_kernels.ops.merge import ROUNDINGS, check_finite, merge_unchecked
+from relora_kernels.ops.merge import check_backend, check_finite, merge_checked
 from relora_kernels.reference import philox
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -37,7 +38,8 @@ class FusedReLoRaLinear(nn.Linear):
     ``weight_residual`` (out, in), or None: what compensated merges could not store in a 16-bit W,
     kept in host memory, part of the state_dict.
 
-    Raises ValueError for r < 1, a dropout outside [0, 1] or an unknown rounding.
+    Raises ValueError or TypeError for r < 1, lora_alpha <= 0, a dropout outside [0, 1], an unknown
+    rounding or a dtype that is no float.
     """
 
     def __init__(
@@ -58,17 +60,10 @@ class FusedReLoRaLinear(nn.Linear):
         seed: int = 0,
         name: str = "",
     ) -> None:
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"FusedReLoRaLinear: expected rank r >= 1, got {r!r}")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(
-                f"FusedReLoRaLinear: expected 0 <= lora_dropout <= 1, got {lora_dropout}"
-            )
-        if merge_rounding not in (None, *ROUNDINGS):
-            raise ValueError(
-                f"FusedReLoRaLinear: expected merge_rounding None or one of {ROUNDINGS}, "
-                f"got {merge_rounding!r}"
-            )
+        checks.lora_options(
+            "FusedReLoRaLinear", r, lora_alpha, lora_dropout, merge_rounding, seed,
+            {"dtype": dtype, "lora_dtype": lora_dtype},
+        )  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         self.weight.requires_grad_(False)
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
@@ -82,6 +77,7 @@ class FusedReLoRaLinear(nn.Linear):
         self.lora_scaling = nn.Parameter(torch.empty(1, **factory)) if trainable_scaling else None
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
         self.weight_residual: torch.Tensor | None = None
+        self.unloaded_dtype = self.weight.dtype  # of the nn.Linear that to_linear gives
         self.reset_lora_parameters()
 
     @classmethod
@@ -102,15 +98,19 @@ class FusedReLoRaLinear(nn.Linear):
     ) -> FusedReLoRaLinear:
         """The layer around `linear`'s own weight and bias, which are shared, not copied.
 
-        `weight_dtype` stores W in another dtype; if it is narrower and merges are compensated, what
-        the cast drops becomes the first residual. The other arguments are the constructor's.
+        The bias stays as trainable as it is. `weight_dtype` stores W in another dtype, which
+        `to_linear` undoes; if it is narrower and merges are compensated, what the cast drops becomes
+        the first residual. The other arguments are the constructor's.
         Raises TypeError for anything but a plain ``nn.Linear``.
         """
         if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
+            got = type(linear).__name__
+            if type(linear) is nn.Linear:
+                got = "one whose weight is computed (weight_norm, pruning); remove that first"
             raise TypeError(
-                f"FusedReLoRaLinear.from_linear: expected a plain torch.nn.Linear, "
-                f"got {type(linear).__name__}"
+                f"FusedReLoRaLinear.from_linear: expected a plain torch.nn.Linear, got {got}"
             )
+        checks.plain_tensors("FusedReLoRaLinear.from_linear", weight=linear.weight)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, r, lora_alpha,
             lora_dropout, use_rslora, "meta", weight_dtype or linear.weight.dtype, lora_dtype,
@@ -122,7 +122,7 @@ class FusedReLoRaLinear(nn.Linear):
             if parameter is not None:
                 setattr(layer, key, nn.Parameter(torch.empty_like(parameter, device=device)))
         layer.merge_count = torch.zeros((), dtype=torch.int64, device=device)
-        layer.weight, layer.bias = weight, linear.bias
+        layer.weight, layer.bias, layer.unloaded_dtype = weight, linear.bias, weight.dtype
         if weight_dtype not in (None, weight.dtype):
             layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
             drops_digits = weight.dtype not in _NARROW and layer.weight.dtype in _NARROW
@@ -157,12 +157,21 @@ class FusedReLoRaLinear(nn.Linear):
         return lora_linear(x, self.weight, self.lora_A, lora_B, scaling, self.bias, dropout_p)
 
     @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new layer: W and bias drawn as nn.Linear does, A and B as at first."""
+        super().reset_parameters()
+        if hasattr(self, "lora_A"):  # nn.Linear's constructor calls this before there is one
+            self.merge_count.zero_()
+            self.weight_residual = None
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Draw A anew, zero B, start the trained scale at 1. W is left alone."""
         if self.lora_A.device.type == "meta":
             return
         bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
-        if self.name:
+        if self.name or int(self.merge_count) > 0:
             seed = philox.derive_seed("A", self.seed, self.name, int(self.merge_count))
             philox.uniform_(*sharding.local_rows(self.lora_A), bound, seed)
         else:
@@ -171,75 +180,103 @@ class FusedReLoRaLinear(nn.Linear):
         if self.lora_scaling is not None:
             self.lora_scaling.fill_(1.0)
 
-    def merge_arguments(self) -> tuple:
-        """(weight, lora_A, lora_B, scaling, name) as `check_finite` takes them.
+    def update(self) -> tuple:
+        """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them.
 
-        Whole tensors, so that all ranks of a sharded model come to one verdict; a weight whose values
+        Whole tensors, so that all ranks of a sharded model come to one verdict. A weight whose values
         do not matter for it (all but float16) is not gathered.
         """
-        weight = self.weight.detach()
+        weight, residual = self.weight.detach(), self.weight_residual
         if sharding.is_sharded(weight):
+            residual = None  # each rank's own; less than one rounding of float16's bound
             narrow = weight.dtype == torch.float16
             weight = (
                 sharding.whole(weight) if narrow else weight.new_empty(weight.shape, device="meta")
             )
         lora_A, lora_B = sharding.whole(self.lora_A.detach()), sharding.whole(self.lora_B.detach())
-        return weight, lora_A, lora_B, self.scaling, self.name or "FusedReLoRaLinear"
+        return weight, lora_A, lora_B, self.scaling, residual, self.name or "FusedReLoRaLinear"
+
+    def check_merge(self) -> None:
+        """Raise where a merge is refused: for pending gradients, or by the backend in force."""
+        for key in ("lora_A", "lora_B", "lora_scaling"):
+            parameter = getattr(self, key)
+            gradient = None if parameter is None else parameter.grad
+            if gradient is not None and not gradient.is_meta and sharding.whole(gradient).any():
+                raise RuntimeError(
+                    f"merge: expected no pending gradients, got {self.name or type(self).__name__}."
+                    f"{key}.grad, a gradient of factors that the merge replaces; call "
+                    f"optimizer.step() and optimizer.zero_grad() first"
+                )
+        weight, lora_A, lora_B = (
+            sharding.local_rows(p.detach())[0] for p in (self.weight, self.lora_A, self.lora_B)
+        )
+        check_backend(weight, lora_A, lora_B, self.rounding)
 
     @torch.no_grad()
     def merge(self) -> None:
         """W <- round(W + s B A), A drawn anew, B zeroed, merge_count + 1, in this order.
 
-        Raises FloatingPointError, with nothing changed, if the update is not finite. The function
-        that the layer computes stays the same up to the rounding of W.
+        The function that the layer computes stays the same up to the rounding of W. Raises
+        RuntimeError while gradients of A or B are pending, and FloatingPointError if the update is
+        not finite; nothing is changed then.
         """
-        check_finite([self.merge_arguments()])
-        self.merge_unchecked()
+        self.check_merge()
+        check_finite([self.update()])
+        self.merge_after_checks()
 
     @torch.no_grad()
-    def merge_unchecked(self) -> None:
-        """merge() for callers that have run `check_finite` on all their layers at once."""
+    def merge_after_checks(self) -> None:
+        """merge() for callers that have run check_merge and `check_finite` on all their layers."""
         self._add_update()
         self.merge_count += 1
         self.reset_lora_parameters()
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone."""
+        """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone.
+
+        It has the dtype that the layer was made from. Raises FloatingPointError if the update is not
+        finite, TypeError for sharded parameters.
+        """
         if sharding.is_sharded(self.weight):
             raise TypeError(
                 f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
                 f"load the full state_dict into an unsharded model and merge that"
             )
-        check_finite([self.merge_arguments()])
+        merged = self.weight.detach().to(self.unloaded_dtype, copy=True)
+        residual = self.weight_residual
+        residual = None if residual is None else residual.to(merged.device, merged.dtype, copy=True)
+        if residual is not None and merged.dtype not in _NARROW:
+            merged += residual
+            residual = None
+        rounding = "nearest" if residual is None else "compensated"
+        factors = self.lora_A.detach(), self.lora_B.detach()
+        check_finite([(merged, *factors, self.scaling, residual, self.name or "FusedReLoRaLinear")])
+        merge_checked(merged, *factors, self.scaling, rounding, residual, 0)
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
-        merged = self.weight.detach().clone()
-        residual = self.weight_residual
-        rounding = "nearest" if residual is None else "compensated"
-        residual = None if residual is None else residual.clone()
-        merge_unchecked(merged, self.lora_A, self.lora_B, self.scaling, rounding, residual, 0)
         linear.weight, linear.bias = nn.Parameter(merged), self.bias
         return linear.train(self.training)
 
     def _add_update(self) -> None:
         """The merge itself, on this rank's rows of W and B where they are sharded."""
         rounding = self.rounding
-        if rounding == "compensated" and self.weight.dtype in _NARROW:
-            if self.weight_residual is None:
-                self.weight_residual = self._host_residual()
         weight, first_row = sharding.local_rows(self.weight)
-        residual = self.weight_residual if rounding == "compensated" else None
-        if residual is not None and len(residual) != len(weight):  # made before W was sharded
-            residual = residual[first_row : first_row + len(weight)].clone()
-            self.weight_residual = residual
+        residual = None
+        if rounding == "compensated" and weight.dtype in _NARROW:
+            residual = self.weight_residual
+            if residual is None:
+                residual = self._host_residual()
+            elif len(residual) != len(weight):  # made before W was sharded
+                residual = residual[first_row : first_row + len(weight)].clone()
         lora_B, _ = sharding.local_rows(self.lora_B)
         seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
-        merge_unchecked(
+        merge_checked(
             weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed,
             first_row,
         )  # fmt: skip
+        self.weight_residual = residual
 
     def _host_residual(self) -> torch.Tensor:
         """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at
@@ -250,28 +287,49 @@ class FusedReLoRaLinear(nn.Linear):
         )
 
     def _apply(self, fn, recurse=True):
-        before = self.weight.dtype
+        before = self.weight.dtype, self.lora_A.dtype
         super()._apply(fn, recurse)
-        if self.weight_residual is not None and self.weight.dtype != before:
-            # A wider W holds the residual itself; a narrower one was asked to drop digits.
-            if before in _NARROW and self.weight.dtype not in _NARROW:
-                self.weight.data.add_(self.weight_residual.to(self.weight))
-            self.weight_residual = None
+        if (self.weight.dtype, self.lora_A.dtype) != before:
+            self.unloaded_dtype = self.weight.dtype
+        if self.weight.dtype != before[0]:
+            self._fold_residual()
         return self
+
+    def _fold_residual(self) -> None:
+        """A wide W holds the residual itself; a W cast to another narrow type has dropped it."""
+        residual, self.weight_residual = self.weight_residual, None
+        if residual is not None and self.weight.dtype not in _NARROW:
+            weight, _ = sharding.local_rows(self.weight.data)
+            weight.add_(residual.to(weight))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_residual is not None:
-            destination[prefix + "weight_residual"] = self.weight_residual
+            residual = sharding.like(self.weight, self.weight_residual)
+            destination[prefix + "weight_residual"] = residual
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *rest):
         residual = state_dict.pop(prefix + "weight_residual", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if prefix + "weight" in state_dict:
             self.weight_residual = None
-        if residual is not None:
-            self.weight_residual = self._host_residual()
-            self.weight_residual.copy_(residual)
+        if residual is None:
+            return
+        if residual.shape != self.weight.shape:
+            error_messages = rest[-1]
+            error_messages.append(
+                f"{prefix}weight_residual: expected shape {tuple(self.weight.shape)}, "
+                f"got {tuple(residual.shape)}"
+            )
+            return
+        _, first_row = sharding.local_rows(self.weight)
+        residual, _ = sharding.local_rows(residual)
+        self.weight_residual = self._host_residual().to(residual.dtype)
+        if len(residual) != len(self.weight_residual):  # whole, for a sharded W
+            residual = residual[first_row : first_row + len(self.weight_residual)]
+        self.weight_residual.copy_(residual)
+        if self.weight.dtype not in _NARROW:
+            self._fold_residual()
 
     def extra_repr(self) -> str:
         return (

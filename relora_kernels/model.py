@@ -11,10 +11,16 @@ from torch import nn
 
 from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear
-from relora_kernels.ops.merge import ROUNDINGS, check_finite
+from relora_kernels.ops import checks
+from relora_kernels.ops.merge import check_finite
 
 # The attention and MLP projections, by the path of the module (the ReLoRA paper's choice).
-_DEFAULT_TARGETS = r".*(attn|attention|mlp|ffn|feed_forward|fc1|fc2).*"
+_DEFAULT_TARGETS = (
+    r".*(attn|attention|mlp|ffn|feed_forward|densereludense|fc1|fc2"
+    r"|layer\.\d+\.(intermediate|output)\.dense).*"
+)
+# What "all-linear" leaves at full rank beside the heads that a model names itself.
+_HEADS = {"lm_head", "score", "classifier", "qa_outputs", "embed_out"}
 # Path components that torch's and accelerate's wrappers add; A's draw must not depend on them.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -33,7 +39,7 @@ class ReLoRaConfig:
         merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
         seed: A's draws and stochastic rounding depend on (seed, module path, merge count) alone.
 
-    Raises ValueError on construction for values out of range.
+    Raises ValueError or TypeError on construction for values out of range.
     """
 
     r: int = 128
@@ -49,25 +55,12 @@ class ReLoRaConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"ReLoRaConfig: expected rank r >= 1, got {self.r!r}")
-        if not 0.0 <= self.lora_dropout <= 1.0:
-            raise ValueError(
-                f"ReLoRaConfig: expected 0 <= lora_dropout <= 1, got {self.lora_dropout}"
-            )
-        if self.merge_rounding not in (None, *ROUNDINGS):
-            raise ValueError(
-                f"ReLoRaConfig: expected merge_rounding None or one of {ROUNDINGS}, "
-                f"got {self.merge_rounding!r}"
-            )
-        for name in ("lora_dtype", "weight_dtype"):
-            dtype = getattr(self, name)
-            if dtype is not None and not (
-                isinstance(dtype, torch.dtype) and dtype.is_floating_point
-            ):
-                raise ValueError(
-                    f"ReLoRaConfig: expected {name} a floating torch.dtype, got {dtype!r}"
-                )
+        checks.lora_options(
+            "ReLoRaConfig", self.r, self.lora_alpha, self.lora_dropout, self.merge_rounding, self.seed,
+            {"lora_dtype": self.lora_dtype, "weight_dtype": self.weight_dtype},
+        )  # fmt: skip
+        for name in ("target_modules", "exclude_modules"):
+            _check_pattern(name, getattr(self, name))
 
 
 def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Module:
@@ -80,7 +73,12 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     Raises ValueError if nothing is targeted (the message lists candidates), if the model holds
     FusedReLoRaLinear modules already, or if a targeted weight is shared with another module.
     """
-    config = config or ReLoRaConfig()
+    config = ReLoRaConfig() if config is None else config
+    if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
+        raise TypeError(
+            f"apply_relora: expected an nn.Module and a ReLoRaConfig, got {type(model).__name__} and "
+            f"{type(config).__name__}"
+        )
     wrapped = [path for path, _ in relora_layers(model, required=False)]
     if wrapped:
         raise ValueError(
@@ -92,23 +90,23 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
             "apply_relora: expected a model that holds nn.Linear modules, got an nn.Linear itself; "
             "use FusedReLoRaLinear.from_linear"
         )
-    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
-    head = _output_head(model)
-    targets = [path for path in linears if _is_target(path, linears[path] is head, config)]
-    if not targets:
-        raise ValueError(
-            f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
-            f"{config.exclude_modules!r}) to match nn.Linear modules, got none of "
-            f"{len(linears)}; candidates: {_some(linears, 12)}"
-        )
-    _refuse_tied(model, targets)
-    for path in targets:
-        layer = FusedReLoRaLinear.from_linear(
-            linears[path], config.r, config.lora_alpha, config.lora_dropout, config.use_rslora,
-            config.lora_dtype, weight_dtype=config.weight_dtype,
-            trainable_scaling=config.trainable_scaling, merge_rounding=config.merge_rounding,
-            seed=config.seed, name=_plain_path(path),
-        )  # fmt: skip
+    targets = _targets(model, config)
+    _refuse_unfit(model, targets)
+    layers = {}
+    trained = {path: linear.weight.requires_grad for path, linear in targets.items()}
+    try:
+        for path, linear in targets.items():
+            layers[path] = FusedReLoRaLinear.from_linear(
+                linear, config.r, config.lora_alpha, config.lora_dropout, config.use_rslora,
+                config.lora_dtype, weight_dtype=config.weight_dtype,
+                trainable_scaling=config.trainable_scaling, merge_rounding=config.merge_rounding,
+                seed=config.seed, name=_plain_path(path),
+            )  # fmt: skip
+    except BaseException:  # out of memory, say: the model stays as it was
+        for path, linear in targets.items():
+            linear.weight.requires_grad_(trained[path])
+        raise
+    for path, layer in layers.items():
         _set_module(model, path, layer)
     model.relora_config = config
     return model
@@ -150,19 +148,11 @@ def merge_and_reinit(model: nn.Module) -> int:
     sharding.reshard(model)
     layers = relora_layers(model)
     for path, layer in layers:
-        for key in ("lora_A", "lora_B", "lora_scaling"):
-            parameter = getattr(layer, key)
-            gradient = None if parameter is None else parameter.grad
-            if gradient is not None and sharding.whole(gradient).any():
-                raise RuntimeError(
-                    f"merge_and_reinit: expected no pending gradients, got {path}.{key}.grad, a "
-                    f"gradient of factors that the merge replaces; call optimizer.step() and "
-                    f"optimizer.zero_grad() first"
-                )
         layer.name = layer.name or _plain_path(path)
-    check_finite([layer.merge_arguments() for _, layer in layers])
+        layer.check_merge()
+    check_finite([layer.update() for _, layer in layers])
     for _, layer in layers:
-        layer.merge_unchecked()
+        layer.merge_after_checks()
     return len(layers)
 
 
@@ -175,7 +165,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     finite, and TypeError for a sharded model.
     """
     layers = relora_layers(model)
-    check_finite([layer.merge_arguments() for _, layer in layers])
+    check_finite([layer.update() for _, layer in layers])
     for path, layer in layers:
         if path == "":
             return layer.to_linear()
@@ -185,13 +175,28 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
+def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    heads = _output_heads(model)
+    found = {path: m for path, m in linears.items() if _is_target(path, m in heads, config)}
+    if found:
+        return found
+    conv1d = sum(type(m).__name__ == "Conv1D" for m in model.modules())
+    raise ValueError(
+        f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
+        f"{config.exclude_modules!r}) to match nn.Linear modules, got none of {len(linears)}; "
+        f"candidates: {_some(linears, 12) or 'none'}"
+        + (f"; {conv1d} Conv1D modules are no nn.Linear: convert them first" if conv1d else "")
+    )
+
+
 def _is_target(path: str, is_head: bool, config: ReLoRaConfig) -> bool:
     if config.exclude_modules is not None and _matches(path, config.exclude_modules):
         return False
     if config.target_modules is None:
-        return not is_head and _matches(path, _DEFAULT_TARGETS)
+        return not is_head and re.fullmatch(_DEFAULT_TARGETS, path, re.IGNORECASE) is not None
     if config.target_modules == "all-linear":
-        return not is_head
+        return not is_head and path.rpartition(".")[2] not in _HEADS
     return _matches(path, config.target_modules)
 
 
@@ -202,21 +207,52 @@ def _matches(path: str, pattern: str | Sequence[str]) -> bool:
     return any(path == name or path.endswith("." + name) for name in pattern)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """A Hugging Face model's output head, which "all-linear" leaves at full rank."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+def _check_pattern(name: str, pattern) -> None:
+    if pattern is None or isinstance(pattern, str):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"ReLoRaConfig: expected {name} to be a regular expression, got {pattern!r}: {error}"
+            ) from error
+    elif not isinstance(pattern, (list, tuple, set)) or not all(
+        isinstance(n, str) for n in pattern
+    ):
+        raise TypeError(
+            f"ReLoRaConfig: expected {name} to be a list of names, a regular expression or None, "
+            f"got {pattern!r}"
+        )
 
 
-def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """Hugging Face models' output heads, which stay at full rank."""
+    getters = (getattr(m, "get_output_embeddings", None) for m in model.modules())
+    return {head for getter in getters if callable(getter) and (head := getter()) is not None}
+
+
+def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
+    """Targets that cannot be wrapped, before anything is changed."""
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
-    for names in owners.values():
-        if len(names) > 1 and any(f"{path}.weight" in names for path in targets):
+    for path, linear in targets.items():
+        if not isinstance(linear.weight, nn.Parameter):
+            raise ValueError(
+                f"apply_relora: expected {path}.weight to be a Parameter, got one that is computed "
+                f"(weight_norm, pruning); remove that first or leave it out with exclude_modules"
+            )
+        names = owners[id(linear.weight)]
+        if len(names) > 1:
             raise ValueError(
                 f"apply_relora: expected targeted weights of their own, got one shared by "
                 f"{', '.join(names)}; leave it out with exclude_modules or untie it"
+            )
+        checks.plain_tensors("apply_relora", **{f"{path}.weight": linear.weight})
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"apply_relora: expected targets whose forward is called, got {path} of an "
+                f"nn.TransformerEncoderLayer, which in eval reads the weight past it; leave it out "
+                f"with exclude_modules"
             )
 
 

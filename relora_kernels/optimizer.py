@@ -24,7 +24,7 @@ def reset_optimizer(
     ratio: float = 0.9,
     paired: bool = True,
     reset_step: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> None:
     """Prune the Adam moments of `params` in place; every other parameter's state is left alone.
 
@@ -33,13 +33,14 @@ def reset_optimizer(
             (Adam, AdamW, NAdam, ...; ``max_exp_avg_sq`` is treated as ``exp_avg_sq``).
         params: parameters of `optimizer`. One that has no state yet has nothing to reset.
         mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
-            element with probability `ratio`, from (seed, position in `params`, element) alone;
+            element with probability `ratio`, from (seed, position in `params`, element) alone, None
+            drawing a seed from torch's generator;
             "zero" drops all.
         ratio: share to drop, 0 <= ratio <= 1; not used by "zero".
         paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
             mask, as the ReLoRA authors' code does: where m is kept and v dropped the next updates are
             some ten times too large, which only a long learning-rate warm-up hides; a warning says so.
-        reset_step: also set Adam's step count to 0. Without it the first updates from zeroed moments
+        reset_step: also set Adam's step count (and NAdam's mu_product) to their start. Without it the first updates from zeroed moments
             are about three times the learning rate (0.1 / sqrt(0.001)).
 
     Raises ValueError for parameters that are not the optimizer's or arguments out of range, and
@@ -47,9 +48,12 @@ def reset_optimizer(
     codes, momentum buffers); nothing is changed then. Moments sharded by FSDP2 give the unsharded
     result; call it on every rank then.
     """
-    if mode not in MODES:
-        raise ValueError(f"reset_optimizer: expected mode to be one of {MODES}, got {mode!r}")
+    checks.one_of("reset_optimizer", "mode", mode, MODES)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
     ratio = checks.fraction("reset_optimizer", "ratio", ratio)
+    if not isinstance(params, Iterable):
+        raise TypeError(f"reset_optimizer: expected params to be parameters, got {params!r}")
     states = adam_states(optimizer, [params] if isinstance(params, torch.Tensor) else list(params))
     first = [(i, state["exp_avg"]) for i, state in states]
     seconds = [
@@ -71,6 +75,8 @@ def reset_optimizer(
                 state["step"].zero_()
             elif "step" in state:
                 state["step"] = 0
+            if torch.is_tensor(state.get("mu_product")):  # NAdam's momentum schedule
+                state["mu_product"].fill_(1.0)
 
 
 def _prune_paired(first, seconds, mode, ratio, seed) -> None:
@@ -111,6 +117,8 @@ def _prune_gathered(moments, mode, ratio, seed, partners) -> None:
 
 def adam_states(optimizer, params) -> list[tuple[int, dict]]:
     """(position in `params`, state) of each parameter that has state; raises as reset_optimizer does."""
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise TypeError(f"reset_optimizer: expected a torch optimizer, got {optimizer!r}")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     states = []
     for i, p in enumerate(params):

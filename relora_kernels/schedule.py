@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
+from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, reset_optimizer
 from relora_kernels.reference import philox
 
@@ -26,9 +27,11 @@ def cosine_with_warmup(
     f(t) = t / w for t < w, else min + (1 - min) * (1 + cos(pi (t - w) / (T - w))) / 2 (ReLoRA,
     arXiv 2307.05695), and min from T on. Steps count optimizer updates.
     """
+    for name, value in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
+        checks.whole_number("cosine_with_warmup", name, value, 0)
+    checks.fraction("cosine_with_warmup", "min_ratio", min_ratio)
     _require("cosine_with_warmup", 0 <= warmup_steps < total_steps, "0 <= warmup_steps < total_steps",
              f"{warmup_steps} and {total_steps}")  # fmt: skip
-    _require("cosine_with_warmup", 0.0 <= min_ratio <= 1.0, "0 <= min_ratio <= 1", min_ratio)
 
     def multiplier(step: int) -> float:
         if step < warmup_steps:
@@ -68,10 +71,15 @@ class JaggedLR(LRScheduler):
         total_steps: int | None = None,
         last_epoch: int = -1,
     ) -> None:
-        _require("JaggedLR", restart_every >= 1, "restart_every >= 1", restart_every)
-        _require("JaggedLR", restart_warmup_steps >= 0 and anneal_steps >= 0,
-                 "restart_warmup_steps >= 0 and anneal_steps >= 0",
-                 f"{restart_warmup_steps} and {anneal_steps}")  # fmt: skip
+        for name, value, least in (
+            ("restart_every", restart_every, 1),
+            ("restart_warmup_steps", restart_warmup_steps, 0),
+            ("anneal_steps", anneal_steps, 0),
+            ("total_steps", 1 if total_steps is None else total_steps, 1),
+        ):
+            checks.whole_number("JaggedLR", name, value, least)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"JaggedLR: expected a torch optimizer, got {optimizer!r}")
         _require("JaggedLR", restart_warmup_steps + anneal_steps <= restart_every,
                  f"restart_warmup_steps + anneal_steps <= restart_every = {restart_every}",
                  restart_warmup_steps + anneal_steps)  # fmt: skip
@@ -123,8 +131,9 @@ class JaggedLR(LRScheduler):
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from `state_dict`. Raises ValueError if it was saved with other restarts."""
         for key in ("restart_every", "restart_warmup_steps", "anneal_steps"):
-            _require("JaggedLR.load_state_dict", state_dict[key] == getattr(self, key),
-                     f"{key} = {getattr(self, key)} as constructed", state_dict[key])  # fmt: skip
+            saved = state_dict.get(key)
+            _require("JaggedLR.load_state_dict", saved == getattr(self, key),
+                     f"{key} = {getattr(self, key)} as constructed", saved)  # fmt: skip
         super().load_state_dict(state_dict)
 
 
@@ -132,15 +141,17 @@ class _Recorded:
     """A scheduler as a function of the step: a copy of it walks ahead on a stand-in optimizer."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
-        fresh = not isinstance(scheduler, ReduceLROnPlateau) and scheduler.last_epoch == 0
+        step = getattr(scheduler, "last_epoch", 0)
+        fresh = not isinstance(scheduler, ReduceLROnPlateau) and step == 0
         _require("JaggedLR", fresh, "a base_schedule that follows the step alone, not stepped yet",
-                 f"{type(scheduler).__name__} at step {scheduler.last_epoch}")  # fmt: skip
+                 f"{type(scheduler).__name__} at step {step}")  # fmt: skip
         groups = scheduler.optimizer.param_groups
-        rest = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        stand_in = torch.optim.Optimizer([{"params": [torch.zeros(1)], **r} for r in rest], {})
+        stand_in = torch.optim.Optimizer(
+            [{**g, "params": [torch.zeros(1)], **_rates(g)} for g in groups], {}
+        )
         self.scheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
-        self.initial = [group["initial_lr"] for group in groups]
-        self.rates = [[group["lr"] for group in groups]]  # [step][param group]
+        self.initial = [float(group["initial_lr"]) for group in groups]
+        self.rates = [[float(group["lr"]) for group in groups]]  # [step][param group]
 
     def __call__(self, group: int, step: int) -> float:
         with warnings.catch_warnings():
@@ -149,8 +160,13 @@ class _Recorded:
             )  # the stand-in is never stepped, which torch warns about
             while len(self.rates) <= step:
                 self.scheduler.step()
-                self.rates.append([g["lr"] for g in self.scheduler.optimizer.param_groups])
+                self.rates.append([float(g["lr"]) for g in self.scheduler.optimizer.param_groups])
         return self.rates[step][group] / self.initial[group] if self.initial[group] else 0.0
+
+
+def _rates(group: dict) -> dict:
+    """The group's rates as numbers: a learning rate may be a tensor, which is written in place."""
+    return {k: float(group[k]) for k in ("lr", "initial_lr") if k in group}
 
 
 class ReLoRaSchedule:
@@ -190,7 +206,11 @@ class ReLoRaSchedule:
         _require("ReLoRaSchedule", reset_mode in (None, *MODES), f"reset_mode None or one of {MODES}",
                  repr(reset_mode))  # fmt: skip
         _require("ReLoRaSchedule", 0.0 <= reset_ratio <= 1.0, "0 <= reset_ratio <= 1", reset_ratio)
-        if reset_mode == "magnitude" and not paired and restart_warmup_steps < _SHORT_WARMUP:
+        if (
+            reset_mode in ("magnitude", "random")
+            and not paired
+            and restart_warmup_steps < _SHORT_WARMUP
+        ):
             warnings.warn(
                 f"ReLoRaSchedule: independent masks (paired=False) with a restart warm-up of "
                 f"{restart_warmup_steps} steps, under {_SHORT_WARMUP}, have been seen to blow up: "

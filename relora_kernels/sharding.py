@@ -35,6 +35,22 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local(), first
 
 
+def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """`local`, this rank's rows, as a DTensor placed as `parameter` is; itself if that is not sharded.
+
+    Checkpoints then gather and cut it as they do the parameter.
+    """
+    if not is_sharded(parameter) or len(local) == len(parameter):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(
+        local.to(mesh.device_type), mesh, parameter.placements,
+        shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Put FSDP2's parameters back into shards: after a forward pass a module may hold the whole ones,
     and what is written to those is lost."""

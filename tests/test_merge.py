@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_kernels import BackendUnavailable, merge_, use_backend
+from relora_kernels.ops import checks
 from relora_kernels.ops import merge as op
 from relora_kernels.reference import merge as reference
 from relora_kernels.reference import philox
@@ -57,7 +58,7 @@ def neighbours(value: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lora_dtype", DTYPES)
-@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
 @pytest.mark.parametrize("shape", [(70, 133, 9), (64, 256, 32), (3, 5461, 2), (1, 1, 1)])
 def test_every_dtype_and_rounding(backend, dtype, lora_dtype, rounding, shape, device):
     weight, lora_A, lora_B = factors(*shape, dtype, lora_dtype, device=device)
@@ -231,14 +232,14 @@ def test_float16_overflow_of_the_sum_is_refused():
     assert weight.eq(65000.0).all()
 
 
-@pytest.mark.parametrize("rounding", op.ROUNDINGS)
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
 def test_opcheck(rounding):
     weight, lora_A, lora_B = factors(8, 12, 3, torch.bfloat16)
     residual = torch.zeros_like(weight) if rounding == "compensated" else None
     with use_backend("reference"):
         torch.library.opcheck(
             torch.ops.relora_kernels._merge_.default,
-            (weight, lora_A, lora_B, 0.5, rounding, residual, 3, 0),
+            (weight, lora_A, lora_B, 0.5, rounding, residual, 3, 0, True),
         )
 
 
@@ -308,7 +309,7 @@ def test_a_piece_of_rows_draws_the_whole_weights_bits(backend, device):
     lora_A = (lora_A * 4).round()
     with use_backend(backend):
         whole = merge_(weight.clone(), lora_A, lora_B, 1.0, "stochastic", seed=8)
-        piece = op.merge_unchecked(
+        piece = op.merge_checked(
             weight[7:15].clone(), lora_A, lora_B[7:15], 1.0, "stochastic", None, 8, first_row=7
         )
     assert torch.equal(piece, whole[7:15])

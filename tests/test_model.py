@@ -144,9 +144,9 @@ def test_config_reaches_the_layers():
     [
         ({"r": 0}, "r >= 1, got 0"),
         ({"lora_dropout": -1}, "lora_dropout"),
-        ({"merge_rounding": "floor"}, "got 'floor'"),
-        ({"lora_dtype": torch.int8}, "lora_dtype a floating"),
-        ({"weight_dtype": "bfloat16"}, "weight_dtype a floating.*'bfloat16'"),
+        ({"merge_rounding": "floor"}, "merge_rounding.*got 'floor'"),
+        ({"lora_dtype": torch.int8}, "lora_dtype to be a floating"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype to be a floating.*'bfloat16'"),
     ],
 )
 def test_bad_configs_are_refused(kwargs, says):
@@ -263,7 +263,7 @@ def test_there_is_one_merge_fault_9(monkeypatch):
     train(model)
     before = {p: m.weight.clone() for p, m in relora_layers(model)}
     calls = []
-    monkeypatch.setattr(layers, "merge_unchecked", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(layers, "merge_checked", lambda *args, **kwargs: calls.append(args))
     relora_layers(model)[0][1].merge()
     merge_and_reinit(model)
     assert all(torch.equal(m.weight, before[p]) for p, m in relora_layers(model))

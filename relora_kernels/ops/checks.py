@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
+
 import torch
 
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -61,9 +65,21 @@ def lora_shapes(op: str, weight, lora_A, lora_B) -> None:
         )
 
 
+def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
+    """No two elements of `tensor` share memory, so that it can be written in place."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{op}: expected {name} without overlapping elements, got shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}; clone() it first"
+            )
+        extent += stride * (size - 1)
+
+
 def finite_number(op: str, name: str, value) -> float:
     """`value` as a float; NaN and inf are refused."""
-    if isinstance(value, (torch.Tensor, bool)) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: expected {name} to be a number, got {describe(value)}")
     if not -float("inf") < value < float("inf"):
         raise ValueError(f"{op}: expected a finite {name}, got {value}")
@@ -76,3 +92,42 @@ def fraction(op: str, name: str, value) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{op}: expected 0 <= {name} <= 1, got {value}")
     return number
+
+
+def whole_number(op: str, name: str, value, least: int) -> int:
+    """`value` as an int >= least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{op}: expected a whole number {name} >= {least}, got {value!r}")
+    return value
+
+
+def int64(op: str, name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: expected {name} to be an int64, got {value!r}")
+    return value
+
+
+def float_dtype(op: str, name: str, value) -> None:
+    if value not in FLOATS:
+        raise ValueError(
+            f"{op}: expected {name} to be a floating torch.dtype (float32, bfloat16, float16 or "
+            f"float64), got {value!r}"
+        )
+
+
+def one_of(op: str, name: str, value, known: Sequence) -> None:
+    if value not in known:
+        raise ValueError(f"{op}: expected {name} to be one of {tuple(known)}, got {value!r}")
+
+
+def lora_options(op: str, r, lora_alpha, lora_dropout, merge_rounding, seed, dtypes: dict) -> None:
+    """What FusedReLoRaLinear and ReLoRaConfig have in common."""
+    whole_number(op, "rank r", r, 1)
+    if finite_number(op, "lora_alpha", lora_alpha) <= 0.0:
+        raise ValueError(f"{op}: expected lora_alpha > 0, got {lora_alpha}")
+    fraction(op, "lora_dropout", lora_dropout)
+    one_of(op, "merge_rounding", merge_rounding, (None, *ROUNDINGS))
+    int64(op, "seed", seed)
+    for name, dtype in dtypes.items():
+        if dtype is not None:
+            float_dtype(op, name, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -80,7 +81,7 @@ def _backward_fake(
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
-        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (M, in)
         y, p = torch.ops.relora_kernels._lora_linear_forward(
             rows, weight, lora_A, lora_B, scaling, bias, dropout_p, seed
         )
@@ -97,7 +98,7 @@ class _LoraLinear(torch.autograd.Function):
         rows, weight, lora_A, lora_B, p, seed = ctx.saved_tensors
         need_dx, _, need_dA, need_dB, _, need_dbias, _, _ = ctx.needs_input_grad
         dx, dlora_A, dlora_B, dbias = torch.ops.relora_kernels._lora_linear_backward(
-            dy.reshape(-1, weight.shape[0]), rows, weight, lora_A, lora_B, p,
+            dy.reshape(rows.shape[0], weight.shape[0]), rows, weight, lora_A, lora_B, p,
             ctx.scaling, ctx.dropout_p, seed, need_dx, need_dA, need_dB, need_dbias,
         )  # fmt: skip
         return (
@@ -174,7 +175,7 @@ def _check(x, weight, lora_A, lora_B, bias) -> None:
         )
     if lora_A.dtype not in (x.dtype, torch.float32):
         raise TypeError(
-            f"{op}: expected lora_A and lora_B in x's dtype {x.dtype} or float32, got {lora_A.dtype}"
+            f"{op}: expected lora_A and lora_B in float32 or x's dtype {x.dtype}, got {lora_A.dtype}"
         )
     if bias is not None:
         if tuple(bias.shape) != (out_features,):
@@ -225,6 +226,4 @@ def _seed_tensor(seed, device) -> torch.Tensor:
                 f"got {checks.describe(seed)}"
             )
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"lora_linear: expected seed to be an int64, got {seed!r}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    return torch.tensor(checks.int64("lora_linear", "seed", seed), device=device)

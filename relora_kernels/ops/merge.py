@@ -15,16 +15,21 @@ if backend.triton_missing() is None:
 
     IMPLEMENTATIONS["triton"] = _triton
 
-ROUNDINGS = ("nearest", "stochastic", "compensated")
-
 LIBRARY.define(
     "_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, str rounding, "
-    "Tensor(b!)? residual, int seed, int first_row) -> ()"
+    "Tensor(b!)? residual, int seed, int first_row, bool check) -> ()"
 )
 
 
 def _merge(*args):
-    backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args).merge_(*args)
+    *args, check = args
+    module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args)
+    if check:
+        weight, lora_A, lora_B, scaling, _, residual, _, _ = args
+        if residual is not None and residual.data_ptr() == weight.data_ptr() != 0:
+            raise ValueError("merge_: expected residual in memory of its own, got weight's")
+        check_finite([(weight, lora_A, lora_B, scaling, residual, "merge_")])
+    module.merge_(*args)
 
 
 for _device in ("CPU", "CUDA"):
@@ -32,7 +37,7 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("relora_kernels::_merge_", lib=LIBRARY)
-def _merge_fake(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row):
+def _merge_fake(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row, check):
     return None
 
 
@@ -69,15 +74,14 @@ def merge_(
     FloatingPointError where the update, or a float16 sum, is not finite; W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
-    check_finite([(weight, lora_A, lora_B, scaling, "merge_")])
-    return merge_unchecked(weight, lora_A, lora_B, scaling, rounding, residual, seed)
+    return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
 
 
 @torch.no_grad()
-def merge_unchecked(
-    weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row=0
+def merge_checked(
+    weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row=0, check=False
 ) -> torch.Tensor:
-    """merge_ without its checks: for callers that have checked many layers at once.
+    """merge_ for arguments that have been checked; `check`: all but the update's being finite.
 
     `first_row` is the logical row of weight[0], where weight and lora_B are rows of a larger layer.
     """
@@ -85,7 +89,7 @@ def merge_unchecked(
     if residual is not None and residual.device != weight.device:
         staged = residual.to(weight.device, non_blocking=True)
     torch.ops.relora_kernels._merge_(
-        weight, lora_A, lora_B, scaling, rounding, staged, seed, first_row
+        weight, lora_A, lora_B, scaling, rounding, staged, seed, first_row, check
     )
     if staged is not residual:
         residual.copy_(staged)
@@ -96,13 +100,8 @@ def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -
     op = "merge_"
     checks.plain_tensors(op, weight=weight, lora_A=lora_A, lora_B=lora_B)
     checks.lora_shapes(op, weight, lora_A, lora_B)
-    if any(stride == 0 and size > 1 for size, stride in zip(weight.shape, weight.stride())):
-        raise ValueError(
-            f"{op}: expected a weight without overlapping elements, got strides {weight.stride()}; "
-            f"clone() it first"
-        )
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"{op}: expected rounding to be one of {ROUNDINGS}, got {rounding!r}")
+    checks.no_overlap(op, "weight", weight)
+    checks.one_of(op, "rounding", rounding, checks.ROUNDINGS)
     narrow = weight.dtype in (torch.bfloat16, torch.float16)
     if residual is not None:
         if rounding != "compensated":
@@ -113,6 +112,7 @@ def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -
                 f"{op}: expected residual of weight's shape and dtype "
                 f"{checks.describe(weight)}, got {checks.describe(residual)}"
             )
+        checks.no_overlap(op, "residual", residual)
         if residual.device not in (weight.device, torch.device("cpu")):
             raise ValueError(
                 f"{op}: expected residual on {weight.device} or in host memory, "
@@ -123,37 +123,47 @@ def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -
             f"{op}: rounding='compensated' needs residual, a tensor of weight's shape and dtype "
             f"(torch.zeros_like(weight) before the first merge), got None"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: expected seed to be an int64, got {seed!r}")
+    checks.int64(op, "seed", seed)
     return checks.finite_number(op, "scaling", scaling)
+
+
+def check_backend(weight, lora_A, lora_B, rounding: str) -> None:
+    """Raise BackendUnavailable if the backend in force cannot serve this merge."""
+    args = (weight, lora_A, lora_B, 1.0, rounding, None, 0, 0)
+    backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args)
 
 
 @torch.no_grad()
 def check_finite(updates) -> None:
-    """Raise FloatingPointError if any update (weight, lora_A, lora_B, scaling, name) is not finite.
+    """Raise FloatingPointError if an update (weight, lora_A, lora_B, scaling, residual, name) is not
+    finite, or a float16 sum with it.
 
     |s| r max|A| max|B| bounds every element of the update, so one small reduction per factor and
     one synchronisation for all layers settle the usual case; the product is formed, in pieces, only
     for an update whose bound does not settle it.
     """
-    updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0]
+    updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0 and not u[1].is_meta]
     if not updates:
         return
-    bounds = torch.stack([_update_bound(*u[:4]).cpu() for u in updates]).tolist()
-    for (weight, lora_A, lora_B, scaling, name), bound in zip(updates, bounds):
-        if not bound < _largest(weight.dtype) and not _is_finite(weight, lora_A, lora_B, scaling):
-            raise FloatingPointError(
-                f"{name}: expected a finite update of weight {tuple(weight.shape)} "
-                f"{weight.dtype}, got inf or NaN in scaling * lora_B @ lora_A or in its sum; "
-                f"nothing was merged. Check lora_A and lora_B for NaN, and the learning rate"
-            )
+    bounds = torch.stack([_update_bound(*u[:5]).cpu() for u in updates]).tolist()
+    for (weight, lora_A, lora_B, scaling, residual, name), bound in zip(updates, bounds):
+        if bound < _largest(weight.dtype) or _is_finite(weight, lora_A, lora_B, scaling, residual):
+            continue
+        raise FloatingPointError(
+            f"{name}: expected a finite update of weight {tuple(weight.shape)} {weight.dtype}, got "
+            f"inf or NaN in scaling * lora_B @ lora_A or in its sum; nothing was merged. Check "
+            f"lora_A and lora_B for NaN, and the learning rate"
+        )
 
 
-def _update_bound(weight, lora_A, lora_B, scaling) -> torch.Tensor:
-    bound = (
-        abs(scaling) * lora_A.shape[0] * lora_A.abs().amax().double() * lora_B.abs().amax().double()
-    )
-    return bound + weight.abs().amax().double() if weight.dtype == torch.float16 else bound
+def _update_bound(weight, lora_A, lora_B, scaling, residual) -> torch.Tensor:
+    bound = lora_A.abs().amax().double() * lora_B.abs().amax().double()
+    bound = bound * (abs(scaling) * lora_A.shape[0])
+    if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
+        for addend in (weight, residual):
+            if addend is not None:
+                bound = bound + addend.abs().amax().double().to(bound.device)
+    return bound
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -161,14 +171,17 @@ def _largest(dtype: torch.dtype) -> float:
     return 65504.0 if dtype == torch.float16 else torch.finfo(torch.float32).max / 10
 
 
-def _is_finite(weight, lora_A, lora_B, scaling) -> bool:
+def _is_finite(weight, lora_A, lora_B, scaling, residual) -> bool:
     work = torch.promote_types(weight.dtype, torch.float32)
     rows_at_once = max(1, 2**24 // lora_A.shape[1])
     for row in range(0, lora_B.shape[0], rows_at_once):
-        update = (lora_B[row : row + rows_at_once].to(work) @ lora_A.to(work)) * scaling
+        rows = slice(row, row + rows_at_once)
+        update = (lora_B[rows].to(work) @ lora_A.to(work)) * scaling
         if weight.dtype == torch.float16:
-            w = weight[row : row + rows_at_once]
-            update = torch.where(w.isfinite(), (w + update).to(w.dtype), update)
+            total = weight[rows] + update
+            if residual is not None:
+                total = total + residual[rows].to(total.device)
+            update = torch.where(weight[rows].isfinite(), total.to(weight.dtype), update)
         if not update.isfinite().all():
             return False
     return True

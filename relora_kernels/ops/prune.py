@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -72,12 +72,10 @@ def prune_(
 
 
 def _as_list(name: str, tensors) -> list[torch.Tensor]:
+    if not isinstance(tensors, (torch.Tensor, Iterable)):
+        raise TypeError(f"prune_: expected {name} to be a tensor or a list, got {tensors!r}")
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     for i, t in enumerate(tensors):
         checks.plain_tensors("prune_", **{f"{name}[{i}]": t})
-        if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
-            raise ValueError(
-                f"prune_: expected {name}[{i}] without overlapping elements, "
-                f"got strides {t.stride()}; clone() it first"
-            )
+        checks.no_overlap("prune_", f"{name}[{i}]", t)
     return tensors

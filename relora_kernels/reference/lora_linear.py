@@ -96,9 +96,9 @@ def dropout_mask(x: torch.Tensor, p: float, seed) -> torch.Tensor:
     Element (m, k) is dropped where its 16 random bits are below round(p * 2^16); `keep` is the
     probability that this gives, so the expectation is exact. p < 2^-17 drops nothing.
     """
-    if p == 1.0:
-        return torch.zeros_like(x)
     threshold = round(p * 65536)
+    if threshold == 65536:
+        return torch.zeros_like(x)
     bits = philox.bits16(seed, philox.STREAM_DROPOUT, tuple(x.shape), device=x.device)
     return (bits >= threshold).to(x.dtype) * (65536.0 / (65536 - threshold))
 
