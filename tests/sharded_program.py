@@ -6,6 +6,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, merge_and_reinit
@@ -79,6 +80,22 @@ def merge_agrees(rounding) -> None:
             assert torch.equal(b.weight_residual, a.weight_residual[first : first + len(rows)])
 
 
+def checkpoint_agrees() -> None:
+    """The residual is gathered and cut as the weight is, through full and sharded state_dicts."""
+    source, target = shard(build(torch.bfloat16)), shard(build(torch.bfloat16))
+    for _, layer in relora_layers(source):
+        local_rows(layer.lora_B.data)[0].fill_(1e-3)
+    merge_and_reinit(source)
+    full = get_model_state_dict(source, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        alone = build(torch.bfloat16)
+        alone.load_state_dict(full)
+        assert all(len(m.weight_residual) == len(m.weight) for _, m in relora_layers(alone))
+    target.load_state_dict(source.state_dict())
+    for (_, a), (_, b) in zip(relora_layers(source), relora_layers(target)):
+        assert torch.equal(a.weight_residual, b.weight_residual) and a.weight_residual.any()
+
+
 def refusal_agrees() -> None:
     model = shard(build())
     layer = model[0][0]
@@ -100,6 +117,7 @@ def main() -> None:
         training_agrees(mode)
     for rounding in ("nearest", "stochastic", "compensated"):
         merge_agrees(rounding)
+    checkpoint_agrees()
     refusal_agrees()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees")
     dist.destroy_process_group()

@@ -154,3 +154,15 @@ def test_python_m_relora_kernels_tells_what_is_there():
         "cuda",
     ):
         assert words in result.stdout
+
+
+def test_blocks_that_overlap_end_cleanly(monkeypatch):
+    """As of two threads: leaving one must neither un-name the other's backend nor stay behind."""
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    first, second = use_backend("reference"), use_backend("cuda")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert current_backend() == "cuda"
+    second.__exit__(None, None, None)
+    assert current_backend() == "auto"

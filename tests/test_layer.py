@@ -255,6 +255,11 @@ def test_meta_device_and_deepcopy():
         ({"r": 2.0}, "r >= 1, got 2.0"),
         ({"lora_dropout": 1.1}, "lora_dropout <= 1, got 1.1"),
         ({"merge_rounding": "up"}, "merge_rounding.*got 'up'"),
+        ({"lora_alpha": 0}, "lora_alpha > 0, got 0"),
+        ({"lora_alpha": float("nan")}, "finite lora_alpha"),
+        ({"seed": "a"}, "seed to be an int64, got 'a'"),
+        ({"dtype": torch.complex64}, "dtype to be a floating"),
+        ({"lora_dtype": torch.int8}, "lora_dtype to be a floating"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs, says):
@@ -272,3 +277,80 @@ def test_a_bfloat16_merge_with_float32_input_says_autocast():
     layer = FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="autocast"):
         layer(torch.randn(2, 8))
+
+
+def test_redraws_never_come_from_torchs_generator_fault_7():
+    draws = []
+    for seed in (1, 2):
+        layer = FusedReLoRaLinear(8, 8, r=2)
+        torch.manual_seed(seed)
+        layer.merge()
+        draws.append(layer.lora_A.detach())
+    assert torch.equal(*draws)
+
+
+def test_stochastic_merges_differ_by_layer_and_by_cycle():
+    """Bits that repeated would make their errors add up instead of cancelling."""
+    errors = []
+    for name, merges in (("a", 1), ("b", 1), ("a", 2)):
+        layer = FusedReLoRaLinear(
+            64, 64, r=2, dtype=torch.bfloat16, merge_rounding="stochastic", name=name
+        )
+        torch.manual_seed(0)
+        start = torch.randn(64, 64).bfloat16()
+        for _ in range(merges):
+            layer.weight.data.copy_(start)
+            layer.lora_A.data.fill_(1e-2)
+            layer.lora_B.data.fill_(1e-2)
+            layer.merge()
+        errors.append(layer.weight.float() - start.float())
+    for i, a in enumerate(errors):
+        assert all(not torch.equal(a, b) for b in errors[:i])
+
+
+def test_reset_parameters_starts_a_new_layer():
+    layer = trained(FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16, name="x"))
+    first = FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16, name="x").lora_A
+    layer.merge()
+    layer.reset_parameters()
+    assert layer.merge_count == 0 and layer.weight_residual is None and not layer.lora_B.any()
+    assert torch.equal(layer.lora_A, first)
+
+
+def test_pending_gradients_refuse_the_layers_own_merge_case50():
+    layer = FusedReLoRaLinear(8, 8, r=2)
+    layer(torch.randn(2, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="lora_B.grad.*zero_grad"):
+        layer.merge()
+    assert layer.merge_count == 0
+
+
+def test_unloading_gives_the_dtype_back_that_narrowing_took():
+    linear = nn.Linear(16, 8)
+    exact = linear.weight.detach().clone()
+    layer = FusedReLoRaLinear.from_linear(linear, r=2, weight_dtype=torch.bfloat16)
+    back = layer.to_linear()
+    assert back.weight.dtype == back.bias.dtype == torch.float32
+    assert (back.weight - exact).abs().max() <= 2**-16 * exact.abs().max()
+    back(torch.randn(2, 16))
+    assert layer.to(torch.bfloat16).to_linear().weight.dtype == torch.bfloat16
+
+
+def test_residual_of_a_narrow_checkpoint_goes_into_a_wide_weight():
+    narrow = trained(FusedReLoRaLinear(16, 8, r=2, dtype=torch.bfloat16))
+    narrow.merge()
+    wide = FusedReLoRaLinear(16, 8, r=2)
+    wide.load_state_dict(narrow.state_dict())
+    assert torch.equal(wide.weight, narrow.weight.float() + narrow.weight_residual.float())
+    with pytest.raises(
+        RuntimeError, match=r"weight_residual: expected shape \(8, 16\), got \(4, 16\)"
+    ):
+        wide.load_state_dict({**narrow.state_dict(), "weight_residual": torch.zeros(4, 16)})
+
+
+def test_no_features_as_nn_linear():
+    assert FusedReLoRaLinear(0, 4, r=1, bias=False)(torch.empty(3, 0)).shape == (3, 4)
+    layer = FusedReLoRaLinear(4, 0, r=1, bias=False)
+    x = torch.randn(3, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == (3, 4)

@@ -338,3 +338,23 @@ def test_dtensor_is_refused_by_name_case20(tmp_path):
             lora_linear(**args)
     finally:
         dist.destroy_process_group()
+
+
+def test_almost_all_dropped_is_all_dropped():
+    x, weight, lora_A, lora_B, _ = operands(4, 8, 6, 2, torch.float32)
+    y = lora_linear(x, weight, lora_A, lora_B, 1.0, None, 0.999999, 3)
+    assert torch.equal(y, lora_linear(x, weight, lora_A, lora_B, 1.0, None, 1.0, 3))
+
+
+def test_compiled_under_autocast_has_eager_dtypes_inside(device):
+    """Low-rank products of a float32 master under autocast: eager and compiled agree bit for bit."""
+    x, weight, lora_A, lora_B, bias = operands(
+        64, 96, 80, 16, torch.bfloat16, torch.float32, device
+    )
+    y = [t.detach() for t in (x, weight, lora_A, lora_B, bias)]
+    with torch.autocast(device, dtype=torch.float16):
+        op = torch.ops.relora_kernels._lora_linear_forward
+        inside = op(*y[:4], 0.5, y[4], 0.0, None)
+    outside = torch.ops.relora_kernels._lora_linear_forward(*y[:4], 0.5, y[4], 0.0, None)
+    assert inside[0].dtype == outside[0].dtype == torch.bfloat16
+    assert torch.equal(inside[0], outside[0])

@@ -313,3 +313,43 @@ def test_a_piece_of_rows_draws_the_whole_weights_bits(backend, device):
             weight[7:15].clone(), lora_A, lora_B[7:15], 1.0, "stochastic", None, 8, first_row=7
         )
     assert torch.equal(piece, whole[7:15])
+
+
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
+def test_merge_compiles_whole(rounding):
+    weight, lora_A, lora_B = factors(8, 12, 3, torch.bfloat16)
+    residual = torch.zeros_like(weight) if rounding == "compensated" else None
+    expected = merge_(weight.clone(), lora_A, lora_B, 0.5, rounding,
+                      None if residual is None else residual.clone(), 3)  # fmt: skip
+    compiled = torch.compile(merge_, fullgraph=True)
+    assert torch.equal(compiled(weight, lora_A, lora_B, 0.5, rounding, residual, 3), expected)
+    lora_A[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        compiled(weight, lora_A, lora_B, 0.5, rounding, residual, 3)
+    assert torch.equal(weight, expected)
+
+
+def test_meta_tensors_merge_to_meta():
+    weight, lora_A, lora_B = (t.to("meta") for t in factors(4, 6, 2))
+    assert merge_(weight, lora_A, lora_B, 1.0).is_meta
+
+
+def test_memory_that_two_elements_share_is_refused():
+    args = torch.ones(2, 3), torch.ones(3, 2), 1.0
+    window = torch.randn(10).as_strided((3, 3), (1, 1))
+    with pytest.raises(ValueError, match="weight without overlapping"):
+        merge_(window, *args)
+    weight = torch.randn(3, 3).half()
+    before = weight.clone()
+    with pytest.raises(ValueError, match="residual without overlapping"):
+        merge_(weight, *args, "compensated", torch.zeros(1).half().expand(3, 3))
+    with pytest.raises(ValueError, match="memory of its own"):
+        merge_(weight, *args, "compensated", weight)
+    assert torch.equal(weight, before)
+
+
+def test_float16_overflow_with_the_residual_is_refused():
+    weight, residual = torch.full((2, 2), 65504.0).half(), torch.full((2, 2), 15.0).half()
+    with pytest.raises(FloatingPointError):
+        merge_(weight, torch.ones(1, 2), torch.full((2, 1), 10.0), 1.0, "compensated", residual)
+    assert weight.eq(65504).all() and residual.eq(15).all()

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from relora_kernels import (
+    BackendUnavailable,
     FusedReLoRaLinear,
     ReLoRaConfig,
     apply_relora,
     lora_parameters,
     merge_and_reinit,
     merge_and_unload,
+    use_backend,
 )
 from relora_kernels.model import relora_layers
 
@@ -302,3 +304,71 @@ def test_hugging_face_llama():
     torch.testing.assert_close(model(ids).logits, before)
     model(ids, labels=ids).loss.backward()
     assert all(layer.lora_B.grad.any() for _, layer in relora_layers(model))
+
+
+def test_a_refused_wrap_leaves_the_model_as_it_was():
+    model = nn.ModuleDict({"mlp": nn.Linear(4, 4), "mlp2": nn.utils.weight_norm(nn.Linear(4, 4))})
+    with pytest.raises(ValueError, match="mlp2.weight to be a Parameter.*weight_norm"):
+        apply_relora(model, ReLoRaConfig(r=2))
+    assert type(model["mlp"]) is nn.Linear and model["mlp"].weight.requires_grad
+    apply_relora(model, ReLoRaConfig(r=2, exclude_modules=["mlp2"]))
+    with pytest.raises(TypeError, match="complex64"):
+        apply_relora(
+            nn.ModuleDict({"mlp": nn.Linear(4, 4, dtype=torch.complex64)}), ReLoRaConfig(r=2)
+        )
+
+
+def test_a_backend_that_cannot_serve_one_layer_stops_the_merge_of_all():
+    model = nn.Sequential(
+        FusedReLoRaLinear(8, 8, r=2), FusedReLoRaLinear(8, 8, r=2, dtype=torch.float64)
+    )
+    for layer in model:
+        layer.lora_B.data.normal_()
+    before = copy.deepcopy(model.state_dict())
+    for name in ("triton", "cuda"):
+        with use_backend(name), pytest.raises(BackendUnavailable):
+            merge_and_reinit(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_transformer_encoder_layers_are_refused_by_name():
+    """In eval, torch reads their weights past the layer's forward: B A would be left out."""
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    with pytest.raises(ValueError, match="layers.0.linear1 of an nn.TransformerEncoderLayer"):
+        apply_relora(model, ReLoRaConfig(r=2, target_modules="all-linear"))
+
+
+def test_targets_of_hugging_face_architectures():
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def wrapped(model, **kwargs):
+        return paths(apply_relora(model, ReLoRaConfig(r=2, **kwargs)))
+
+    bert = transformers.BertConfig(vocab_size=50, intermediate_size=32, **small)
+    assert len(wrapped(transformers.BertModel(bert))) == 2 * 6
+    t5 = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    assert len(wrapped(transformers.T5ForConditionalGeneration(t5))) == (4 + 2) + (4 + 4 + 2)
+    opt = transformers.OPTConfig(vocab_size=50, ffn_dim=32, word_embed_proj_dim=16, **small)
+    assert len(wrapped(transformers.OPTForCausalLM(opt))) == 2 * 6
+    llama = transformers.LlamaConfig(vocab_size=50, intermediate_size=32, **small)
+    for model in (
+        transformers.LlamaForSequenceClassification(llama),
+        nn.Sequential(transformers.LlamaForCausalLM(llama)),
+    ):
+        found = wrapped(model, target_modules="all-linear")
+        assert len(found) == 2 * 7 and not any("score" in p or "head" in p for p in found)
+    gpt2 = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="4 Conv1D modules are no nn.Linear"):
+        wrapped(transformers.GPT2LMHeadModel(gpt2))
+
+
+@pytest.mark.parametrize("pattern", [3, "[", [0]])
+def test_bad_patterns_are_refused(pattern):
+    with pytest.raises((TypeError, ValueError), match="target_modules to be a"):
+        ReLoRaConfig(target_modules=pattern)
+    with pytest.raises(TypeError, match="ReLoRaConfig, got Model and dict"):
+        apply_relora(Model(), {"r": 4})

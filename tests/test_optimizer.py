@@ -98,10 +98,14 @@ def test_reset_step(cls):
     optimizer, params, _ = adam(cls)
     reset_optimizer(optimizer, params[:1], "zero", reset_step=True)
     assert optimizer.state[params[0]]["step"] == 0 and optimizer.state[params[1]]["step"] == 2
-    for p in params:
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-    assert optimizer.state[params[0]]["step"] == 1
+    fresh = torch.nn.Parameter(params[0].detach().clone())
+    other = cls([fresh], lr=1e-3)
+    for _ in range(3):  # updates as of an optimizer that has just been made
+        params[0].grad = torch.randn_like(params[0])
+        fresh.grad = params[0].grad.clone()
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(params[0], fresh)
 
 
 def update_after_reset(trained, **reset):
@@ -186,3 +190,19 @@ def test_one_parameter_and_generators_are_taken():
     reset_optimizer(optimizer, params[0], "zero")
     reset_optimizer(optimizer, (p for p in params), "zero")
     assert not any(t.any() for p in params for t in moments(optimizer, p))
+
+
+def test_random_resets_without_a_seed_follow_torchs_generator():
+    masks = []
+    for seed in (1, 1, 2):
+        optimizer, params, _ = adam(sizes=((50, 60),))
+        torch.manual_seed(seed)
+        reset_optimizer(optimizer, params, "random", 0.5)
+        masks.append(moments(optimizer, params[0])[0] != 0)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("args", [(None, []), ("adam", []), (None, None)])
+def test_what_is_no_optimizer_is_refused(args):
+    with pytest.raises(TypeError, match="reset_optimizer: expected"):
+        reset_optimizer(*args)

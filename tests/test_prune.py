@@ -250,3 +250,13 @@ def test_a_named_backend_without_prune_raises():
 
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match="prune_"):
         prune_(torch.ones(3), 0.5)
+
+
+def test_overlapping_windows_and_non_tensors_are_refused_before_anything_changes():
+    good = torch.randn(8)
+    before = good.clone()
+    with pytest.raises(ValueError, match=r"tensors\[1\] without overlapping"):
+        prune_([good, torch.randn(10).as_strided((3, 3), (1, 1))], 0.5)
+    with pytest.raises(TypeError, match="tensors to be a tensor or a list, got None"):
+        prune_(None, 0.5)
+    assert torch.equal(good, before)

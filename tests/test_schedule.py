@@ -40,6 +40,9 @@ def test_check_values_of_the_jagged_cosine():
     values = {4999: 0.8869, 5000: 0.0, 5001: 0.00882, 5100: 0.88198, 250: 0.5, 20000: 0.0}
     for step, value in values.items():
         assert schedule.multiplier(step) == pytest.approx(value, abs=5e-5), step
+    # On the way up, the aim is the base schedule's value at the end of the warm-up.
+    assert schedule.multiplier(5001) == pytest.approx(0.0088198, abs=5e-7)
+    assert schedule.multiplier(5050) == pytest.approx(0.440989, abs=5e-6)
     assert cosine_with_warmup(500, 20000, 0.1)(20000) == pytest.approx(0.1)
     assert cosine_with_warmup(500, 20000, 0.1)(30000) == pytest.approx(0.1)
 
@@ -246,3 +249,45 @@ def test_function_is_unchanged_over_a_restart():
     assert schedule.restart_if_due()
     torch.testing.assert_close(model(x), before)
     assert relora_layers(model)[0][1].merge_count == 1
+
+
+def test_a_learning_rate_that_is_a_tensor():
+    def rates(lr, steps=16):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=lr)
+        scheduler = JaggedLR(optimizer, lr_scheduler.StepLR(optimizer, 3, 0.5), 10, 2)
+        found = []
+        for _ in range(steps):
+            found.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(torch.tensor(1.0)) == pytest.approx(rates(1.0))
+
+
+def test_random_resets_differ_from_restart_to_restart():
+    model, schedule, optimizer, _ = small_run(
+        steps=3, total=100, reset_mode="random", reset_ratio=0.5
+    )
+    masks = []
+    for _ in range(2):
+        state = optimizer.state[model[0].lora_A]
+        state["exp_avg"].fill_(1.0)
+        while not schedule.step():
+            pass
+        masks.append(state["exp_avg"] != 0)
+    assert not torch.equal(*masks)
+
+
+def test_values_that_mean_nothing_are_refused():
+    for kwargs in ({"restart_every": 2.5}, {"restart_every": True}, {"total_steps": 0}):
+        with pytest.raises(ValueError, match="whole number"):
+            JaggedLR(
+                some_optimizer(),
+                lambda t: 1.0,
+                **{"restart_every": 10, "restart_warmup_steps": 1, **kwargs},
+            )
+    with pytest.raises(TypeError, match="torch optimizer, got None"):
+        JaggedLR(None, lambda t: 1.0, 10, 1)
+    with pytest.raises(ValueError, match="restart_every = 10 as constructed, got None"):
+        JaggedLR(some_optimizer(), lambda t: 1.0, 10, 1).load_state_dict({"last_epoch": 3})
