@@ -1,8 +1,11 @@
-"""Compile every Triton kernel for every target without a GPU: `python tests/triton_aot.py [80 90 ...]`.
+"""Compile every Triton kernel for every target without a GPU.
 
-Prints one JSON object per kernel configuration and target: registers, stack and spills, shared memory
-in bytes, tensor-core instructions and global accesses found in the machine code. Run as a program,
-since under TRITON_INTERPRET=1 (as the tests set it) kernels are not compiled.
+    python tests/triton_aot.py [--table] [80 90 ...]
+
+Prints, for each kernel configuration and target, registers, stack and spills, shared memory in bytes,
+tensor-core instructions and global accesses as found in the machine code: a JSON object a line, or with
+--table the contents of docs/triton_kernels.md. A program, since under TRITON_INTERPRET=1 (as the tests
+set it) kernels are not compiled.
 """
 
 import json
@@ -160,13 +163,50 @@ def inspect(cubin: bytes) -> dict:
     }
 
 
-def main() -> None:
-    for arch in map(int, sys.argv[1:] or TARGETS):
+def rows(archs):
+    for arch in archs:
         for kernel, name, types, constants in (*variants(arch), *prune_variants()):
             binary = compiled(kernel, types, constants, arch)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
-            row["most_shared"] = SHARED[arch]
-            print(json.dumps(row | inspect(binary.asm["cubin"])), flush=True)
+            yield row | {"most_shared": SHARED[arch]} | inspect(binary.asm["cubin"])
+
+
+def print_table(found) -> None:
+    import triton
+
+    print("# What the compiler makes of the Triton kernels\n")
+    print(
+        f"Triton {triton.__version__}, by `python tests/triton_aot.py --table`; no GPU is needed. Sizes"
+    )
+    print("and pitches divisible by 16. Global accesses: bits of the widest load and store.\n")
+    print("| kernel | sm | registers | spills | shared, bytes | tensor cores | load | store |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in found:
+        widths = [
+            max((int(w) for op in row["global"] if op.startswith(kind) for w in [op.rpartition(".")[2]]
+                 if w.isdecimal()), default=32)
+            for kind in ("LDG", "STG")
+        ]  # fmt: skip
+        units = ", ".join(row["tensor_core"]) or "-"
+        cells = (
+            row["kernel"],
+            row["arch"],
+            row["registers"],
+            row["spills"],
+            row["shared"],
+            units,
+            *widths,
+        )
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> None:
+    options = [a for a in sys.argv[1:] if a != "--table"]
+    found = rows(map(int, options or TARGETS))
+    if "--table" in sys.argv:
+        return print_table(found)
+    for row in found:
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
