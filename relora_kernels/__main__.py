@@ -24,9 +24,9 @@ def main() -> None:
         devices.append(torch.device("cuda", i))
     if len(devices) == 1:
         print("  GPU       none that torch can use")
-    print(f"  backend   {backend.current_backend()} ({backend.ENVIRONMENT_VARIABLE}, use_backend)")
+    print(f"  backend   {_named_backend()} ({backend.ENVIRONMENT_VARIABLE}, use_backend)")
     for device in devices:
-        print(f"\nwith backend 'auto', tensors on {device}:")
+        print(f"\nwhat 'auto' takes for tensors on {device}:")
         for op, implementations, why_not, args in _calls(device):
             _print_choice(op, implementations, why_not, args)
 
@@ -57,6 +57,13 @@ def _calls(device: torch.device):
     )  # fmt: skip
     yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0, 0)
     yield "prune_", pruning, "why_not", ([lora_A], 0.9, [lora_B])
+
+
+def _named_backend() -> str:
+    try:
+        return backend.current_backend()
+    except ValueError as error:  # what this page is for: say so, and tell the rest
+        return f"none: {error}"
 
 
 def _triton() -> str:

@@ -34,6 +34,11 @@ def current_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
+def is_named(name: str) -> bool:
+    """Whether use_backend or the environment asks for this backend."""
+    return name == (_named[-1][0] if _named else os.environ.get(ENVIRONMENT_VARIABLE))
+
+
 @contextlib.contextmanager
 def use_backend(name: str):
     """Within the block every op runs on backend `name`: auto, reference, triton or cuda.

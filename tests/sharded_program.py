@@ -3,6 +3,9 @@
 `torchrun --nproc-per-node N tests/sharded_program.py`, gloo on a CPU.
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -125,3 +128,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(
+        0
+    )  # gloo's threads abort an ordinary exit now and then, after all is done (torch 2.13)

@@ -34,8 +34,8 @@ def test_compiles_for_every_target(tmp_path):
         rows = [row for half in halves for row in half]
     assert {row["arch"] for row in rows} == set(TENSOR_CORE) and len(rows) == 4 * 26
     for row in rows:
-        # ptxas for sm_100 spills a few registers in kernels where its limit is no multiple of ours.
-        assert row["spills"] <= (4 if row["arch"] == 100 else 0), row
+        # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours.
+        assert row["spills"] <= (4 if row["arch"] in (100, 120) else 0), row
         assert row["shared"] <= row["most_shared"], row
         unit = "HMMA" if row["kernel"] == "two_segment y few rows" else TENSOR_CORE[row["arch"]]
         assert all(op.startswith(unit) for op in row["tensor_core"]), row

@@ -219,7 +219,7 @@ def reduce_kernel(partial_ptr, out_ptr, size, slabs, scale, BLOCK: tl.constexpr)
 def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
     if x.dtype not in DTYPES:
         return f"x in {x.dtype}; the kernels take bfloat16, float16 and float32"
-    if not x.is_cuda and not (interpreted() and backend.current_backend() == "triton"):
+    if not x.is_cuda and not (interpreted() and backend.is_named("triton")):
         return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
     return None
 

@@ -244,7 +244,7 @@ def why_not(tensors, ratio, paired_with) -> str | None:
     for t in (*tensors, *paired_with):
         if t.dtype not in DTYPES:
             return f"a tensor in {t.dtype}; the kernels take bfloat16, float16 and float32"
-        if not t.is_cuda and not (interpreted() and backend.current_backend() == "triton"):
+        if not t.is_cuda and not (interpreted() and backend.is_named("triton")):
             return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
     return None
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ class TrainArgs:
     min_lr_ratio: float = _option(0.1, "Where the cosine ends, as a share of the peak.")
     batch_size: int = _preset("batch_size", "Sequences of one optimizer step, all devices.")
     micro_batch_size: int = _preset(
-        "micro_batch_size", "Sequences in memory at once on one device; the rest is accumulated."
+        "micro_batch_size",
+        "Sequences in memory at once on one device, at most; the rest is accumulated.",
     )
     max_grad_norm: float = _option(1.0, "Gradient clipping; 0 turns it off.")
 
@@ -186,6 +188,12 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
 
     @property
+    def device_batch_size(self) -> int:
+        """The largest share of batch_size up to micro_batch_size that divides it among the devices."""
+        share = self.batch_size // world_size()
+        return next(n for n in range(min(self.micro_batch_size, share), 0, -1) if share % n == 0)
+
+    @property
     def relora_steps(self) -> int:
         return self.steps - self.warm_start_steps
 
@@ -207,15 +215,8 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
 
 FIELDS = {f.name: f for f in dataclasses.fields(Args)}
 _NOT_SAVED = ("output_dir", "resume", "overwrite")
-# A resumed run may change how it is watched, but not what it computes.
-_FREE_ON_RESUME = (
-    *_NOT_SAVED,
-    "log_every",
-    "eval_every",
-    "save_every",
-    "micro_batch_size",
-    "cpu_threads",
-)
+# A resumed run may use memory differently, but not compute or log anything else.
+_FREE_ON_RESUME = (*_NOT_SAVED, "micro_batch_size")
 _POSITIVE = (
     "steps cycle_steps batch_size micro_batch_size learning_rate lora_r lora_alpha vocab_size "
     "seq_length hidden_size intermediate_size num_layers num_heads eval_tokens log_every "
@@ -286,6 +287,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known, _ = parser.parse_known_args(asked)
     try:
         from_file = _settings(Path(known.config)) if known.config else {}
+        known, _ = parser.parse_known_args([*_as_flags(from_file), *asked])
         saved = _settings(Path(known.output_dir) / CONFIG_FILE) if known.resume else {}
     except ValueError as error:
         parser.error(str(error))
@@ -353,7 +355,9 @@ def _problems(args: Args) -> list[str]:
             found.append(f"expected {what}, got {got}")
 
     for name in _POSITIVE:
-        expect(getattr(args, name) > 0, f"{name} > 0", getattr(args, name))
+        value = getattr(args, name)
+        expect(value > 0, f"{name} > 0", value)
+        expect(value < math.inf, f"a finite {name}", value)
     for name in _NOT_NEGATIVE:
         expect(getattr(args, name) >= 0, f"{name} >= 0", getattr(args, name))
     for name in _SHARES:
@@ -377,12 +381,13 @@ def _problems(args: Args) -> list[str]:
         "hidden_size to be an even multiple of num_heads (rotary positions)",
         f"{args.hidden_size} and {args.num_heads}",
     )
-    share = args.micro_batch_size * world_size()
     expect(
-        args.batch_size % share == 0,
-        f"batch_size to be a multiple of micro_batch_size x processes ({share})",
+        args.batch_size % world_size() == 0,
+        f"batch_size to be a multiple of the number of processes ({world_size()})",
         args.batch_size,
     )
+    expect(args.seq_length >= 2, "seq_length >= 2", args.seq_length)
+    expect(args.seed < 2**32, "seed < 2^32", args.seed)
     expect(not (args.resume and args.overwrite), "one of --resume and --overwrite", "both")
     expect(not (args.train_files and args.dataset), "--train_files or --dataset", "both")
     return found

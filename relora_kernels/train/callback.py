@@ -51,6 +51,10 @@ class SkipNonFiniteCallback(TrainerCallback):
 
     def __init__(self, limit: int = 10):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
+        self.first_step = 0  # of the phase, in messages
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -61,7 +65,7 @@ class SkipNonFiniteCallback(TrainerCallback):
             parameter.grad = None  # an optimizer passes over what has no gradient
         self.skipped += 1
         self.in_a_row += 1
-        step = state.global_step + 1
+        step = self.first_step + state.global_step + 1
         logger.warning("step %d skipped: its gradients are not finite", step)
         if self.in_a_row > self.limit:
             raise FloatingPointError(
@@ -75,7 +79,7 @@ class MetricsCallback(TrainerCallback):
     """Turns what the Trainer reports into rows, and hands each row to every sink.
 
     A row holds phase, step, tokens, seconds, cycle, and either loss, lr, grad_norm,
-    tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr. Steps and
+    tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true). Steps and
     tokens are counted over both phases. Put it behind ReLoRaCallback. A sink that fails is told
     once and does not stop the training.
     """
@@ -88,18 +92,23 @@ class MetricsCallback(TrainerCallback):
         tokens_per_step: int,
         seconds: float = 0.0,
         schedule=None,
+        guard: SkipNonFiniteCallback | None = None,
     ):
         self.sinks, self.phase, self.schedule = sinks, phase, schedule
         self.first_step, self.tokens_per_step = first_step, tokens_per_step
         self.started = time.perf_counter() - seconds
         self.failed: set[int] = set()
-        self.cycle = None
+        self.cycle, self.guard, self.skipped = None, guard, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.cycle = self.schedule and self.schedule.cycle
+        self.skipped = self.guard.skipped if self.guard else 0
         self._restart_clock(state)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.guard and self.guard.skipped != self.skipped:
+            self.skipped = self.guard.skipped
+            self._emit(state, skipped=True)
         if self.schedule and self.schedule.cycle != self.cycle:
             self.cycle = self.schedule.cycle
             lr = self.schedule.lr_scheduler.get_last_lr()[0]

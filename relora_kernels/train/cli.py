@@ -56,12 +56,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         model = run.train()
-    except FloatingPointError as error:
+    except (FloatingPointError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 1
     if is_main_process():
         run.finish(model)
     return 0
+
+
+class _InOrder(Trainer):
+    """Blocks has shuffled the samples already. (train_sampling_strategy came in transformers 5.2.)"""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class Run:
@@ -177,8 +184,10 @@ class Run:
             tokens_per_step=args.batch_size * args.seq_length,
             seconds=rows[-1]["seconds"] if rows else 0.0,
             schedule=schedule,
+            guard=self.guard,
         )
-        trainer = Trainer(
+        self.guard.first_step = first
+        trainer = _InOrder(
             model=model,
             args=self._training_arguments(phase, steps, first == 0 and not checkpoint),
             train_dataset=Blocks(
@@ -229,16 +238,15 @@ class Run:
         return TrainingArguments(
             output_dir=str(self.folder.phase(phase)),
             max_steps=steps,
-            per_device_train_batch_size=args.micro_batch_size,
-            per_device_eval_batch_size=args.micro_batch_size,
-            gradient_accumulation_steps=args.batch_size // (args.micro_batch_size * world_size()),
+            per_device_train_batch_size=args.device_batch_size,
+            per_device_eval_batch_size=args.device_batch_size,
+            gradient_accumulation_steps=args.batch_size // (args.device_batch_size * world_size()),
             max_grad_norm=args.max_grad_norm,
             ddp_find_unused_parameters=False,
             bf16=args.bf16,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,
             seed=args.seed,
-            train_sampling_strategy="sequential",  # Blocks has shuffled them
             remove_unused_columns=False,
             logging_steps=args.log_every,
             logging_first_step=True,
@@ -255,13 +263,14 @@ class Run:
         )
 
     def finish(self, model: LlamaForCausalLM) -> None:
-        """Plots, summary, sample and the merged model."""
+        """The merged model first, then plots, sample and summary."""
         self.progress.close()
         args, folder, rows = self.args, self.folder, self.folder.rows()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if args.relora_steps > 0:
             # In fp32 the residual of bf16 merges goes into the weights instead of being dropped.
             merge_and_unload(model.float())
+        self._export(model)
         speeds = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
         memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
         tokens = args.steps * args.batch_size * args.seq_length
@@ -271,11 +280,11 @@ class Run:
             "trainable_parameters": trainable,
             "steps": args.steps,
             "restarts": sum("restart" in r for r in rows),
-            "skipped_steps": self.guard.skipped,
+            "skipped_steps": sum("skipped" in r for r in rows),
             "tokens": tokens,
             "epochs": tokens / self.blocks.size,
             **report.losses(rows),
-            "train_seconds": rows[-1]["seconds"],
+            "train_seconds": rows[-1]["seconds"] if rows else None,
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "peak_memory_mib": max(memory) if memory else None,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -291,7 +300,6 @@ class Run:
             "sample": report.sample_text(model, self.tokenizer, self.prompt, args.seed),
         }
         report.plot_metrics(rows, folder.plots)
-        self._export(model)
         write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
         print(f"\n{report.table(summary)}\n\nsample\n{summary['sample']}\n")
         print(f"written to {folder.root}")
@@ -299,6 +307,7 @@ class Run:
     def _export(self, model) -> None:
         """The merged model in one step: final/ is complete or absent."""
         temporary = self.folder.final.with_name("final.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process killed here
         model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
         if self.folder.final.exists():

@@ -68,21 +68,23 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
     """Holds out VALIDATION_SHARE of the text: the documents whose hashes come first."""
     if len(documents) < MIN_DOCUMENTS:
         size = sum(map(len, documents)) // (5 * MIN_DOCUMENTS) + 1
-        documents = _distinct(piece for d in documents for piece in _cut_at_lines(d, size))
+        documents = [piece for d in documents for piece in _cut_at_lines(d, size) if piece.strip()]
     wanted = VALIDATION_SHARE * sum(map(len, documents))
+    hashes = [hashlib.sha256(d.encode("utf-8")).digest() for d in documents]
     held_out, taken = set(), 0
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.encode("utf-8")).digest()):
+    for i in sorted(range(len(documents)), key=lambda i: (hashes[i], i)):
         if taken >= wanted or len(held_out) == len(documents) - 1:
             break
-        held_out.add(document)
-        taken += len(document)
-    train = [d for d in documents if d not in held_out]
-    return train, [d for d in documents if d in held_out]
+        held_out.add(i)
+        taken += len(documents[i])
+    train = [d for i, d in enumerate(documents) if i not in held_out]
+    return train, [documents[i] for i in sorted(held_out)]
 
 
 def _cut_at_lines(text: str, size: int) -> Iterator[str]:
     piece, length = [], 0
-    for line in text.splitlines(keepends=True):
+    lines = text.splitlines(keepends=True)
+    for line in (line[i : i + size] for line in lines for i in range(0, len(line), size)):
         piece.append(line)
         length += len(line)
         if length >= size:

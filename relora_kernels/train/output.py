@@ -2,12 +2,16 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+import yaml
 
-from .args import CONFIG_FILE
+from .args import CONFIG_FILE, FIELDS
+
+# What save_pretrained of a model and of a tokenizer may write.
+_FINAL = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+          "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json",
+          "chat_template*", "spiece.model")  # fmt: skip
 
 
 class RunFolder:
@@ -47,27 +51,65 @@ class RunFolder:
                     f"expected --output_dir to be new or empty, got {self.root} with files in it: "
                     "give another one, --resume to continue that run, or --overwrite to delete it"
                 )
-            if not self.config.is_file():
+            if not self._is_a_run():
                 raise ValueError(
-                    f"--overwrite: expected an earlier run in {self.root}, got a folder without "
-                    f"{CONFIG_FILE}: nothing was deleted"
+                    f"--overwrite: expected an earlier run in {self.root}, got a folder without its "
+                    f"{CONFIG_FILE} and corpus.json: nothing was deleted"
                 )
+            if foreign := set(self.final.glob("**/*")) - set(self._own_files()):
+                raise ValueError(
+                    f"--overwrite: expected only an exported model in {self.final}, got "
+                    f"{min(foreign)}: move it away; nothing was deleted"
+                )
+
+    def _is_a_run(self) -> bool:
+        try:
+            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            return settings.keys() <= FIELDS.keys() and "sha256" in json.loads(
+                self.corpus.read_text()
+            )
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return False
+
+    def _own_files(self) -> list[Path]:
+        """Of the files below root, those that a run writes."""
+        patterns = [p.name for p in (self.config, self.corpus, self.metrics, self.summary)]
+        patterns += [f"{name}.tmp" for name in patterns]
+        patterns += [
+            "tensorboard/events.out.tfevents.*",
+            "plots/loss.png",
+            "plots/learning_rate.png",
+        ]
+        patterns += [f"checkpoint/{phase}/**/*" for phase in ("warm_start", "relora")]
+        for folder in ("final", "final.tmp"):
+            patterns += [f"{folder}/{name}" for name in _FINAL]
+        return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def create(self) -> None:
         """Makes the folder, and deletes an earlier run's files from it, but nobody else's."""
-        for path in (self.tensorboard, self.plots, self.final, self.checkpoint):
-            if path.is_dir():
-                shutil.rmtree(path)
-        for path in (self.corpus, self.metrics, self.summary, self.config):
-            path.unlink(missing_ok=True)
+        for path in self._own_files():
+            if not path.is_dir():
+                path.unlink()
+        for path in sorted(self.root.rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()  # children first
         self.root.mkdir(parents=True, exist_ok=True)
 
     def phase(self, name: str) -> Path:
         return self.checkpoint / name
 
     def last_checkpoint(self, phase: str) -> str | None:
-        folder = self.phase(phase)
-        return get_last_checkpoint(folder) if folder.is_dir() else None
+        """The latest complete one: trainer_state.json is what Trainer writes last."""
+        found = {}
+        for path in self.phase(phase).glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            try:
+                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue  # a killed process left it half-written
+            if number.isdecimal():
+                found[int(number)] = str(path)
+        return found[max(found)] if found else None
 
     def rows(self) -> list[dict]:
         """metrics.jsonl, without a last line that a killed process left half-written."""
