@@ -297,6 +297,13 @@ def test_dataset_is_streamed_until_there_is_enough(tmp_path):
     assert 2 <= taken < 200
     with pytest.raises(ValueError, match=r"one of \['body'\], got 'text'"):
         data.load_corpus(parse_args([*tiny, *named, "text"]))
+    numbered = [
+        json.dumps({"body": None if i % 3 == 0 else words(20, i), "n": i}) for i in range(200)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(numbered))
+    assert all(data.load_corpus(parse_args([*tiny, *named, "body"])).train)
+    with pytest.raises(ValueError, match="text in column 'n', got int"):
+        data.load_corpus(parse_args([*tiny, *named, "n"]))
 
 
 def test_tokenizer_round_trips_any_text(tmp_path):
@@ -349,7 +356,7 @@ def test_blocks_are_a_function_of_seed_and_sample_alone():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [  # reliability 46
+    [  # case 46
         ("", "expected at least 64 training tokens (batch_size 4 x seq_length 16), got 0"),
         ("a b c d", "expected at least 64 training tokens"),
         ("\n".join(["a b c d e f g h i j"] * 3), "expected at least"),
@@ -366,7 +373,7 @@ def test_bad_corpus_is_refused(content, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_target_is_refused_before_the_warm_start(text, tmp_path, capsys):  # reliability 44
+def test_bad_target_is_refused_before_the_warm_start(text, tmp_path, capsys):  # case 44
     assert cli.main(flags(text, tmp_path / "out", target_modules="query")) == 2
     assert "q_proj" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -405,7 +412,7 @@ def test_metrics_tell_steps_tokens_and_speed(finished):
 
 
 def test_learning_rate_is_jagged(finished):
-    """method.md's formula, written out; step t of a phase is taken with f(t - 1)."""
+    """The paper's formula, written out; step t of a phase is taken with f(t - 1)."""
 
     def cosine(t, total):
         return t / 2 if t < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (t - 2) / (total - 2)))
@@ -640,7 +647,7 @@ def test_callback_restarts_in_another_trainer(relora, tmp_path):
     assert all(int(layer.merge_count) == 2 for _, layer in relora_layers(model))
 
 
-def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # reliability 47
+def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # case 47
     def broken(row):
         raise OSError("disk full")
 

@@ -144,8 +144,13 @@ def _stream(spec: str, column: str, characters: int) -> list[str]:
         for row in load_dataset(name, config or None, split="train", streaming=True):
             if column not in row:
                 raise ValueError(f"expected --dataset_column one of {sorted(row)}, got {column!r}")
-            documents.append(row[column])
-            length += len(row[column])
+            text = row[column]
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise ValueError(f"expected text in column {column!r}, got {type(text).__name__}")
+            documents.append(text)
+            length += len(text)
             if length >= characters:
                 break
     except (OSError, ValueError) as error:
