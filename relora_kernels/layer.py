@@ -276,7 +276,8 @@ class FusedReLoRaLinear(nn.Linear):
             weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed,
             first_row,
         )  # fmt: skip
-        self.weight_residual = residual
+        if residual is not None:  # kept only now: a refused merge leaves nothing behind
+            self.weight_residual = residual
 
     def _host_residual(self) -> torch.Tensor:
         """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at

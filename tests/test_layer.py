@@ -354,3 +354,12 @@ def test_no_features_as_nn_linear():
     x = torch.randn(3, 4, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == (3, 4)
+
+
+def test_a_merge_of_another_rounding_keeps_the_residual():
+    layer = trained(FusedReLoRaLinear(16, 8, r=2, dtype=torch.bfloat16))
+    layer.merge()
+    kept = layer.weight_residual.clone()
+    layer.merge_rounding = "nearest"
+    layer.merge()
+    assert kept.any() and torch.equal(layer.weight_residual, kept)
