@@ -1,17 +1,31 @@
-"""Timing that waits for the GPU, and the device beside each figure."""
+"""Timing that waits for the GPU; the device, its rates and the commit beside the figures."""
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
+sys.path.insert(0, str(Path(__file__).parent))  # pytest runs in importlib mode
+
+import common  # noqa: E402
+
+from relora_kernels import measure  # noqa: E402
 
 
 def synchronised() -> float:
-    if GPU:
-        torch.cuda.synchronize()
+    measure.synchronise(common.DEVICE)
     return time.perf_counter()
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--gib",
+        type=float,
+        default=24.0,
+        help="device memory that the largest microbatch of a train step may fill (GiB)",
+    )
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -19,6 +33,13 @@ def pytest_collection_modifyitems(items) -> None:
         item.add_marker(pytest.mark.benchmark(timer=synchronised))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rates() -> dict[str, float]:
+    """The floors' rates, measured before anything else of the same run."""
+    return measure.rates(common.DEVICE)
+
+
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
-    machine_info["torch"] = torch.__version__
-    machine_info["device"] = torch.cuda.get_device_name() if GPU else "CPU"
+    machine_info.update(common.machine())
+    if not torch.cuda.is_available():
+        machine_info["device"] = f"CPU ({machine_info.get('processor') or 'unknown'})"

@@ -2,10 +2,11 @@
 
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
-in words. `auto` takes the first of the op's order that can; a named backend that cannot raises.
+in words. `auto` takes the first that can, of those on record for this kind of call on this device, fastest
+first (evidence.py), then of the op's order; a named backend that cannot raises.
 
-The order holds evidence: the reference, which on a GPU runs on cuBLAS, comes first until a kernel is on
-record, on that device, as right and as faster. Until then kernels serve by name.
+The order holds what needs no record: the reference, which on a GPU runs on cuBLAS, comes first. A kernel
+that is not on record, on that device, as right and as faster serves by name alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import functools
 import importlib.util
 import os
 import sys
+
+from relora_kernels import evidence
 
 BACKENDS = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
@@ -92,6 +95,10 @@ def reason_against(name: str, op: str, implementations: dict, why_not: str, args
 
 
 def _first_that_can(op: str, implementations: dict, why_not: str, args):
+    for name in evidence.order(op, args):
+        module = implementations.get(name)  # None: on record, and not installed any more
+        if module is not None and getattr(module, why_not)(*args) is None:
+            return module
     reasons = []
     for name, module in implementations.items():
         reason = getattr(module, why_not)(*args)
