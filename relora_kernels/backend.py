@@ -1,4 +1,4 @@
-"""Which implementation serves a call: `reference`, `triton` or `cuda`.
+"""Which implementation serves a call: `reference`, `triton`, `triton_tma` or `cuda`.
 
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
@@ -19,7 +19,7 @@ import sys
 
 from relora_kernels import evidence
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "triton", "triton_tma", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
 # One [name] for each use_backend block that is open. The last counts, over the environment variable.
@@ -44,7 +44,7 @@ def is_named(name: str) -> bool:
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Within the block every op runs on backend `name`: auto, reference, triton or cuda.
+    """Within the block every op runs on backend `name`: auto, reference, triton, triton_tma or cuda.
 
     Process-wide, not per thread: autograd runs the backward of CUDA graphs in threads of its own,
     which have to see it. Compiled graphs see it too, since ops choose when they run. Where blocks of
@@ -89,7 +89,7 @@ def reason_against(name: str, op: str, implementations: dict, why_not: str, args
     """Why backend `name` cannot serve op(*args); None where it can."""
     if name in implementations:
         return getattr(implementations[name], why_not)(*args)
-    if name == "triton" and triton_missing() is not None:
+    if name.startswith("triton") and triton_missing() is not None:
         return triton_missing()
     return f"{op} has no {name} implementation yet"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from oracle import check_against_fp64, operands, results
 
 from relora_kernels import FusedReLoRaLinear, backend, lora_linear, use_backend
+from relora_kernels.ops import lora_linear as linear_op
 from relora_kernels.reference import lora_linear as reference
 
 if backend.triton_missing() is not None:
@@ -199,3 +200,76 @@ def test_float64_is_refused_by_name():
     x, weight, lora_A, lora_B, _ = operands(4, 8, 6, 2, torch.float64)
     with pytest.raises(backend.BackendUnavailable, match="float64"):
         lora_linear(x, weight, lora_A, lora_B, 0.5)
+
+
+class TestTma:
+    """The two-segment product with tiles fetched by TMA: a backend of its own."""
+
+    @pytest.fixture(autouse=True)
+    def _on_tma(self):
+        if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("TMA needs compute capability 9.0")
+        with use_backend("triton_tma"):
+            yield
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("r", [1, 24, 128])
+    def test_forward_and_gradients(self, dtype, r, nan_filled):
+        check_against_fp64(operands(150, 136, 264, r, dtype, torch.float32, DEVICE, bias=r > 1))
+
+    @settings(deadline=None, max_examples=15)
+    @given(
+        st.sampled_from([1, 15, 64, 65, 129]), st.sampled_from([1, 3, 32, 67, 128]),
+        st.sampled_from([1, 2, 65, 131, 257]), st.sampled_from([1, 3, 16, 33]),
+        st.sampled_from(DTYPES), st.booleans(),
+    )  # fmt: skip
+    def test_drawn_shapes(self, rows, in_features, out_features, r, dtype, bias):
+        torch.manual_seed(rows + in_features)
+        check_against_fp64(
+            operands(rows, in_features, out_features, r, dtype, torch.float32, DEVICE, bias)
+        )
+
+    @pytest.mark.parametrize("p", [0.3, 1.0])
+    def test_dropout_is_the_portable_kernels(self, p, nan_filled):
+        tensors = operands(140, 72, 50, 20, torch.bfloat16, torch.float32, DEVICE)
+        dy = torch.randn(140, 50, device=DEVICE).bfloat16()
+
+        def dropped(x, weight, lora_A, lora_B, scaling, bias):
+            return lora_linear(x, weight, lora_A, lora_B, scaling, bias, p, seed=-77)
+
+        ours = results(dropped, tensors, dy)
+        with use_backend("triton"):
+            theirs = results(dropped, tensors, dy)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-3)
+
+    def test_rows_that_tma_cannot_address_are_copied_cases_10_11_12(self):
+        _, weight, lora_A, lora_B, bias = operands(1, 40, 48, 6, torch.bfloat16, device=DEVICE)
+        for view in (
+            torch.randn(37 * 40 + 3, device=DEVICE).bfloat16()[3:].view(37, 40),
+            torch.randn(37, 41, device=DEVICE).bfloat16()[:, 1:],
+            torch.randn(40, device=DEVICE).bfloat16().expand(37, 40),
+            torch.randn(40, 37, device=DEVICE).bfloat16().T,
+        ):
+            for dy in (None, torch.ones((), device=DEVICE).bfloat16().expand(37, 48)):
+                x = view.detach().requires_grad_()
+                check_against_fp64((x, weight, lora_A, lora_B, bias), dy=dy)
+
+    def test_no_columns_and_no_rows(self):
+        for rows, in_features in ((3, 0), (0, 8)):
+            x = torch.randn(rows, in_features, device=DEVICE, requires_grad=True)
+            weight, lora_A = (torch.randn(n, in_features, device=DEVICE) for n in (5, 2))
+            lora_B, bias = torch.randn(5, 2, device=DEVICE), torch.randn(5, device=DEVICE)
+            y = lora_linear(x, weight, lora_A, lora_B, 0.5, bias)
+            torch.testing.assert_close(y, bias.expand(rows, 5))
+            y.sum().backward()
+            assert x.grad.shape == x.shape
+
+    @pytest.mark.skipif(DEVICE != "cpu", reason="refusals of a CPU")
+    def test_serves_cpu_tensors_by_name_alone(self):
+        x, weight, lora_A, lora_B, _ = operands(2, 8, 8, 2, torch.float32)
+        arguments = (x, weight, lora_A, lora_B, 1.0, None, 0.0, None)
+        assert linear_op.IMPLEMENTATIONS["triton_tma"].why_not_forward(*arguments) is None
+        with use_backend("triton"):
+            reason = linear_op.IMPLEMENTATIONS["triton_tma"].why_not_forward(*arguments)
+        assert "on a CPU" in reason

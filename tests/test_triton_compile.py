@@ -32,13 +32,14 @@ def test_compiles_for_every_target(tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         halves = pool.map(compiled_for, (["80", "90"], ["100", "120"]), [tmp_path] * 2)
         rows = [row for half in halves for row in half]
-    assert {row["arch"] for row in rows} == set(TENSOR_CORE) and len(rows) == 4 * 26
+    assert {row["arch"] for row in rows} == set(TENSOR_CORE) and len(
+        rows
+    ) == 4 * 26 + 3 * 4  # TMA from sm_90 on
     for row in rows:
         # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours.
         assert row["spills"] <= (4 if row["arch"] in (100, 120) else 0), row
         assert row["shared"] <= row["most_shared"], row
-        unit = "HMMA" if row["kernel"] == "two_segment y few rows" else TENSOR_CORE[row["arch"]]
-        assert all(op.startswith(unit) for op in row["tensor_core"]), row
+        assert all(op.startswith(TENSOR_CORE[row["arch"]]) for op in row["tensor_core"]), row
         assert row["tensor_core"] or row["kernel"].startswith(("reduce", "prune")), row
         if row["kernel"].startswith("prune"):
             # The two passes over whole tensors; the others go over the few elements that are left.
@@ -47,6 +48,9 @@ def test_compiles_for_every_target(tmp_path):
             assert "STG.E.128" in row["global"] or not second_pass, row
             continue
         assert "STG.E.128" in row["global"], row
+        if "_tma" in row["kernel"]:
+            assert row["tma"] == ["UTMALDG"], row
+            continue
         loads = [op for op in row["global"] if op.startswith("LDG") and op.endswith(".128")]
         assert loads, row  # LDG or LDGSTS
         if row["kernel"].startswith("merge"):

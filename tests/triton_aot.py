@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from relora_kernels._triton import lora_linear, merge, prune
+from relora_kernels._triton import lora_linear, lora_linear_tma, merge, prune
 
 TARGETS = (80, 90, 100, 120)
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
@@ -96,6 +96,29 @@ def variants(arch: int):
     )  # fmt: skip
 
 
+def tma_variants(arch: int):
+    """From Hopper on. The second operand's block is turned where W is given as (K, N)."""
+    for name, forward, config in (
+        ("y", True, lora_linear.TWO_SEGMENT[160_000]),
+        ("dx", False, lora_linear.TWO_SEGMENT[160_000]),
+        ("dx dropout", False, lora_linear.TWO_SEGMENT_DROPOUT),
+        ("y few rows", True, lora_linear.TWO_SEGMENT_FEW_ROWS),
+    ):
+        if config is lora_linear.TWO_SEGMENT[160_000] and SHARED[arch] < 160_000:
+            config = lora_linear.TWO_SEGMENT[0]
+        m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+        left, right = f"[{m}, {k}]", f"[{n}, {k}]" if forward else f"[{k}, {n}]"
+        types = dict.fromkeys(("out_ptr", "bias_ptr"), "*bf16") | dict(
+            seed_ptr="*i64", keep_scale="fp32"
+        )
+        types |= {
+            n: f"tensordesc<bf16{block}>" for n, block in zip("pbxw", (left, right, left, right))
+        }
+        constants = {"W_IS_N_BY_K": forward, "HAS_BIAS": forward, "DROPOUT": "dropout" in name,
+                     "PRECISION": "tf32", "GROUP_M": lora_linear.GROUP_M, **config}  # fmt: skip
+        yield lora_linear_tma.two_segment_tma_kernel, f"two_segment_tma {name}", types, constants
+
+
 def prune_variants():
     types = {f"{n}_ptr": "*i64" for n in ("table", "state", "hist", "list")} | {
         "weight_ptr": "*fp32"
@@ -129,7 +152,8 @@ def compiled(kernel, types: dict, constants: dict, arch: int):
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     divisible = [
         i for i, n in enumerate(names)
-        if n not in constants and n not in ("scaling", "scale", "keep_scale", "seed", "threshold")
+        if n not in (*constants, "scaling", "scale", "keep_scale", "seed", "threshold")
+        and not types.get(n, "").startswith("tensordesc")
     ]  # fmt: skip
     source = ASTSource(
         fn=kernel,
@@ -159,13 +183,15 @@ def inspect(cubin: bytes) -> dict:
         "stack": int(stack),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", sass))),
+        "tma": sorted(set(re.findall(r"\b(UTMA\w+)", sass))),
         "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", sass))),
     }
 
 
 def rows(archs):
     for arch in archs:
-        for kernel, name, types, constants in (*variants(arch), *prune_variants()):
+        tma = tma_variants(arch) if arch >= 90 else ()
+        for kernel, name, types, constants in (*variants(arch), *tma, *prune_variants()):
             binary = compiled(kernel, types, constants, arch)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
             yield row | {"most_shared": SHARED[arch]} | inspect(binary.asm["cubin"])

@@ -31,8 +31,10 @@ TWO_SEGMENT_DROPOUT = {
     "num_warps": 8,
     "num_stages": 3,
 }
+# Up to so many rows the read of W is what takes time. wgmma multiplies 64 rows at least.
+FEW_ROWS = 64
 TWO_SEGMENT_FEW_ROWS = {
-    "BLOCK_M": 16,
+    "BLOCK_M": FEW_ROWS,
     "BLOCK_N": 128,
     "BLOCK_K": 64,
     "num_warps": 4,
@@ -78,6 +80,16 @@ def low_rank_kernel(
 
 
 @triton.jit
+def output_tile(row_tiles, col_tiles, GROUP_M: tl.constexpr):
+    """(row, column) of this program's tile: GROUP_M rows of tiles share a pass over the columns."""
+    group = tl.program_id(0) // (GROUP_M * col_tiles)
+    first = group * GROUP_M
+    group_rows = min(row_tiles - first, GROUP_M)
+    within = tl.program_id(0) - group * GROUP_M * col_tiles
+    return first + within % group_rows, within // group_rows
+
+
+@triton.jit
 def two_segment_kernel(
     out_ptr, p_ptr, b_ptr, x_ptr, w_ptr, bias_ptr, seed_ptr,
     M, N, K, r, p_stride, b_stride, x_stride, w_stride, keep_scale, threshold,
@@ -90,13 +102,9 @@ def two_segment_kernel(
     One loop over the k-steps of both segments, switched by the base pointer, keeps the pipeline full
     from one to the other. With dropout, the mask belongs to the first segment alone: two loops.
     """
-    row_tiles, col_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * col_tiles)
-    first_tile = group * GROUP_M
-    group_rows = min(row_tiles - first_tile, GROUP_M)
-    within = tl.program_id(0) - group * GROUP_M * col_tiles
-    rows = (first_tile + within % group_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col0 = (within // group_rows) * BLOCK_N
+    row_tile, col_tile = output_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    col0 = col_tile * BLOCK_N
     cols = col0 + tl.arange(0, BLOCK_N)
     low_steps = tl.cdiv(r, BLOCK_K)
     steps = low_steps + tl.cdiv(K, BLOCK_K)
@@ -246,13 +254,14 @@ def interpreted() -> bool:
     return not isinstance(low_rank_kernel, triton.JITFunction)
 
 
-def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
-    """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
-    x, weight = _unit_columns(x), _unit_columns(weight)
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=None):
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: another launcher of it."""
+    two_segment = two_segment or _two_segment
+    x, weight = unit_columns(x), unit_columns(weight)
     a, b = _compute_copy(lora_A, x), _compute_copy(lora_B, x)
     with torch.cuda.device_of(x):
         p = _low_rank(x, a, True, scaling, dropout_p, seed)
-        y = _two_segment(p, b, x, weight, True, bias, 0.0, None)
+        y = two_segment(p, b, x, weight, True, bias, 0.0, None)
     return y, p
 
 
@@ -270,19 +279,21 @@ def backward(
     need_dA,
     need_dB,
     need_dbias,
+    two_segment=None,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
 
     A gradient that is not needed comes back with 0 elements.
     """
-    dy, x, weight = _unit_columns(dy), _unit_columns(x), _unit_columns(weight)
+    two_segment = two_segment or _two_segment
+    dy, x, weight = unit_columns(dy), unit_columns(x), unit_columns(weight)
     dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     dbias = dy.new_empty(0, dtype=torch.float32)
     with torch.cuda.device_of(x):
         if need_dx or need_dA:
             q = _low_rank(dy, _compute_copy(lora_B, x), False, scaling, 0.0, None)
         if need_dx:
-            dx = _two_segment(q, _compute_copy(lora_A, x), dy, weight, False, None, dropout_p, seed)
+            dx = two_segment(q, _compute_copy(lora_A, x), dy, weight, False, None, dropout_p, seed)
         if need_dA:
             dlora_A, _ = _split(q, x, lora_A.dtype, dropout_p, seed, False)
         if need_dB or need_dbias:
@@ -295,14 +306,14 @@ def backward(
 def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -> torch.Tensor:
     (M, K), r = x.shape, a.shape[0 if a_is_r_by_k else 1]
     p = x.new_empty(M, r)
-    config = _fitted(LOW_RANK, x)
+    config = fitted(LOW_RANK, x)
     block_r = min(max(16, triton.next_power_of_2(r)), LOW_RANK_MOST_R)
-    threshold, keep_scale = _dropout_constants(dropout_p)
+    threshold, keep_scale = dropout_constants(dropout_p)
     if p.numel() > 0:
         low_rank_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(r, block_r),)](
             x, a, p, x if seed is None else seed,
             M, K, r, x.stride(0), a.stride(0), scaling * keep_scale, threshold,
-            A_IS_R_BY_K=a_is_r_by_k, DROPOUT=dropout_p > 0.0, PRECISION=_precision(x),
+            A_IS_R_BY_K=a_is_r_by_k, DROPOUT=dropout_p > 0.0, PRECISION=precision(x),
             BLOCK_R=block_r, **config,
         )  # fmt: skip
     return p
@@ -311,15 +322,15 @@ def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -
 def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) -> torch.Tensor:
     (M, K), N, r = x.shape, w.shape[0 if w_is_n_by_k else 1], p.shape[1]
     out = x.new_empty(M, N)
-    config = _fitted(_two_segment_config(M, dropout_p, x), x)
-    threshold, keep_scale = _dropout_constants(dropout_p)
+    config = fitted(two_segment_config(M, dropout_p, x), x)
+    threshold, keep_scale = dropout_constants(dropout_p)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     if out.numel() > 0:
         two_segment_kernel[(tiles,)](
             out, p, b, x, w, x if bias is None else bias, x if seed is None else seed,
             M, N, K, r, p.stride(0), b.stride(0), x.stride(0), w.stride(0), keep_scale, threshold,
             W_IS_N_BY_K=w_is_n_by_k, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0.0,
-            PRECISION=_precision(x), GROUP_M=GROUP_M, **config,
+            PRECISION=precision(x), GROUP_M=GROUP_M, **config,
         )  # fmt: skip
     return out
 
@@ -327,17 +338,17 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
 def _split(left, right, dtype, dropout_p: float, seed, want_bias: bool):
     """left (M, L), right (M, R) -> left^T dropout(right) (L, R) in `dtype`, column sums of left (L,)."""
     (M, L), R = left.shape, right.shape[1]
-    config = _fitted(SPLIT, left)
+    config = fitted(SPLIT, left)
     tiles = triton.cdiv(L, config["BLOCK_L"]) * triton.cdiv(R, config["BLOCK_R"])
     slabs = max(1, min(triton.cdiv(SPLIT_PROGRAMS, tiles), triton.cdiv(M, 256)))
     slab_rows = triton.cdiv(triton.cdiv(M, slabs), config["BLOCK_M"]) * config["BLOCK_M"]
-    threshold, keep_scale = _dropout_constants(dropout_p)
+    threshold, keep_scale = dropout_constants(dropout_p)
     partial = left.new_empty((slabs, L, R), dtype=torch.float32)
     sums = left.new_empty((slabs, L if want_bias else 0), dtype=torch.float32)
     split_kernel[(tiles, slabs)](
         partial, sums, left, right, left if seed is None else seed,
         M, L, R, left.stride(0), right.stride(0), slab_rows, threshold,
-        DROPOUT=dropout_p > 0.0, HAS_BIAS=want_bias, PRECISION=_precision(left), **config,
+        DROPOUT=dropout_p > 0.0, HAS_BIAS=want_bias, PRECISION=precision(left), **config,
     )  # fmt: skip
     return _reduced(partial, keep_scale, dtype), _reduced(sums, 1.0, torch.float32)
 
@@ -350,14 +361,14 @@ def _reduced(partial, scale: float, dtype) -> torch.Tensor:
     return out
 
 
-def _dropout_constants(p: float) -> tuple[int, float]:
+def dropout_constants(p: float) -> tuple[int, float]:
     """(drop where the 16 random bits are below this, 1 / probability of being kept)."""
     threshold = round(p * 65536)
     return threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
-def _two_segment_config(M: int, dropout_p: float, x: torch.Tensor) -> dict:
-    if M <= 16:
+def two_segment_config(M: int, dropout_p: float, x: torch.Tensor) -> dict:
+    if M <= FEW_ROWS:
         return TWO_SEGMENT_FEW_ROWS
     if dropout_p > 0.0:
         return TWO_SEGMENT_DROPOUT
@@ -372,21 +383,21 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def _fitted(config: dict, x: torch.Tensor) -> dict:
+def fitted(config: dict, x: torch.Tensor) -> dict:
     """4-byte elements take half the depth, for the same shared memory."""
     depth = "BLOCK_M" if "BLOCK_L" in config else "BLOCK_K"
     return config if x.element_size() == 2 else {**config, depth: max(16, config[depth] // 2)}
 
 
-def _precision(x: torch.Tensor) -> str:
+def precision(x: torch.Tensor) -> str:
     """float32 stays float32: as torch's default, no tf32. Narrow types ignore it."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _compute_copy(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _unit_columns(factor.to(x.dtype))
+    return unit_columns(factor.to(x.dtype))
 
 
-def _unit_columns(t: torch.Tensor) -> torch.Tensor:
+def unit_columns(t: torch.Tensor) -> torch.Tensor:
     """`t` with neighbours in a row next to each other; a view or expansion without that is copied."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

@@ -15,8 +15,9 @@ from relora_kernels.reference import lora_linear as _reference
 IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
 if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear as _triton
+    from relora_kernels._triton import lora_linear_tma as _triton_tma
 
-    IMPLEMENTATIONS["triton"] = _triton
+    IMPLEMENTATIONS |= {"triton": _triton, _triton_tma.NAME: _triton_tma}
 
 LIBRARY.define(
     "_lora_linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "

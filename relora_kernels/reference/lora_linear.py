@@ -7,8 +7,9 @@
 
 There is no dW: W is frozen. lora_A and lora_B are rounded to x's dtype for the products (float32
 masters, bf16 compute); their gradients are summed in float32 and returned in their own dtype.
-The order (small product first, then addmm) hides the read of y behind the large GEMM and rounds
-the small term instead of the large one.
+The order (small product first, then the large GEMM adds onto it in place) hides the read of y behind
+the large GEMM and rounds the small term instead of the large one. On a GPU these are cuBLAS calls, and
+no tensor of y's size is touched but by them: this is the plan that a fused kernel has to beat.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def why_not_backward(
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
-    p = (dropout(x, dropout_p, seed) @ lora_A.to(x.dtype).T) * scaling
+    p = _scaled_mm(dropout(x, dropout_p, seed), lora_A.to(x.dtype).T, scaling)
     b = lora_B.to(x.dtype).T
-    small = p @ b if bias is None else torch.addmm(bias.to(x.dtype), p, b)
-    return torch.addmm(small, x, weight.T), p
+    y = p @ b if bias is None else torch.addmm(bias.to(x.dtype), p, b)
+    return y.addmm_(x, weight.T), p
 
 
 def backward(
@@ -71,12 +72,12 @@ def backward(
     dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     dbias = dy.new_empty(0, dtype=wide)
     if need_dx or need_dA:
-        q = (dy @ lora_B.to(dy.dtype)) * scaling  # (M, r)
+        q = _scaled_mm(dy, lora_B.to(dy.dtype), scaling)  # (M, r)
     if need_dx:
-        low_rank = q @ lora_A.to(dy.dtype)  # (M, in)
+        dx = q @ lora_A.to(dy.dtype)  # (M, in)
         if dropout_p > 0.0:
-            low_rank = low_rank * dropout_mask(x, dropout_p, seed)
-        dx = torch.addmm(low_rank, dy, weight)
+            dx *= dropout_mask(x, dropout_p, seed)
+        dx.addmm_(dy, weight)
     if need_dA:
         dlora_A = _mm_wide(q.T, dropout(x, dropout_p, seed)).to(lora_A.dtype)
     if need_dB:
@@ -101,6 +102,11 @@ def dropout_mask(x: torch.Tensor, p: float, seed) -> torch.Tensor:
         return torch.zeros_like(x)
     bits = philox.bits16(seed, philox.STREAM_DROPOUT, tuple(x.shape), device=x.device)
     return (bits >= threshold).to(x.dtype) * (65536.0 / (65536 - threshold))
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * a @ b, scaled before the one rounding: the GEMM's alpha, in its epilogue."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)  # beta 0: not read
 
 
 def _mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
