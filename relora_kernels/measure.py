@@ -215,7 +215,7 @@ def _peak_bytes(problem, row: Row, o, device: torch.device) -> int | None:
 def facts(problem, device: torch.device) -> dict:
     """What a record says of a problem beside its times."""
     return {
-        "problem": {"kind": type(problem).__name__, **dataclasses.asdict(problem)},
+        "problem": problem.to_dict(),
         "group": problem.name,
         "flops": problem.flops,
         "bytes": problem.bytes,

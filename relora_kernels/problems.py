@@ -45,11 +45,33 @@ def moments(linears: list[tuple[int, int]], r: int) -> tuple[int, ...]:
     return tuple(size * r for in_and_out in linears for size in in_and_out)
 
 
+class Problem:
+    def to_dict(self) -> dict:
+        """As JSON holds it."""
+        return {"kind": type(self).__name__, **dataclasses.asdict(self)}
+
+    def same_operands(self):
+        """The problem whose operands serve this one too."""
+        return self
+
+    def steps(self, row: Row, all_operands: list) -> list[Callable]:
+        """The functions to time, one for each set of operands."""
+        return [_under(row, row.make(o)) for o in all_operands]
+
+
+def _under(row: Row, function: Callable) -> Callable:
+    def step():
+        with row.in_force(), torch.no_grad():
+            return function()
+
+    return step
+
+
 # ---- lora_linear ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(Problem):
     """y = x W^T + s (x A^T) B^T of x (tokens, in), W (out, in), A (r, in), B (out, r), and its gradients.
 
     `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both.
@@ -264,7 +286,7 @@ def _our_linear(name: str) -> Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge:
+class Merge(Problem):
     """W += s B A in place, W (out, in), for each of `shapes`; A and B as `factors`."""
 
     shapes: tuple[tuple[int, int], ...]
@@ -309,12 +331,6 @@ class Merge:
 
     def prepare(self, device: torch.device) -> MergeOperands:
         return MergeOperands(self, device)
-
-    def same_operands(self) -> Merge:
-        return self
-
-    def steps(self, row: Row, all_operands: list) -> list[Callable]:
-        return [_under(row, row.make(o)) for o in all_operands]
 
     def check(self, row: Row, o: MergeOperands) -> dict:
         """Error of W (compensated: of W and residual together) at most twice the reference's against
@@ -403,7 +419,7 @@ def _our_merge(name: str) -> Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prune:
+class Prune(Problem):
     """The smallest nine tenths of each of `sizes` zeroed, and of a partner of each where `paired`."""
 
     sizes: tuple[int, ...]
@@ -441,12 +457,6 @@ class Prune:
 
     def prepare(self, device: torch.device) -> PruneOperands:
         return PruneOperands(self, device)
-
-    def same_operands(self) -> Prune:
-        return self
-
-    def steps(self, row: Row, all_operands: list) -> list[Callable]:
-        return [_under(row, row.make(o)) for o in all_operands]
 
     def check(self, row: Row, o: PruneOperands) -> dict:
         """Bit for bit the reference's result; `computes="about"`: at most two elements more or fewer."""
@@ -499,16 +509,8 @@ def _our_prune(name: str) -> Row:
 # ---- Records --------------------------------------------------------------------------------------
 
 
-def _under(row: Row, function: Callable) -> Callable:
-    def step():
-        with row.in_force(), torch.no_grad():
-            return function()
-
-    return step
-
-
 def from_dict(fields: dict):
-    """The problem that `facts` wrote down."""
+    """The problem that its `to_dict` wrote down."""
     fields = dict(fields)
     kind = {"Linear": Linear, "Merge": Merge, "Prune": Prune}[fields.pop("kind")]
     for name in ("shapes", "sizes"):
@@ -518,14 +520,17 @@ def from_dict(fields: dict):
 
 
 def entries(records: list[dict]) -> list[dict]:
-    """Evidence for `auto`, of records that `run` made of our rows ("row": "ours NAME").
+    """Evidence for `auto`, of what `measure.run` found of our rows ("row": "ours NAME").
 
-    A class with the reference and at least one other backend measured gives an entry; `order` is by
-    time over the baseline's, which was measured in turns with it.
+    One entry for each class in which the reference passed and no row was left out: `order` holds the rows
+    that passed, by time over the baseline's, which was measured in turns with each. A row that was wrong
+    or failed is not in it, whatever an older record says.
     """
+    unfinished = {record["group"] for record in records if record["status"] == "left out"}
     classes: dict[tuple, dict] = {}
     for record in records:
-        if record.get("evidence") and record["row"].startswith("ours "):
+        ours = record["status"] == "ok" and record["row"].startswith("ours ")
+        if ours and record["evidence"] and record["group"] not in unfinished:
             op, its_class = record["evidence"]
             row = {k: record[k] for k in ("median_s", "baseline_s", "error", "error_over_eager")}
             classes.setdefault((op, *its_class), {})[record["row"].removeprefix("ours ")] = row
@@ -537,5 +542,5 @@ def entries(records: list[dict]) -> list[dict]:
             "rows": rows,
         }
         for (op, *its_class), rows in classes.items()
-        if "reference" in rows and len(rows) > 1
+        if "reference" in rows
     ]
