@@ -42,7 +42,8 @@ def test_environment_variable(monkeypatch):
         assert current_backend() == "auto"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(
-        ValueError, match="RELORA_KERNELS_BACKEND.*auto, reference, triton, cuda; got 'fastest'"
+        ValueError,
+        match="RELORA_KERNELS_BACKEND.*auto, reference, triton, triton_tma, cuda; got 'fastest'",
     ):
         current_backend()
 

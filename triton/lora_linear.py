@@ -258,7 +258,7 @@ def interpreted() -> bool:
     return not isinstance(low_rank_kernel, triton.JITFunction)
 
 
-def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=None):
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_segment=None):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: another launcher of it."""
     two_segment = two_segment or _two_segment
     x, weight = unit_columns(x), unit_columns(weight)
@@ -283,6 +283,7 @@ def backward(
     need_dA,
     need_dB,
     need_dbias,
+    *,
     two_segment=None,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.

@@ -125,7 +125,7 @@ def backward(
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32."""
     return portable.backward(
         dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
-        need_dx, need_dA, need_dB, need_dbias, _two_segment,
+        need_dx, need_dA, need_dB, need_dbias, two_segment=_two_segment,
     )  # fmt: skip
 
 
