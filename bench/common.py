@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from relora_kernels import evidence, measure
-from relora_kernels.problems import MODELS, Linear, Merge, Prune, moments, projections
+from relora_kernels.problems import (
+    MODELS,
+    Linear,
+    Merge,
+    Prune,
+    from_dict,
+    moments,
+    projections,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = torch.cuda.is_available()
@@ -35,10 +43,9 @@ SHAPES = list(
         ]
     )
 )
-# What is measured of lora_linear on a GPU, in order of worth: shapes, tokens, ranks, directions.
+# What is measured of lora_linear on a GPU: shapes, tokens, ranks, directions.
 LINEAR = [
-    (SHAPES, [16384], [128], [FORWARD, BOTH]),
-    (KEY_SHAPES, [16384], [128], [BACKWARD]),
+    (SHAPES, [16384], [128], [BOTH, FORWARD, BACKWARD]),
     (KEY_SHAPES, [2048, 4096, 8192, 32768], [128], [BOTH]),
     (KEY_SHAPES, [16384], [16, 64, 512], [BOTH]),
 ]
@@ -104,6 +111,31 @@ def on_gpu(op: str) -> list:
         Prune((100_000_000,), dtype="bfloat16"),
         Prune((2**24,)),
     ]
+
+
+def by_worth() -> list:
+    """The full set, what matters most first, for a machine that is there for minutes."""
+
+    def key(problem) -> int:
+        if not isinstance(problem, Linear):
+            return 1 if problem in (merges[:4] + prunes[:2]) else 3
+        shape = problem.in_features, problem.out_features
+        usual = problem.tokens == 16384 and problem.r == 128
+        if usual and problem.direction != BACKWARD:
+            return 0 if shape in KEY_SHAPES else 2
+        return 2 if usual else 4
+
+    merges, prunes = on_gpu("merge"), on_gpu("prune")
+    return sorted([*on_gpu("linear"), *merges, *prunes], key=key)
+
+
+def run_case(case: dict) -> dict:
+    """One case of gpu_check.py, in its worker: the machine, a train step, or a row of a problem."""
+    device = torch.device("cuda", 0) if case["device"] == "cuda" else torch.device("cpu")
+    if case["kind"] == "machine":
+        return machine(device)
+    problem = from_dict(case["problem"])
+    return measure.run(problem, peers.rows(problem)[case["row"]], device, case["seconds"])
 
 
 def cases(problems: list) -> list:

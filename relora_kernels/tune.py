@@ -48,9 +48,7 @@ def main(arguments: list[str]) -> int:
     entries = problems.entries(records)
     _print_table(records, entries)
     if not entries:
-        print(
-            "tune: fewer than two backends passed at any shape: nothing to choose, nothing written"
-        )
+        print("tune: no shape was finished; nothing was written", file=sys.stderr)
         return 1
     try:
         evidence.write(evidence.cache_path(), here, entries)

@@ -212,7 +212,7 @@ class TestTma:
         with use_backend("triton_tma"):
             yield
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
     @pytest.mark.parametrize("r", [1, 24, 128])
     def test_forward_and_gradients(self, dtype, r, nan_filled):
         check_against_fp64(operands(150, 136, 264, r, dtype, torch.float32, DEVICE, bias=r > 1))
@@ -221,7 +221,7 @@ class TestTma:
     @given(
         st.sampled_from([1, 15, 64, 65, 129]), st.sampled_from([1, 3, 32, 67, 128]),
         st.sampled_from([1, 2, 65, 131, 257]), st.sampled_from([1, 3, 16, 33]),
-        st.sampled_from(DTYPES), st.booleans(),
+        st.sampled_from(DTYPES[1:]), st.booleans(),
     )  # fmt: skip
     def test_drawn_shapes(self, rows, in_features, out_features, r, dtype, bias):
         torch.manual_seed(rows + in_features)
@@ -257,9 +257,10 @@ class TestTma:
 
     def test_no_columns_and_no_rows(self):
         for rows, in_features in ((3, 0), (0, 8)):
-            x = torch.randn(rows, in_features, device=DEVICE, requires_grad=True)
-            weight, lora_A = (torch.randn(n, in_features, device=DEVICE) for n in (5, 2))
-            lora_B, bias = torch.randn(5, 2, device=DEVICE), torch.randn(5, device=DEVICE)
+            like = {"device": DEVICE, "dtype": torch.float16}
+            x = torch.randn(rows, in_features, **like, requires_grad=True)
+            weight, lora_A = (torch.randn(n, in_features, **like) for n in (5, 2))
+            lora_B, bias = torch.randn(5, 2, **like), torch.randn(5, **like)
             y = lora_linear(x, weight, lora_A, lora_B, 0.5, bias)
             torch.testing.assert_close(y, bias.expand(rows, 5))
             y.sum().backward()
@@ -267,7 +268,9 @@ class TestTma:
 
     @pytest.mark.skipif(DEVICE != "cpu", reason="refusals of a CPU")
     def test_serves_cpu_tensors_by_name_alone(self):
-        x, weight, lora_A, lora_B, _ = operands(2, 8, 8, 2, torch.float32)
+        with pytest.raises(backend.BackendUnavailable, match="float32"):
+            lora_linear(*operands(2, 8, 8, 2, torch.float32)[:4], 1.0)
+        x, weight, lora_A, lora_B, _ = operands(2, 8, 8, 2, torch.float16)
         arguments = (x, weight, lora_A, lora_B, 1.0, None, 0.0, None)
         assert linear_op.IMPLEMENTATIONS["triton_tma"].why_not_forward(*arguments) is None
         with use_backend("triton"):

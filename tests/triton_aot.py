@@ -49,74 +49,51 @@ def variants(arch: int):
         }  # fmt: skip
         yield merge.merge_kernel, f"merge {weight} {factor} {rounding}", types, constants
 
-    def typed(dtype, **other):
-        names = "x_ptr a_ptr p_ptr out_ptr b_ptr w_ptr bias_ptr left_ptr right_ptr".split()
-        return dict.fromkeys(names, f"*{dtype}") | {"seed_ptr": "*i64"} | other
-
-    big = next(c for least, c in lora_linear.TWO_SEGMENT.items() if SHARED[arch] >= least)
-    for dropout in (False, True):
-        tail = " dropout" if dropout else ""
-        common = {"DROPOUT": dropout, "PRECISION": "tf32"}
-        types = typed("bf16", scaling="fp32", keep_scale="fp32")
-        for forward in (True, False):
-            if not (forward and dropout):
-                yield (
-                    lora_linear.two_segment_kernel,
-                    f"two_segment {'y' if forward else 'dx'}{tail}",
-                    types,
-                    {
-                        "W_IS_N_BY_K": forward,
-                        "HAS_BIAS": forward,
-                        "GROUP_M": 8,
-                        **common,
-                        **(lora_linear.TWO_SEGMENT_DROPOUT if dropout else big),
-                    },
-                )
-            if forward or not dropout:
-                yield (
-                    lora_linear.low_rank_kernel,
-                    f"low_rank {'P' if forward else 'Q'}{tail}",
-                    types,
-                    {"A_IS_R_BY_K": forward, "BLOCK_R": 128, **common, **lora_linear.LOW_RANK},
-                )
-        yield (
-            lora_linear.split_kernel,
-            f"split {'dA' if dropout else 'dB dbias'}{tail}",
-            typed("bf16", partial_ptr="*fp32", bias_ptr="*fp32"),
-            {"HAS_BIAS": not dropout, **common, **lora_linear.SPLIT},
-        )
-    yield (
-        lora_linear.two_segment_kernel, "two_segment y few rows", typed("bf16", keep_scale="fp32"),
-        {"W_IS_N_BY_K": True, "HAS_BIAS": False, "DROPOUT": False, "PRECISION": "tf32", "GROUP_M": 8,
-         **lora_linear.TWO_SEGMENT_FEW_ROWS},
-    )  # fmt: skip
-    yield (
-        lora_linear.reduce_kernel, "reduce", {"partial_ptr": "*fp32", "out_ptr": "*fp32", "scale": "fp32"},
-        {"num_stages": 3, **lora_linear.REDUCE},
-    )  # fmt: skip
+    for dtype in ("bf16", "fp32"):
+        yield from linear_variants(arch, dtype)
 
 
-def tma_variants(arch: int):
-    """From Hopper on. The second operand's block is turned where W is given as (K, N)."""
+def linear_variants(arch: int, dtype: str):
+    """Every tile of lora_linear's tables; of float32's low_rank the largest alone."""
+    size, tail = {"bf16": (2, ""), "fp32": (4, " fp32")}[dtype]
+    names = "x_ptr a_ptr p_ptr out_ptr b_ptr w_ptr bias_ptr left_ptr right_ptr".split()
+    types = dict.fromkeys(names, f"*{dtype}") | {"seed_ptr": "*i64"}
+    types |= {"scaling": "fp32", "keep_scale": "fp32", "partial_ptr": "*fp32"}
+    common = {"PRECISION": "tf32" if dtype == "bf16" else "ieee"}
+
+    big = lora_linear.TWO_SEGMENT[size].items()
+    big = next(config for least, config in big if SHARED[arch] >= least)
     for name, forward, config in (
-        ("y", True, lora_linear.TWO_SEGMENT[160_000]),
-        ("dx", False, lora_linear.TWO_SEGMENT[160_000]),
-        ("dx dropout", False, lora_linear.TWO_SEGMENT_DROPOUT),
-        ("y few rows", True, lora_linear.TWO_SEGMENT_FEW_ROWS),
+        ("y", True, big),
+        ("dx", False, big),
+        ("dx dropout", False, lora_linear.TWO_SEGMENT_DROPOUT[size]),
+        ("y few rows", True, lora_linear.TWO_SEGMENT_FEW_ROWS[size]),
     ):
-        if config is lora_linear.TWO_SEGMENT[160_000] and SHARED[arch] < 160_000:
-            config = lora_linear.TWO_SEGMENT[0]
-        m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-        left, right = f"[{m}, {k}]", f"[{n}, {k}]" if forward else f"[{k}, {n}]"
-        types = dict.fromkeys(("out_ptr", "bias_ptr"), "*bf16") | dict(
-            seed_ptr="*i64", keep_scale="fp32"
-        )
-        types |= {
-            n: f"tensordesc<bf16{block}>" for n, block in zip("pbxw", (left, right, left, right))
-        }
-        constants = {"W_IS_N_BY_K": forward, "HAS_BIAS": forward, "DROPOUT": "dropout" in name,
-                     "PRECISION": "tf32", "GROUP_M": lora_linear.GROUP_M, **config}  # fmt: skip
-        yield lora_linear_tma.two_segment_tma_kernel, f"two_segment_tma {name}", types, constants
+        constants = {
+            "W_IS_N_BY_K": forward, "HAS_BIAS": forward, "DROPOUT": "dropout" in name,
+            "GROUP_M": lora_linear.GROUP_M, **common, **config,
+        }  # fmt: skip
+        yield lora_linear.two_segment_kernel, f"two_segment {name}{tail}", types, constants
+        if arch >= 90 and dtype == "bf16":
+            m, n, k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+            left, right = [m, k], [n, k] if forward else [k, n]
+            tiles = {n: f"tensordesc<{dtype}{t}>" for n, t in zip("pbxw", (left, right) * 2)}
+            kernel = lora_linear_tma.two_segment_tma_kernel
+            yield kernel, f"two_segment_tma {name}{tail}", types | tiles, constants
+
+    for name, forward in (("P", True), ("Q", False), ("P dropout", True)):
+        for r in (16, 32, 64, 128) if dtype == "bf16" else (128,):
+            constants = {"A_IS_R_BY_K": forward, "DROPOUT": "dropout" in name, "BLOCK_R": r}
+            constants |= common | lora_linear.LOW_RANK[size]
+            yield lora_linear.low_rank_kernel, f"low_rank {name} r={r}{tail}", types, constants
+
+    for name in ("dB dbias", "dA dropout"):
+        constants = {"HAS_BIAS": "dbias" in name, "DROPOUT": "dropout" in name}
+        constants |= common | lora_linear.SPLIT[size]
+        sums = types | {"bias_ptr": "*fp32"}
+        yield lora_linear.split_kernel, f"split {name}{tail}", sums, constants
+    constants = {"num_stages": 3, **lora_linear.REDUCE}
+    yield lora_linear.reduce_kernel, f"reduce{tail}", types | {"scale": "fp32"}, constants
 
 
 def prune_variants():
@@ -190,8 +167,7 @@ def inspect(cubin: bytes) -> dict:
 
 def rows(archs):
     for arch in archs:
-        tma = tma_variants(arch) if arch >= 90 else ()
-        for kernel, name, types, constants in (*variants(arch), *tma, *prune_variants()):
+        for kernel, name, types, constants in (*variants(arch), *prune_variants()):
             binary = compiled(kernel, types, constants, arch)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
             yield row | {"most_shared": SHARED[arch]} | inspect(binary.asm["cubin"])
@@ -213,6 +189,8 @@ def print_table(found) -> None:
                  if w.isdecimal()), default=32)
             for kind in ("LDG", "STG")
         ]  # fmt: skip
+        if row["tma"]:
+            widths[0] = "TMA"
         units = ", ".join(row["tensor_core"]) or "-"
         cells = (
             row["kernel"],

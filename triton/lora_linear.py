@@ -15,32 +15,36 @@ import triton.language as tl
 from relora_kernels import backend
 from relora_kernels._triton import philox
 
-# Tiles. Where there are two, by the shared memory that a block may have (bytes, from): A100, Hopper and
-# data-centre Blackwell; the rest. Elements of 4 bytes take half the depth.
-LOW_RANK = {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
+# Tiles by bytes of an element. float32 is multiplied in float32 on the ordinary units, where large tiles
+# spill.
+LOW_RANK = {
+    2: {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
+    4: {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
+}
 LOW_RANK_MOST_R = 128  # BLOCK_R = r rounded up to a power of two, at least 16, at most this
+# By the shared memory that a block may have (bytes, from): A100, Hopper, data-centre Blackwell; the rest.
 TWO_SEGMENT = {
-    160_000: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
-    0: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    2: {
+        160_000: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        0: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    },
+    4: {0: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}},
 }
 # The mask of a 128 x 256 tile is drawn beside its accumulator: 71 spills on sm_90, none at 128 x 128.
 TWO_SEGMENT_DROPOUT = {
-    "BLOCK_M": 128,
-    "BLOCK_N": 128,
-    "BLOCK_K": 64,
-    "num_warps": 8,
-    "num_stages": 3,
+    2: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
 }
 # Up to so many rows the read of W is what takes time. wgmma multiplies 64 rows at least.
 FEW_ROWS = 64
 TWO_SEGMENT_FEW_ROWS = {
-    "BLOCK_M": FEW_ROWS,
-    "BLOCK_N": 128,
-    "BLOCK_K": 64,
-    "num_warps": 4,
-    "num_stages": 3,
+    2: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    4: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
-SPLIT = {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3}
+SPLIT = {
+    2: {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_L": 64, "BLOCK_R": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
+}
 SPLIT_PROGRAMS = 264  # slabs are cut until there are so many programs: two for each SM of an H100
 REDUCE = {"BLOCK": 1024, "num_warps": 4}
 GROUP_M = 8  # tiles of rows that share a pass over W, for L2
@@ -254,7 +258,7 @@ def interpreted() -> bool:
     return not isinstance(low_rank_kernel, triton.JITFunction)
 
 
-def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=None):
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_segment=None):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: another launcher of it."""
     two_segment = two_segment or _two_segment
     x, weight = unit_columns(x), unit_columns(weight)
@@ -279,6 +283,7 @@ def backward(
     need_dA,
     need_dB,
     need_dbias,
+    *,
     two_segment=None,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
@@ -306,7 +311,7 @@ def backward(
 def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -> torch.Tensor:
     (M, K), r = x.shape, a.shape[0 if a_is_r_by_k else 1]
     p = x.new_empty(M, r)
-    config = fitted(LOW_RANK, x)
+    config = LOW_RANK[x.element_size()]
     block_r = min(max(16, triton.next_power_of_2(r)), LOW_RANK_MOST_R)
     threshold, keep_scale = dropout_constants(dropout_p)
     if p.numel() > 0:
@@ -322,7 +327,7 @@ def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -
 def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) -> torch.Tensor:
     (M, K), N, r = x.shape, w.shape[0 if w_is_n_by_k else 1], p.shape[1]
     out = x.new_empty(M, N)
-    config = fitted(two_segment_config(M, dropout_p, x), x)
+    config = two_segment_config(M, dropout_p, x)
     threshold, keep_scale = dropout_constants(dropout_p)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     if out.numel() > 0:
@@ -338,7 +343,7 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
 def _split(left, right, dtype, dropout_p: float, seed, want_bias: bool):
     """left (M, L), right (M, R) -> left^T dropout(right) (L, R) in `dtype`, column sums of left (L,)."""
     (M, L), R = left.shape, right.shape[1]
-    config = fitted(SPLIT, left)
+    config = SPLIT[left.element_size()]
     tiles = triton.cdiv(L, config["BLOCK_L"]) * triton.cdiv(R, config["BLOCK_R"])
     slabs = max(1, min(triton.cdiv(SPLIT_PROGRAMS, tiles), triton.cdiv(M, 256)))
     slab_rows = triton.cdiv(triton.cdiv(M, slabs), config["BLOCK_M"]) * config["BLOCK_M"]
@@ -368,12 +373,13 @@ def dropout_constants(p: float) -> tuple[int, float]:
 
 
 def two_segment_config(M: int, dropout_p: float, x: torch.Tensor) -> dict:
+    size = x.element_size()
     if M <= FEW_ROWS:
-        return TWO_SEGMENT_FEW_ROWS
+        return TWO_SEGMENT_FEW_ROWS[size]
     if dropout_p > 0.0:
-        return TWO_SEGMENT_DROPOUT
+        return TWO_SEGMENT_DROPOUT[size]
     shared = shared_memory(x.device)
-    return next(config for least, config in TWO_SEGMENT.items() if shared >= least)
+    return next(config for least, config in TWO_SEGMENT[size].items() if shared >= least)
 
 
 def shared_memory(device: torch.device) -> int:
@@ -381,12 +387,6 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**31
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def fitted(config: dict, x: torch.Tensor) -> dict:
-    """4-byte elements take half the depth, for the same shared memory."""
-    depth = "BLOCK_M" if "BLOCK_L" in config else "BLOCK_K"
-    return config if x.element_size() == 2 else {**config, depth: max(16, config[depth] // 2)}
 
 
 def precision(x: torch.Tensor) -> str:

@@ -18,6 +18,10 @@ from relora_kernels._triton import lora_linear as portable
 from relora_kernels._triton import philox
 
 NAME = "triton_tma"
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+)  # float32, not multiplied on tensor cores, spills 700 times
 ALIGNMENT = 16  # bytes, of a row's start
 
 
@@ -88,8 +92,8 @@ def why_not_backward(
 
 
 def _why_not(x) -> str | None:
-    if x.dtype not in portable.DTYPES:
-        return f"x in {x.dtype}; the kernels take bfloat16, float16 and float32"
+    if x.dtype not in DTYPES:
+        return f"x in {x.dtype}; the kernel takes bfloat16 and float16"
     if not x.is_cuda:
         if not (portable.interpreted() and backend.is_named(NAME)):
             return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
@@ -121,7 +125,7 @@ def backward(
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32."""
     return portable.backward(
         dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
-        need_dx, need_dA, need_dB, need_dbias, _two_segment,
+        need_dx, need_dA, need_dB, need_dbias, two_segment=_two_segment,
     )  # fmt: skip
 
 
@@ -130,7 +134,7 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
     out = x.new_empty(M, N)
     if out.numel() == 0:
         return out
-    config = portable.fitted(portable.two_segment_config(M, dropout_p, x), x)
+    config = portable.two_segment_config(M, dropout_p, x)
     left = [config["BLOCK_M"], config["BLOCK_K"]]
     right = [config["BLOCK_N"], config["BLOCK_K"]] if w_is_n_by_k else [
         config["BLOCK_K"], config["BLOCK_N"]]  # fmt: skip
