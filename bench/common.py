@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import peers
-import pytest
 import torch
+import train_step
 
 from relora_kernels import evidence, measure
 from relora_kernels.problems import (
@@ -26,6 +26,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
+MAIN_LOOP = "main loop"
 KEY_SHAPES = [(4096, 4096), (2048, 5461), (1024, 1024)]
 # Every (in, out) of the paper's models and of a 7B model; 5464 is what an odd 5461 is compared with.
 SHAPES = list(
@@ -45,39 +46,27 @@ SHAPES = list(
 )
 # What is measured of lora_linear on a GPU: shapes, tokens, ranks, directions.
 LINEAR = [
+    ([(4096, 4096), (2048, 5464)], [16384], [128], [MAIN_LOOP]),
     (SHAPES, [16384], [128], [BOTH, FORWARD, BACKWARD]),
     (KEY_SHAPES, [2048, 4096, 8192, 32768], [128], [BOTH]),
     (KEY_SHAPES, [16384], [16, 64, 512], [BOTH]),
 ]
 _HIDDEN, _FEED_FORWARD, _LAYERS = MODELS["1.3b"]
 _LARGEST_MODEL = projections(_HIDDEN, _FEED_FORWARD) * _LAYERS
-
-
-def linear_problems() -> list[Linear]:
-    if not GPU:
-        return [
-            Linear(512, 512, 512, 64, d, "float32", "float32") for d in (FORWARD, BACKWARD, BOTH)
-        ]
-    return on_gpu("linear")
-
-
-def merge_problems() -> list[Merge]:
-    if not GPU:
-        return [Merge(((512, 384),), 64, rounding) for rounding in ROUNDINGS]
-    return on_gpu("merge")
-
-
-def prune_problems() -> list[Prune]:
-    if not GPU:
-        return [Prune((1_000_000,)), Prune(moments(projections(256, 344), 32), paired=True)]
-    return on_gpu("prune")
-
-
 ROUNDINGS = ("nearest", "compensated", "stochastic")
+SMALL = {  # a CPU's share: enough to see that everything runs
+    "linear": [
+        Linear(512, 512, 512, 64, d, "float32", "float32") for d in (BOTH, FORWARD, BACKWARD)
+    ],
+    "merge": [Merge(((512, 384),), 64, rounding) for rounding in ROUNDINGS],
+    "prune": [Prune((1_000_000,)), Prune(moments(projections(256, 344), 32), paired=True)],
+}
 
 
-def on_gpu(op: str) -> list:
-    """The full set, whatever this machine has."""
+def problems(op: str, gpu: bool = GPU) -> list:
+    """What is measured of `op`: the full set on a GPU."""
+    if not gpu:
+        return SMALL[op]
     if op == "linear":
         return list(
             dict.fromkeys(
@@ -88,16 +77,10 @@ def on_gpu(op: str) -> list:
         )
     if op == "merge":
         sizes = [
-            (4096, 4096),
-            (2048, 2048),
-            (5461, 2048),
-            (2048, 5461),
-            (1024, 1024),
-            (11008, 4096),
-        ]
+            (2048, 2048), (4096, 4096), (5461, 2048), (2048, 5461), (1024, 1024), (11008, 4096),
+        ]  # fmt: skip
         model = tuple((out, in_) for in_, out in _LARGEST_MODEL)
         return [
-            Merge(((2048, 2048),), 128),
             Merge(model, 128),
             *(Merge((size,), 128, rounding) for size in sizes for rounding in ROUNDINGS),
             Merge(model, 128, "compensated"),
@@ -113,33 +96,39 @@ def on_gpu(op: str) -> list:
     ]
 
 
-def by_worth() -> list:
-    """The full set, what matters most first, for a machine that is there for minutes."""
+def by_worth(gpu: bool) -> list:
+    """All problems, what matters most first, for a machine that is there for minutes."""
 
     def key(problem) -> int:
         if not isinstance(problem, Linear):
-            return 1 if problem in (merges[:4] + prunes[:2]) else 3
+            return 1 if problem in (merges[:7] + prunes[:2]) else 3
         shape = problem.in_features, problem.out_features
         usual = problem.tokens == 16384 and problem.r == 128
         if usual and problem.direction != BACKWARD:
-            return 0 if shape in KEY_SHAPES else 2
+            return 0 if shape in KEY_SHAPES or problem.direction == MAIN_LOOP else 2
         return 2 if usual else 4
 
-    merges, prunes = on_gpu("merge"), on_gpu("prune")
-    return sorted([*on_gpu("linear"), *merges, *prunes], key=key)
+    merges, prunes = problems("merge", gpu), problems("prune", gpu)
+    return sorted(dict.fromkeys([*problems("linear", gpu), *merges, *prunes]), key=key)
 
 
 def run_case(case: dict) -> dict:
     """One case of gpu_check.py, in its worker: the machine, a train step, or a row of a problem."""
     device = torch.device("cuda", 0) if case["device"] == "cuda" else torch.device("cpu")
+    if device.type == "cuda" and not GPU:
+        raise RuntimeError("expected a CUDA GPU that torch can use, got none")
     if case["kind"] == "machine":
         return machine(device)
+    if case["kind"] == "train":
+        return train_step.run(case, device)
     problem = from_dict(case["problem"])
     return measure.run(problem, peers.rows(problem)[case["row"]], device, case["seconds"])
 
 
-def cases(problems: list) -> list:
+def parameters(problems: list) -> list:
     """pytest parameters of every row of every problem; the rows of one problem are neighbours."""
+    import pytest
+
     return [
         pytest.param(problem, row, id=f"{problem.name} - {row}")
         for problem in dict.fromkeys(problems)
@@ -150,6 +139,8 @@ def cases(problems: list) -> list:
 def measure_row(benchmark, problem, name: str) -> None:
     """Check the row, then time it: once as Python sees it, with the device waited for, and on a GPU once
     by the device's own clock in turns with the problem's baseline (extra_info: median_s, baseline_s)."""
+    import pytest
+
     row = peers.rows(problem)[name]
     try:
         info = {

@@ -19,15 +19,6 @@ def synchronised() -> float:
     return time.perf_counter()
 
 
-def pytest_addoption(parser) -> None:
-    parser.addoption(
-        "--gib",
-        type=float,
-        default=24.0,
-        help="device memory that the largest microbatch of a train step may fill (GiB)",
-    )
-
-
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=synchronised))

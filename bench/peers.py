@@ -92,6 +92,8 @@ def peft_layer(o):
 
 
 def linear_rows(problem: Linear) -> dict[str, Row]:
+    if problem.direction == "main loop":
+        return {problem.BASELINE: problem.baseline(), **problem.ours()}
     return {
         problem.BASELINE: problem.baseline(),
         "full-rank nn.Linear": Row(full_rank, computes="full"),

@@ -7,6 +7,6 @@ import common
 import pytest
 
 
-@pytest.mark.parametrize("problem, row", common.cases(common.linear_problems()))
+@pytest.mark.parametrize("problem, row", common.parameters(common.problems("linear")))
 def test_linear(benchmark, problem, row):
     common.measure_row(benchmark, problem, row)

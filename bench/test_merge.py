@@ -7,6 +7,6 @@ import common
 import pytest
 
 
-@pytest.mark.parametrize("problem, row", common.cases(common.merge_problems()))
+@pytest.mark.parametrize("problem, row", common.parameters(common.problems("merge")))
 def test_merge(benchmark, problem, row):
     common.measure_row(benchmark, problem, row)

@@ -7,6 +7,6 @@ import common
 import pytest
 
 
-@pytest.mark.parametrize("problem, row", common.cases(common.prune_problems()))
+@pytest.mark.parametrize("problem, row", common.parameters(common.problems("prune")))
 def test_prune(benchmark, problem, row):
     common.measure_row(benchmark, problem, row)

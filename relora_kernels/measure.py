@@ -189,6 +189,11 @@ def operands(problem, device: torch.device) -> list:
     return _prepared[key]
 
 
+def release() -> None:
+    """Let go of the last problem's operands."""
+    _prepared.clear()
+
+
 def check(problem, row: Row, device: torch.device) -> dict:
     """{error, error_over_eager, peak_bytes, ...} of one call; Wrong or Unavailable where it is not fit
     to be timed."""

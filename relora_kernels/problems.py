@@ -74,7 +74,8 @@ def _under(row: Row, function: Callable) -> Callable:
 class Linear(Problem):
     """y = x W^T + s (x A^T) B^T of x (tokens, in), W (out, in), A (r, in), B (out, r), and its gradients.
 
-    `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both.
+    `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both; or "main loop", for
+    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part.
     """
 
     tokens: int
@@ -101,9 +102,11 @@ class Linear(Problem):
         """2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward. Nothing for dW: W is frozen."""
         base = 2 * self.tokens * self.in_features * self.out_features
         low_rank = 2 * self.tokens * self.r * (self.in_features + self.out_features)
-        return {"forward": base + low_rank, "backward": base + 2 * low_rank}.get(
-            self.direction, 2 * base + 3 * low_rank
-        )
+        return {
+            "main loop": base,
+            "forward": base + low_rank,
+            "backward": base + 2 * low_rank,
+        }.get(self.direction, 2 * base + 3 * low_rank)
 
     @property
     def bytes(self) -> int:
@@ -115,12 +118,17 @@ class Linear(Problem):
         p, x = self.tokens * self.r, self.tokens * self.in_features
         forward = ends + weight + factors + p
         backward = ends + x + p + weight + 2 * factors
-        return size * {"forward": forward, "backward": backward}.get(
-            self.direction, forward + backward
-        )
+        return size * {
+            "main loop": ends + weight,
+            "forward": forward,
+            "backward": backward,
+        }.get(self.direction, forward + backward)
 
     def ours(self) -> dict[str, Row]:
         """A row for each backend of the op."""
+        if self.direction == "main loop":
+            modules = linear_op.IMPLEMENTATIONS.items()
+            return {f"ours {n}": _our_main_loop(n) for n, m in modules if hasattr(m, "main_loop")}
         return {f"ours {name}": _our_linear(name) for name in linear_op.IMPLEMENTATIONS}
 
     def baseline(self) -> Row:
@@ -146,7 +154,7 @@ class Linear(Problem):
             with row.in_force():
                 return forward()
 
-        if self.direction == "forward":
+        if self.direction in ("forward", "main loop"):
             return only_forward
         if self.direction != "backward":
             return both
@@ -168,7 +176,8 @@ class Linear(Problem):
         def once():
             with row.in_force():
                 y = forward()
-                return [y.detach(), *torch.autograd.grad(y, leaves, o.dy)]
+                gradients = torch.autograd.grad(y, leaves, o.dy) if y.requires_grad else []
+                return [y.detach(), *gradients]
 
         got, again = once(), once()
         ratios, relative = [0.0], []
@@ -280,6 +289,16 @@ def _our_linear(name: str) -> Row:
         )
 
     return Row(make, name, why_not=why_not)
+
+
+def _our_main_loop(name: str) -> Row:
+    module = linear_op.IMPLEMENTATIONS[name]
+    return Row(
+        lambda o: lambda: module.main_loop(o.x.detach(), o.weight),
+        name,
+        "frozen",
+        lambda o: module.why_not_forward(*o.call()),
+    )
 
 
 # ---- merge_ ---------------------------------------------------------------------------------------

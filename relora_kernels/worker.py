@@ -18,23 +18,29 @@ import sys
 import tempfile
 import threading
 import traceback
+from pathlib import Path
 
+START_LIMIT_S = 120.0  # importing torch from a cold disk takes most of a minute
 _PR_SET_PDEATHSIG = 1
+# Without the current directory, which Python puts first: a copy of the sources may lie there.
+_START = "import sys; del sys.path[0]; from relora_kernels.worker import serve; serve()"
 
 
 class Worker:
     """call(argument, limit_s) -> {"status": "ok", "value": ...}, or {"status": why, "reason": words,
     "log": the end of what it printed}, why being raised, crashed or hung.
 
-    `path`: folders to import from, before all others. `environment`: variables, None for one to drop.
+    `path`: folders to import from, before all others; then comes the one that this package was imported
+    from, and never the current directory. `environment`: variables, None for one to drop.
     """
 
     def __init__(self, target: str, path: list = (), environment: dict | None = None):
         self._target, self._process = target, None
         merged = {**os.environ, **(environment or {})}
         self._environment = {k: v for k, v in merged.items() if v is not None}
+        here = str(Path(__file__).resolve().parents[1])
         inherited = filter(None, [os.environ.get("PYTHONPATH")])
-        self._environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), *inherited])
+        self._environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), here, *inherited])
 
     def __enter__(self) -> Worker:
         return self
@@ -43,14 +49,22 @@ class Worker:
         self.close()
 
     def call(self, argument, limit_s: float) -> dict:
+        """`limit_s` is for the call; starting the process and its imports come on top."""
         if self._process is None:
             self._start()
+            begun = self._answer(START_LIMIT_S)
+            if begun["status"] != "ok":
+                return begun
         try:
             self._process.stdin.write(json.dumps(argument) + "\n")
             self._process.stdin.flush()
-            line = self._answers.get(timeout=limit_s)
         except BrokenPipeError:
-            line = None
+            pass  # it has died; so its output has ended
+        return self._answer(limit_s)
+
+    def _answer(self, limit_s: float) -> dict:
+        try:
+            line = self._answers.get(timeout=limit_s)
         except queue.Empty:
             self.close()
             return self._failed("hung", f"no answer within {limit_s:.0f} s")
@@ -88,7 +102,7 @@ class Worker:
     def _start(self) -> None:
         self._log = tempfile.TemporaryFile("w+", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from relora_kernels.worker import serve; serve()", self._target,
+            [sys.executable, "-c", _START, self._target,
              str(os.getpid())],
             env=self._environment, text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
@@ -114,6 +128,8 @@ def serve() -> None:
     os.dup2(2, 1)  # what the function prints must not be taken for an answer
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
+    answers.write(json.dumps({"status": "ok"}) + "\n")
+    answers.flush()
     for line in sys.stdin:
         try:
             answer = {"status": "ok", "value": function(json.loads(line))}

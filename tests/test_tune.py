@@ -351,11 +351,16 @@ class TestWorker:
             for how, status, words in (
                 ("exit", "crashed", "ended with 3"),
                 ("raise", "raised", "ValueError: as asked"),
-                ("hang", "hung", "within 4 s"),
+                ("hang", "hung", "within 1 s"),
             ):
-                answer = worker.call(how, 4 if how == "hang" else 60)
+                answer = worker.call(how, 1 if how == "hang" else 60)
                 assert answer["status"] == status and words in answer["reason"], answer
             assert worker.call("after", 60)["value"]["got"] == "after"
+
+    def test_one_that_cannot_start_says_why(self):
+        with Worker("no_such_module:function") as worker:
+            answer = worker.call("fine", 60)
+        assert answer["status"] == "crashed" and "no_such_module" in answer["log"]
 
     def test_a_hanging_one_dies_with_its_parent(self, tmp_path):
         script = (
