@@ -168,10 +168,15 @@ def measure_row(benchmark, problem, name: str) -> None:
     benchmark.extra_info.update(info)
 
 
-def measure_pair(benchmark, group: str, name: str, functions: dict) -> None:
+_IN_TURNS: dict[str, dict[str, float]] = {}  # of each group: medians
+
+
+def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
     """One of several functions that are timed in turns: all of their medians go into extra_info."""
-    found = measure.timings({n: [f] for n, f in functions.items()}, DEVICE, seconds=1.0)
-    medians = {n: statistics.median(samples) for n, samples in found.items()}
+    if group not in _IN_TURNS:
+        found = measure.timings({n: [f] for n, f in functions.items()}, DEVICE, seconds=1.0)
+        _IN_TURNS[group] = {n: statistics.median(samples) for n, samples in found.items()}
+    medians = _IN_TURNS[group]
     benchmark.group = group
     benchmark.extra_info.update(
         row=name, group=group, median_s=medians[name], in_turns=medians,

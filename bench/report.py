@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -328,17 +329,31 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def _style(names) -> dict[str, dict]:
     """One colour and marker for each implementation; ours are filled, the others hollow."""
     markers = "osD^vP*X<>"
-    order = sorted(names, key=lambda name: (not name.startswith("ours "), name))
+    order = sorted(names, key=lambda name: (not name.startswith("ours"), name))
     return {
         name: {
             "color": f"C{i % 10}",
             "marker": markers[i % len(markers)],
-            "markerfacecolor": f"C{i % 10}" if name.startswith("ours ") else "none",
+            "markerfacecolor": f"C{i % 10}" if name.startswith("ours") else "none",
             "linestyle": "none",
             "markersize": 6,
         }
         for i, name in enumerate(order)
     }
+
+
+def _log_axis(axis, low: float, high: float) -> None:
+    """A logarithmic axis with plain numbers in each decade within the limits."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [
+        step * 10.0**d
+        for d in decades
+        for step in (1, 1.5, 2, 3, 5, 7)
+        if low <= step * 10.0**d <= high
+    ]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def _roofline(plt, results: Results):
@@ -352,7 +367,9 @@ def _roofline(plt, results: Results):
     if not products and not memory:
         return None
     styles = _style({row["row"] for row in products + memory})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, max(6, 2.5 + 0.17 * len({row["group"] for row in memory})))
+    )
     rates = results.machine["rates"]
     for name, style in styles.items():
         mine = [row for row in products if row["row"] == name]
@@ -373,10 +390,13 @@ def _roofline(plt, results: Results):
         ends, [min(rates["flop_per_s"], i * rates["copy_bytes_per_s"]) / 1e12 for i in ends],
         color="0.2", label="floor: torch.mm and device copy",
     )  # fmt: skip
-    left.set(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s")
+    speeds = [row["flops"] / row["median_s"] / 1e12 for row in products] or [1.0]
+    _log_axis(left.xaxis, ends[0], ends[-1])
+    _log_axis(left.yaxis, min(speeds) / 1.5, max([*speeds, rates["flop_per_s"] / 1e12]) * 1.3)
+    left.set(xlabel="FLOP / byte", ylabel="TFLOP/s")
     left.set_title("lora_linear: FLOPs that the layer needs, per second")
     left.grid(True, which="both", alpha=0.2)
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3)
     labels = list(dict.fromkeys(row["group"] for row in memory))
     for row in memory:
         right.plot(
@@ -384,7 +404,8 @@ def _roofline(plt, results: Results):
             label=row["row"],
         )  # fmt: skip
     right.axvline(100, color="0.2")
-    right.set_xscale("log")
+    shares = [100 * row["fraction_of_floor"] for row in memory] or [100.0]
+    _log_axis(right.xaxis, min(shares) / 1.3, max([*shares, 100.0]) * 1.3)
     right.set_yticks(range(len(labels)), labels, fontsize=7)
     right.invert_yaxis()
     right.set_xlabel("% of the floor (device copy rate)")
@@ -392,7 +413,10 @@ def _roofline(plt, results: Results):
     right.grid(True, axis="x", which="both", alpha=0.2)
     handles = dict(zip(*reversed(right.get_legend_handles_labels())))
     if handles:
-        right.legend(handles.values(), handles.keys(), fontsize=7, loc="lower left")
+        right.legend(
+            handles.values(), handles.keys(), fontsize=7, loc="upper center",
+            bbox_to_anchor=(0.3, -0.09), ncols=3,
+        )  # fmt: skip
     return figure
 
 

@@ -37,9 +37,11 @@ def functions(tokens: int, features: int, r: int) -> dict:
 @pytest.mark.parametrize("row", ["by hand", "FusedReLoRaLinear"])
 def test_python_overhead(benchmark, row):
     """One token of eight features: all that is left is Python's share, a call forward and backward."""
-    common.measure_pair(benchmark, "overhead: 1 token, 8 x 8", row, functions(1, 8, 2))
+    common.measure_in_turns(benchmark, "overhead: 1 token, 8 x 8", row, functions(1, 8, 2))
 
 
 @pytest.mark.parametrize("row", ["by hand", "FusedReLoRaLinear"])
 def test_layer_beside_its_formula(benchmark, row):
-    common.measure_pair(benchmark, "layer: 512 tokens, 512 x 512", row, functions(512, 512, 128))
+    common.measure_in_turns(
+        benchmark, "layer: 512 tokens, 512 x 512", row, functions(512, 512, 128)
+    )
