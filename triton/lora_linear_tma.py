@@ -104,7 +104,9 @@ def _why_not(x) -> str | None:
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
-    return portable.forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, _two_segment)
+    return portable.forward(
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=_two_segment
+    )
 
 
 def backward(
