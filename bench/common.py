@@ -168,19 +168,22 @@ def measure_row(benchmark, problem, name: str) -> None:
     benchmark.extra_info.update(info)
 
 
-_IN_TURNS: dict[str, dict[str, float]] = {}  # of each group: medians
+_IN_TURNS: dict[str, dict[str, list[float]]] = {}  # of each group: seconds, sample by sample
 
 
 def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
     """One of several functions that are timed in turns: all of their medians go into extra_info."""
     if group not in _IN_TURNS:
-        found = measure.timings({n: [f] for n, f in functions.items()}, DEVICE, seconds=1.0)
-        _IN_TURNS[group] = {n: statistics.median(samples) for n, samples in found.items()}
-    medians = _IN_TURNS[group]
+        steps = {n: [function] for n, function in functions.items()}
+        _IN_TURNS[group] = measure.timings(steps, DEVICE, seconds=1.0)
+    found = _IN_TURNS[group]
+    # Sample by sample, so that what slows the machine down for a while slows both sides of a ratio.
+    ratios = [mine / by_hand for mine, by_hand in zip(found[name], found["by hand"])]
     benchmark.group = group
     benchmark.extra_info.update(
-        row=name, group=group, median_s=medians[name], in_turns=medians,
-        ratio_to_by_hand=medians[name] / medians["by hand"],
+        row=name, group=group, median_s=statistics.median(found[name]),
+        in_turns={n: statistics.median(samples) for n, samples in found.items()},
+        ratio_to_by_hand=statistics.median(ratios),
     )  # fmt: skip
     benchmark.pedantic(functions[name], rounds=30, iterations=5, warmup_rounds=3)
 
