@@ -131,8 +131,9 @@ def measure(worker, cases: list[dict], results: dict, file: Path, deadline: floa
         if left <= 0:
             return len(missing) - i
         start = time.monotonic()
-        answer = worker.call(case, min(CASE_LIMIT_S, left))
-        if answer["status"] == "hung" and left < CASE_LIMIT_S:
+        limit = case.get("limit_s", CASE_LIMIT_S)
+        answer = worker.call(case, min(limit, left))
+        if answer["status"] == "hung" and left < limit:
             return len(missing) - i  # cut off by --minutes: no verdict on the case
         record = answer["value"] if answer["status"] == "ok" else answer
         record = {**case, **record, "took_s": time.monotonic() - start}

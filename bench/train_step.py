@@ -120,7 +120,7 @@ def _case(preset: str, method: str, compiled: bool, size: str) -> dict:
     group = f"train step {preset} {'compiled' if compiled else 'eager'}, {at}"
     return {
         "kind": "train", "name": f"{group} - {method}", "group": group, "row": method,
-        "preset": preset, "compiled": compiled, "gib": GIB if size == LARGEST else None,
+        "preset": preset, "compiled": compiled, "limit_s": 240.0, "gib": GIB if size == LARGEST else None,
     }  # fmt: skip
 
 

@@ -317,8 +317,9 @@ def write_json(path: Path, content) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            text = json.dumps(content, indent=1)
+            # A list of numbers on one line: a model has hundreds of shapes. No string holds a newline.
+            file.write(re.sub(r"\[\n[\d\s,]*\]", lambda m: " ".join(m[0].split()), text) + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's 0600 would hide a record from those who install it

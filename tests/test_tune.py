@@ -159,6 +159,35 @@ class TestAutoFollowsTheRecord:
         assert best < 20e-6  # 1 to 2 us; the bound is for a busy machine and still excludes any I/O
 
 
+def test_a_compiled_layer_follows_the_record_of_the_moment(monkeypatch):
+    """Ops choose when they run: neither a graph break nor a new compilation when the record changes."""
+    from relora_kernels import FusedReLoRaLinear
+    from relora_kernels.ops import lora_linear
+
+    reference = lora_linear.IMPLEMENTATIONS["reference"]
+    served = []
+
+    def serve(name):
+        def forward(*args):
+            served.append(name)
+            return reference.forward(*args)
+
+        return types.SimpleNamespace(why_not_forward=lambda *_: None, forward=forward)
+
+    on_record = []
+    monkeypatch.setattr(evidence, "order", lambda op, args: tuple(on_record))
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(lora_linear.IMPLEMENTATIONS, name, serve(name))
+    layer = torch.compile(FusedReLoRaLinear(8, 8, r=2), backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.compiler.set_stance("default"):
+        layer(torch.ones(3, 8))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for name in ("triton", "cuda"):
+                on_record[:] = [name]
+                layer(torch.ones(3, 8))
+    assert served == ["triton", "cuda"]
+
+
 class TestACacheThatCannotBeFollowed:
     @pytest.mark.parametrize(
         "content, words",
@@ -230,6 +259,17 @@ class TestWriting:
         evidence.write(cache, HERE, [entry(["triton"])])
         entries = json.loads(cache.read_text())["devices"]["Some GPU sm_90"]["entries"]
         assert [e["op"] for e in entries] == ["lora_linear"]
+
+    def test_lists_of_numbers_stay_on_one_line_and_nothing_changes(self, tmp_path):
+        content = {
+            "sizes": [1, 2],
+            "text": "[\n1,   2\n]",
+            "mixed": [1, "a"],
+            "pairs": [[1, 2], [3]],
+        }
+        evidence.write_json(tmp_path / "x.json", content)
+        text = (tmp_path / "x.json").read_text()
+        assert json.loads(text) == content and "[ 1, 2 ]" in text
 
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, cache, monkeypatch):
         evidence.write(cache, HERE, [entry(["triton"])])
