@@ -29,7 +29,7 @@ BUILT = (
 )  # what is measured; the environment's own packages stay as they are
 BUILD = [
     sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--upgrade",
-    "--target", str(BUILT), ".",
+    "--target", str(BUILT.relative_to(ROOT)), ".",
 ]  # fmt: skip
 TESTS = [
     sys.executable, "-m", "pytest", "-q", "--no-header", "--import-mode=importlib", "-p",
@@ -136,6 +136,8 @@ def measure(worker, cases: list[dict], results: dict, file: Path, deadline: floa
         if answer["status"] == "hung" and left < limit:
             return len(missing) - i  # cut off by --minutes: no verdict on the case
         record = answer["value"] if answer["status"] == "ok" else answer
+        if "log" in record:
+            record["log"] = without_paths(record["log"])
         record = {**case, **record, "took_s": time.monotonic() - start}
         results["cases"][case["name"]] = record
         write(file, results)
@@ -212,6 +214,13 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def without_paths(text: str) -> str:
+    """Results are published: where this machine keeps its files is nobody's business."""
+    for folder, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+        text = text.replace(str(folder), name)
+    return text
+
+
 def run_step(command: list[str], folder: Path, limit_s: float, **environment: str) -> dict:
     """A command in a process group of its own: {status: ok, failed or hung, seconds, last_line, log}."""
     start = time.monotonic()
@@ -229,11 +238,11 @@ def run_step(command: list[str], folder: Path, limit_s: float, **environment: st
     lines = [line for line in log.splitlines() if line.strip()]
     return {
         "status": status,
-        "command": " ".join(command[1:]),
+        "command": without_paths(" ".join(["python", *command[1:]])),
         "exit_status": process.returncode,
         "seconds": time.monotonic() - start,
-        "last_line": lines[-1][:200] if lines else "",
-        "log": log[-4000:],
+        "last_line": without_paths(lines[-1][:200]) if lines else "",
+        "log": "" if status == "ok" else without_paths(log[-4000:]),
     }
 
 

@@ -112,6 +112,7 @@ def cases(gpu: bool) -> list[dict]:
         for preset in MODELS
         for compiled in (False, True)
         for method in METHODS
+        if size == EQUAL or not compiled or preset in MODELS[:2]  # each size is compiled anew
     ]
 
 

@@ -78,10 +78,10 @@ def l2_bytes(device: torch.device) -> int:
 
 def copies(problem, device: torch.device) -> int:
     """Sets of operands to take in turn, so that none is found in L2 from the call before: together
-    twice the cache, and no more than 16. One on a CPU, where nothing but the plumbing is measured."""
+    twice the cache, and no more than 64. One on a CPU, where nothing but the plumbing is measured."""
     if device.type != "cuda":
         return 1
-    return max(1, min(16, math.ceil(2 * l2_bytes(device) / problem.bytes)))
+    return max(1, min(64, math.ceil(2 * l2_bytes(device) / problem.resident_bytes)))
 
 
 def timings(
@@ -184,7 +184,7 @@ def operands(problem, device: torch.device) -> list:
     if key not in _prepared:
         _prepared.clear()
         torch.manual_seed(0)
-        many = copies(problem.same_operands(), device)
+        many = copies(problem, device)
         _prepared[key] = [problem.prepare(device) for _ in range(many)]
     return _prepared[key]
 
@@ -225,7 +225,7 @@ def facts(problem, device: torch.device) -> dict:
         "flops": problem.flops,
         "bytes": problem.bytes,
         "floor_s": floor_s(problem, device),
-        "copies": copies(problem.same_operands(), device),
+        "copies": copies(problem, device),
         "l2_bytes": l2_bytes(device),
     }
 

@@ -124,6 +124,12 @@ class Linear(Problem):
             "backward": backward,
         }.get(self.direction, forward + backward)
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of what every direction reads: x (or dy) and W."""
+        size, ends = getattr(torch, self.dtype).itemsize, min(self.in_features, self.out_features)
+        return size * (self.tokens * ends + self.in_features * self.out_features)
+
     def ours(self) -> dict[str, Row]:
         """A row for each backend of the op."""
         if self.direction == "main loop":
@@ -338,6 +344,10 @@ class Merge(Problem):
         factors = self.r * sum(map(sum, self.shapes))
         return 2 * size * self.elements + getattr(torch, self.factors).itemsize * factors
 
+    @property
+    def resident_bytes(self) -> int:
+        return self.elements * getattr(torch, self.dtype).itemsize
+
     def ours(self) -> dict[str, Row]:
         return {f"ours {name}": _our_merge(name) for name in merge_op.IMPLEMENTATIONS}
 
@@ -463,6 +473,10 @@ class Prune(Problem):
         """Two reads and one write of each element, one read and one write of its partner."""
         per_element = 5 if self.paired else 3
         return per_element * sum(self.sizes) * getattr(torch, self.dtype).itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.sizes) * getattr(torch, self.dtype).itemsize
 
     def ours(self) -> dict[str, Row]:
         return {f"ours {name}": _our_prune(name) for name in prune_op.IMPLEMENTATIONS}

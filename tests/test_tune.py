@@ -359,6 +359,42 @@ class TestChecksBeforeTiming:
             turns = [i for n, i in seen if n == name]
             assert turns[:6] == [0, 1, 2, 0, 1, 2]
 
+    def test_on_a_gpu_events_are_read_after_the_queue_is_full(self, monkeypatch):
+        """The path that needs a GPU, on a clock of its own: each call takes 3 ms of device time."""
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                log.append("event")
+                self.at = 3.0 * log.count("call")  # ms
+
+            def elapsed_time(self, end):
+                assert log[-1] == "synchronise"
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: log.append("synchronise"))
+        found = measure.timings(
+            {"a": [lambda: log.append("call")] * 2, "b": [lambda: log.append("call")]},
+            torch.device("cuda", 0),
+            seconds=0.0,
+            restore={"b": [lambda: log.append("restore")]},
+        )
+        assert found["b"] == pytest.approx([3e-3] * 5) and found["a"] == pytest.approx([3e-3] * 5)
+        assert log[-6:] == ["restore", "sleep", "event", "call", "event", "synchronise"]
+
+    def test_small_operands_are_rotated_beyond_l2(self, monkeypatch):
+        properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        gpu = torch.device("cuda", 0)
+        small, large = problems.Merge(((1024, 1024),), 128), problems.Merge(((8192, 8192),), 128)
+        assert measure.copies(small, gpu) * 2 * 1024**2 >= 2 * 50 * 2**20
+        assert measure.copies(large, gpu) == 1 and measure.copies(small, self.CPU) == 1
+
     def test_models_are_the_presets(self):
         args = pytest.importorskip("relora_kernels.train.args")
         for name, sizes in problems.MODELS.items():
@@ -488,6 +524,24 @@ class TestCommand:
         assert tune._linears(args).count((5461, 2048)) == 24
         config.write_text("{}")
         assert tune.main(["--device", "cpu", "--model-config", str(config)]) == 2
+
+
+def test_the_identity_of_a_gpu(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+        "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n"
+    )
+    monkeypatch.setattr(evidence, "_DRIVER_FILE", driver)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    here = evidence.identity(torch.device("cuda", 0))
+    assert (here["device"], here["capability"], here["driver"]) == (
+        "Some GPU",
+        "sm_90",
+        "580.65.06",
+    )
+    assert here["torch"] == torch.__version__ and all(isinstance(v, str) for v in here.values())
 
 
 def test_status_shows_the_evidence(cache, capsys):
