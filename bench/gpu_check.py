@@ -38,7 +38,8 @@ TESTS = [
 TEST_FILES = ["lora_linear", "merge", "prune", "layer", "optimizer", "triton"]
 BUILD_LIMIT_S = 240.0
 TESTS_SHARE = 0.25  # of --minutes, at most
-CASE_LIMIT_S = 90.0
+# For one case: check and timing, and the first time that a row of an op is met, its compilation.
+FIRST_LIMIT_S, CASE_LIMIT_S = 90.0, 30.0
 # Of the workers: no backend named for other purposes may reach into a measurement.
 WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
     from relora_kernels.worker import Worker
 
     with Worker(target, path, WORKER_ENVIRONMENT) as worker:
-        answer = worker.call({"kind": "machine", "device": args.device}, CASE_LIMIT_S)
+        answer = worker.call({"kind": "machine", "device": args.device}, FIRST_LIMIT_S)
         if answer["status"] != "ok":
             print(f"gpu_check: {answer['reason']}\n{answer['log']}", file=sys.stderr)
             return 2
@@ -126,12 +127,15 @@ def list_cases(device: str) -> list[dict]:
 def measure(worker, cases: list[dict], results: dict, file: Path, deadline: float, write) -> int:
     """One call of the worker for each case that is not in `results`; returns how many were left out."""
     missing = [case for case in cases if case["name"] not in results["cases"]]
+    compiled = set()
     for i, case in enumerate(missing):
         left = deadline - time.monotonic()
         if left <= 0:
             return len(missing) - i
         start = time.monotonic()
-        limit = case.get("limit_s", CASE_LIMIT_S)
+        kernels = case.get("problem", {}).get("kind"), case["row"]
+        limit = case.get("limit_s", CASE_LIMIT_S if kernels in compiled else FIRST_LIMIT_S)
+        compiled.add(kernels)
         answer = worker.call(case, min(limit, left))
         if answer["status"] == "hung" and left < limit:
             return len(missing) - i  # cut off by --minutes: no verdict on the case

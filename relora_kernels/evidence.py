@@ -70,6 +70,9 @@ def order(op: str, args: tuple) -> tuple[str, ...]:
 
     Costs a tenth of what an op's own dispatch does: no look-up on a CPU, one of a small tuple on a GPU.
     """
+    class_of = CLASSES.get(op)
+    if class_of is None:
+        return ()
     first = args[0]
     if type(first) is list:
         if not first:
@@ -83,7 +86,7 @@ def order(op: str, args: tuple) -> tuple[str, ...]:
         table = _tables[index] = read_table(index)
     if not table:
         return ()
-    return table.get((op, *CLASSES[op](*args)), ()) if op in CLASSES else ()
+    return table.get((op, *class_of(*args)), ())
 
 
 def read_table(index: int) -> dict[tuple, tuple[str, ...]]:

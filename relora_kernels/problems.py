@@ -430,11 +430,16 @@ class MergeOperands:
 
 def _our_merge(name: str) -> Row:
     def make(o):
+        module = merge_op.IMPLEMENTATIONS[name]
+
         def merge():
             for call in o.calls():
                 merge_op.merge_checked(*call)
 
-        return merge
+        def merge_list():  # as merge_and_reinit merges a model
+            module.merge_many_([(*call, 0) for call in o.calls()])
+
+        return merge_list if len(o.weights) > 1 and hasattr(module, "merge_many_") else merge
 
     def why_not(o):
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, o.rounding

@@ -181,7 +181,7 @@ class TestGpuCheck:
         )
 
     def test_a_case_that_fails_loses_itself_alone(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(gpu_check, "CASE_LIMIT_S", 1.5)
+        monkeypatch.setattr(gpu_check, "FIRST_LIMIT_S", 1.5)
         status, results = check(tmp_path, fake_cases("fine", "exit", "raise", "hang", "fine"))
         assert status == 0
         outcomes = [record["status"] for record in results["cases"].values()]

@@ -144,6 +144,7 @@ class TestAutoFollowsTheRecord:
         for op, args in calls.items():
             assert evidence.order(op, args) == ("triton",), op
         assert evidence.order("prune_", ([], 0.9, [])) == ()
+        assert evidence.order("an op without classes", ("whatever", OnGpu(1))) == ()
 
     def test_no_look_up_on_a_cpu_and_a_short_one_on_a_gpu(self, cache, monkeypatch):
         monkeypatch.setattr(evidence, "read_table", None)  # not even the file is read
