@@ -107,9 +107,9 @@ def main() -> None:
         training.learning_rate,
         weight_decay=training.weight_decay,
     )
-    steps = training.max_steps
+    steps, every = training.max_steps, args.restart_every
     cosine = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
-    schedule = ReLoRaSchedule(model, optimizer, cosine, args.restart_every, 20, steps)  # [ReLoRA]
+    schedule = ReLoRaSchedule(model, optimizer, cosine, every, every // 5, steps)  # [ReLoRA]
     trainer = Trainer(
         model=model,
         args=training,

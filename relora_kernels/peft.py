@@ -22,6 +22,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+try:
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    raise ImportError("relora_kernels.peft needs safetensors: pip install safetensors") from error
+
 from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear
 from relora_kernels.model import ReLoRaConfig, _plain_path, apply_relora, relora_layers
@@ -58,9 +63,12 @@ def save_adapter(
     weight is added to a base that was made from float32 (``weight_dtype``), and is left out of a
     base that has 16 bits itself: keep a checkpoint of the model to go on training.
 
-    Each folder is written under another name and renamed when complete, the base first. Raises
-    FileExistsError if either is there already, ValueError if the base would be lost or `model` holds
-    no FusedReLoRaLinear, TypeError for sharded parameters; nothing is written then.
+    Each folder is written under another name and renamed when complete, the base first. With several
+    processes call it on one.
+
+    Raises FileExistsError if either folder is there already, ValueError if the base would be lost, one
+    folder lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters;
+    nothing is written then.
     """
     layers = {_plain_path(path): layer for path, layer in relora_layers(model)}
     if "" in layers:
@@ -82,7 +90,12 @@ def save_adapter(
     if base_folder is None:
         _refuse_to_lose_the_base(model, layers)
     else:
-        base = str(Path(base_folder).resolve())
+        paths = [Path(target).resolve() for target in (folder, base_folder)]
+        if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
+            raise ValueError(
+                f"save_adapter: expected two folders beside each other, got {folder} and {base_folder}"
+            )
+        base = str(paths[1])
     weights = {
         f"{_PREFIX}{path}.{key}.weight": getattr(layer, key).detach().cpu().contiguous()
         for path, layer in layers.items()
@@ -249,8 +262,6 @@ def _saved_alpha(layer: FusedReLoRaLinear) -> float:
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    from safetensors.torch import load_file
-
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             pickled = name == _WEIGHTS and (folder / "adapter_model.bin").is_file()
@@ -362,6 +373,4 @@ def _sync(path: Path) -> None:
 
 
 def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(tensors, path, metadata={"format": "pt"})

@@ -332,6 +332,33 @@ def test_nothing_is_overwritten(there, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == [there, "precious"]
 
 
+@pytest.mark.parametrize("base", ["adapter", "adapter/base", "."])
+def test_one_folder_in_the_other_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        (ValueError, FileExistsError), match="expected two folders beside|a new folder"
+    ):
+        save_adapter(wrapped(), "adapter", base)
+    assert not any(tmp_path.iterdir())
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    model = wrapped()
+    layer = model.model.layers[1].mlp.up_proj
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layer.lora_A = nn.Parameter(distribute_tensor(layer.lora_A.detach(), mesh))
+        with pytest.raises(TypeError, match="got a DTensor in model.layers.1.mlp.up_proj"):
+            save_adapter(model, tmp_path / "adapter")
+    finally:
+        dist.destroy_process_group()
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_a_failed_save_leaves_nothing_behind_case32(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

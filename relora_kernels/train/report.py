@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,28 +19,30 @@ _FLOOR = 1e-4  # of the largest singular value; zeros lie on it
 
 def plot_metrics(rows: list[dict], folder: Path, spectrum: dict | None = None) -> list[Path]:
     """loss.png and learning_rate.png from the rows of metrics.jsonl; with what spectrum.measure
-    returns, spectrum.png and summary.png too, which holds the three on one page."""
+    returns, spectrum.png too, and summary.png, the three on one page."""
     folder.mkdir(parents=True, exist_ok=True)
-    curves = {"loss.png": _draw_loss, "learning_rate.png": _draw_learning_rate}
-    pages = {name: Figure(figsize=(9, 5), layout="constrained") for name in curves}
-    for name, draw in curves.items():
-        _draw_curve(pages[name].add_subplot(), rows, draw)
+    pages = {}
+    for name, draw in (("loss.png", _draw_loss), ("learning_rate.png", _draw_learning_rate)):
+        figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes, rows)
+        _mark_phases(axes, rows)
+        pages[name] = _pixels(figure)
     if spectrum:
-        pages["spectrum.png"] = Figure(figsize=(14, 6.5), layout="constrained")
-        _draw_spectrum(pages["spectrum.png"], spectrum)
-        pages["summary.png"] = Figure(figsize=(14, 12), layout="constrained")
-        top, below = pages["summary.png"].subfigures(2, 1, height_ratios=[5, 6.5])
-        for axes, draw in zip(top.subplots(1, 2), curves.values()):
-            _draw_curve(axes, rows, draw)
-        _draw_spectrum(below, spectrum)
-    for name, figure in pages.items():
-        figure.savefig(folder / name, dpi=120)
+        figure = Figure(figsize=(18, 8), dpi=120, layout="constrained")  # as wide as the two
+        _draw_spectrum(figure, spectrum)
+        curves = np.hstack(list(pages.values()))
+        pages["spectrum.png"] = _pixels(figure)
+        pages["summary.png"] = np.vstack([curves, pages["spectrum.png"]])
+    for name, page in pages.items():
+        image.imsave(folder / name, page)
     return [folder / name for name in pages]
 
 
-def _draw_curve(axes, rows, draw):
-    draw(axes, rows)
-    _mark_phases(axes, rows)
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def _draw_loss(axes, rows):
@@ -102,6 +107,7 @@ def _draw_spectrum(figure, spectrum):
             )  # fmt: skip
         axes.axvline(r, label=f"rank of a cycle ({r})", **_RESTART)
         axes.set(title=projection, yscale="log", xlim=(0, len(median)), ylim=(floor, 2 * top))
+        axes.yaxis.minorticks_off()
     for axes in grid[:, 0]:
         axes.set_ylabel("singular value")
     for axes in panels[grid.shape[1] - 1 :] or panels:
