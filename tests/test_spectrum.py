@@ -145,6 +145,13 @@ def test_a_full_disk_costs_the_plot_alone(tmp_path, monkeypatch, caplog):
     assert [p.name for p in report.plot_metrics([], tmp_path)] == ["loss.png", "learning_rate.png"]
 
 
+def test_an_update_that_is_not_finite_is_told(tmp_path, caplog):
+    model, *_ = train(tmp_path, steps=1)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    assert spectrum.measure(model, tmp_path / "spectrum") is None
+    assert "the update of model.layers.1.mlp.up_proj is not finite" in caplog.text
+
+
 def test_large_models_are_sampled_over_their_depth(tmp_path, monkeypatch):
     monkeypatch.setattr(
         spectrum, "_BUDGET", 3.0 * (4 * 32**3 + 3 * 32 * 32 * 48)

@@ -86,7 +86,8 @@ def measure(model: nn.Module, folder: Path) -> dict | None:
     `model` after merge_and_unload, or still with its factors. Returns, and writes to VALUES:
     {"r": rank of a cycle, "layers": layers in the model, "measured": [{"layer": path, "projection": last part
     of it, "relora": [...], "cycle": [...]}, ...]}, each list descending and min(out, in) long, in fp32.
-    None if the run kept nothing, which a full disk or a run from before this plot leaves.
+    None if the run kept nothing (a full disk, a run begun without the callback) or the update holds
+    NaN or inf, which is logged.
     """
     folder = Path(folder)
     if not (folder / START).exists() or not (folder / CYCLE).exists():
@@ -108,10 +109,13 @@ def measure(model: nn.Module, folder: Path) -> dict | None:
             r = lora_B.shape[1]
             # The r nonzero singular values of B A are those of R_B R_A^T, from B = Q_B R_B, A^T = Q_A R_A.
             small = torch.linalg.qr(lora_B)[1] @ torch.linalg.qr(lora_A.T)[1].T
+            update = end - start.get_tensor(f"{path}.weight")
+            if not (update.isfinite().all() and small.isfinite().all()):
+                logger.warning("no plot of singular values: the update of %s is not finite", path)
+                return None
             values = torch.zeros(min(end.shape))
             found = torch.linalg.svdvals(small)[: len(values)]
             values[: len(found)] = found
-            update = end - start.get_tensor(f"{path}.weight")
             measured.append(
                 {
                     "layer": path,
