@@ -7,29 +7,64 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from relora_kernels import backend
+from relora_kernels.cuda import prune as _cuda
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import prune as _reference
 
-IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
 if backend.triton_missing() is None:
     from relora_kernels._triton import prune as _triton
 
     IMPLEMENTATIONS["triton"] = _triton
 
+# What Triton has no kernels for.
+OTHER_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
+
 LIBRARY.define("_prune_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with) -> ()")
+LIBRARY.define(
+    "_prune_random_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with, int[] seeds, "
+    "int[] first_elements) -> ()"
+)
+LIBRARY.define(
+    "_magnitude_counts(Tensor[] tensors, Tensor prefixes, int shift, int bits) "
+    "-> (Tensor counts, Tensor lowest, Tensor highest)"
+)
 
 
 def _prune(*args):
     backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args).prune_(*args)
 
 
+def _prune_random(*args):
+    module = backend.resolve("prune_random_", OTHER_IMPLEMENTATIONS, "why_not_random", *args)
+    module.prune_random_(*args)
+
+
+def _magnitude_counts(*args):
+    module = backend.resolve("magnitude_counts", OTHER_IMPLEMENTATIONS, "why_not_counts", *args)
+    return module.magnitude_counts(*args)
+
+
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("_prune_", _prune, _device)
+    LIBRARY.impl("_prune_random_", _prune_random, _device)
+    LIBRARY.impl("_magnitude_counts", _magnitude_counts, _device)
 
 
 @torch.library.register_fake("relora_kernels::_prune_", lib=LIBRARY)
 def _prune_fake(tensors, ratio, paired_with):
     return None
+
+
+@torch.library.register_fake("relora_kernels::_prune_random_", lib=LIBRARY)
+def _prune_random_fake(tensors, ratio, paired_with, seeds, first_elements):
+    return None
+
+
+@torch.library.register_fake("relora_kernels::_magnitude_counts", lib=LIBRARY)
+def _magnitude_counts_fake(tensors, prefixes, shift, bits):
+    each = prefixes.new_empty(len(tensors), dtype=torch.int64)
+    return each.new_empty(len(tensors), 2**bits), each, each.clone()
 
 
 @torch.no_grad()
@@ -69,6 +104,19 @@ def prune_(
         torch.ops.relora_kernels._prune_(
             [tensors[i] for i in at], ratio, [paired[i] for i in at if paired]
         )
+
+
+def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
+    """Drop each element with probability `ratio`, drawn from (seed of its tensor, flat index) alone.
+
+    `paired_with`: empty or as long, zeroed by the same masks. `first_elements`: each tensor's first flat
+    index, 0 but for a shard.
+    """
+    for device in dict.fromkeys(t.device for t in tensors):
+        at = [i for i, t in enumerate(tensors) if t.device == device]
+        columns = (tensors, paired_with, seeds, first_elements)
+        chosen, paired, *keys = ([column[i] for i in at if column] for column in columns)
+        torch.ops.relora_kernels._prune_random_(chosen, ratio, paired, *keys)
 
 
 def _as_list(name: str, tensors) -> list[torch.Tensor]:
