@@ -28,8 +28,6 @@
 #include "launch.h"
 #include "numerics.cuh"
 
-#include <type_traits>
-
 #ifndef RELORA_WIDE_FROM  // the tests lower it
 #define RELORA_WIDE_FROM (int64_t(1) << 32)
 #endif
@@ -121,7 +119,7 @@ extern __shared__ uint4 dynamic_shared[];
 // ---- A block's part of a tensor -----------------------------------------------------------------
 
 struct Part {
-  Row row;
+  const Row& row;          // in the parameters' constant bank: loaded where used
   uint32_t block, blocks;  // of this tensor
   int64_t begin, end;      // elements
 };
@@ -132,63 +130,41 @@ __device__ __forceinline__ Part find_part(const Table& table) {
     const uint32_t middle = (low + high) / 2;
     (table.rows[middle].first_block <= blockIdx.x ? low : high) = middle;
   }
-  Part part;
-  part.row = table.rows[low];
+  const Row& row = table.rows[low];
   const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
-  part.block = blockIdx.x - part.row.first_block;
-  part.blocks = next - part.row.first_block;
-  part.begin = int64_t(part.block) * kSpan;
-  part.end = min(part.row.size, part.begin + kSpan);
-  return part;
+  const uint32_t block = blockIdx.x - row.first_block;
+  const int64_t begin = int64_t(block) * kSpan;
+  return {row, block, next - row.first_block, begin, min(row.size, begin + kSpan)};
 }
 
 template <typename Bits>
 constexpr int kPack = 16 / int(sizeof(Bits));
 
-// N elements in registers. Every index is a constant after unrolling.
-template <typename Bits, int N>
+// 16 bytes of elements in registers. Every index is a constant after unrolling.
+template <typename Bits>
 struct Strip {
-  static constexpr int kWords = N * int(sizeof(Bits)) / 4, kEach = 4 / int(sizeof(Bits));
-  uint32_t w[kWords];
+  static constexpr int kEach = 4 / int(sizeof(Bits));  // elements a word
+  uint32_t w[4];
 
-  __device__ __forceinline__ Bits bits(int i) const {
-    return Bits(w[i / kEach] >> (i % kEach * 16));
+  __device__ __forceinline__ uint32_t key(int i) const {
+    return magnitude_key(Bits(w[i / kEach] >> (i % kEach * 16)));
   }
-  __device__ __forceinline__ uint32_t key(int i) const { return magnitude_key(bits(i)); }
-
   __device__ __forceinline__ void clear(uint32_t mask) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
+    for (int i = 0; i < kPack<Bits>; ++i)
       if (mask >> i & 1) w[i / kEach] &= ~(uint32_t(Bits(~Bits(0))) << (i % kEach * 16));
   }
-
-  // Aligned to 16 bytes, or to the strip's size where that is 8.
   __device__ __forceinline__ void load(const Bits* from) {
-    if (kWords == 2) {
-      const uint2 v = *reinterpret_cast<const uint2*>(from);
-      w[0] = v.x, w[1] = v.y;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        const uint4 v = reinterpret_cast<const uint4*>(from)[i];
-        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-      }
-    }
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
   }
   __device__ __forceinline__ void store(Bits* to) const {
-    if (kWords == 2) {
-      *reinterpret_cast<uint2*>(to) = {w[0], w[1]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i)
-        reinterpret_cast<uint4*>(to)[i] = {w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]};
-    }
+    *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
   }
   __device__ __forceinline__ void load_some(const Bits* from, int count) {
+    w[0] = w[1] = w[2] = w[3] = 0;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) w[i] = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
+    for (int i = 0; i < kPack<Bits>; ++i)
       if (i < count) w[i / kEach] |= uint32_t(from[i]) << (i % kEach * 16);
   }
 };
@@ -204,7 +180,7 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
   constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kUnroll;
   static_assert(kSpan % kSweep == 0, "whole sweeps");
   const Bits* data = static_cast<const Bits*>(row.data);
-  Strip<Bits, kN> strips[kUnroll];
+  Strip<Bits> strips[kUnroll];
   if (is_wide(data))
     for (; begin + kSweep <= end; begin += kSweep) {
       const int64_t at = begin + threadIdx.x * kN;
@@ -221,61 +197,64 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
   }
 }
 
-// Zeroes, in [begin, end), the elements whose bits dropped(strip, first index, elements) returns;
-// with them the partner's, whose elements have the size of Partner (uint8_t: none). kStrips are in
-// flight a thread: as many as the registers hold beside what `dropped` needs.
-template <typename Bits, typename Partner, int kStrips, typename Dropped>
-__device__ __forceinline__ void clear_both(const Row& row, int64_t begin, int64_t end,
-                                           Dropped&& dropped) {
+// Whole sweeps of what clear() does, 16 bytes at a time; returns where it stopped.
+template <typename Bits, int kStrips, bool kPaired, typename Dropped>
+__device__ __forceinline__ int64_t clear_sweeps(const Row& row, int64_t begin, int64_t end,
+                                                Dropped&& dropped) {
   constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kStrips;
   static_assert(kSpan % kSweep == 0, "whole sweeps");
-  constexpr bool kPaired = sizeof(Partner) > 1;
-  using Other = std::conditional_t<kPaired, Partner, Bits>;
   Bits* data = static_cast<Bits*>(row.data);
-  Other* partner = static_cast<Other*>(row.partner);
-  Strip<Bits, kN> mine[kStrips];
-  Strip<Other, kN> others[kStrips];
-  if (is_wide(data) && (!kPaired || is_wide(partner)))
-    for (; begin + kSweep <= end; begin += kSweep) {
-      const int64_t at = begin + threadIdx.x * kN;
+  Bits* partner = static_cast<Bits*>(row.partner);
+  Strip<Bits> mine[kStrips], other[kStrips];
+  for (; begin + kSweep <= end; begin += kSweep) {
+    const int64_t at = begin + threadIdx.x * kN;
 #pragma unroll
-      for (int u = 0; u < kStrips; ++u) {
-        mine[u].load(data + at + u * kThreads * kN);
-        if (kPaired) others[u].load(partner + at + u * kThreads * kN);
-      }
+    for (int u = 0; u < kStrips; ++u) {
+      mine[u].load(data + at + u * kThreads * kN);
+      if (kPaired) other[u].load(partner + at + u * kThreads * kN);
+    }
 #pragma unroll
-      for (int u = 0; u < kStrips; ++u) {
-        const int64_t first = at + u * kThreads * kN;
-        const uint32_t mask = dropped(mine[u], first, kN);
-        mine[u].clear(mask);
-        mine[u].store(data + first);
-        if (kPaired) {
-          others[u].clear(mask);
-          others[u].store(partner + first);
-        }
+    for (int u = 0; u < kStrips; ++u) {
+      const int64_t first = at + u * kThreads * kN;
+      const uint32_t mask = dropped(mine[u], first, kN);
+      mine[u].clear(mask);
+      mine[u].store(data + first);
+      if (kPaired) {
+        other[u].clear(mask);
+        other[u].store(partner + first);
       }
     }
-#pragma unroll 1
-  for (int64_t at = begin + threadIdx.x * kN; at < end; at += kThreads * kN) {
-    const int count = int(min(end - at, int64_t(kN)));
-    mine[0].load_some(data + at, count);
-    const uint32_t mask = dropped(mine[0], at, count);
-    for (int i = 0; i < count; ++i)
-      if (mask >> i & 1) {
-        data[at + i] = 0;
-        if (kPaired) partner[at + i] = 0;
-      }
   }
+  return begin;
 }
 
+__device__ __forceinline__ void clear_partner(const Row& row, int64_t at) {
+  if (row.partner_bytes == 2) static_cast<uint16_t*>(row.partner)[at] = 0;
+  if (row.partner_bytes == 4) static_cast<uint32_t*>(row.partner)[at] = 0;
+}
+
+// Zeroes, in [begin, end), the elements whose bits dropped(strip, first index, elements) returns,
+// and the partner's with them. kStrips are in flight a thread, with a partner half as many: what
+// the registers hold beside `dropped`. Sweeps where both are aligned and of one element size.
 template <typename Bits, int kStrips, typename Dropped>
 __device__ __forceinline__ void clear(const Row& row, int64_t begin, int64_t end,
                                       Dropped&& dropped) {
-  constexpr int kPaired = kStrips > 1 ? kStrips / 2 : 1;
-  switch (row.partner_bytes) {
-    case 0: clear_both<Bits, uint8_t, kStrips>(row, begin, end, dropped); break;
-    case 2: clear_both<Bits, uint16_t, kPaired>(row, begin, end, dropped); break;
-    case 4: clear_both<Bits, uint32_t, kPaired>(row, begin, end, dropped); break;
+  Bits* data = static_cast<Bits*>(row.data);
+  if (is_wide(data) && row.partner_bytes == 0)
+    begin = clear_sweeps<Bits, kStrips, false>(row, begin, end, dropped);
+  if (is_wide(data) && is_wide(row.partner) && row.partner_bytes == sizeof(Bits))
+    begin = clear_sweeps<Bits, kStrips / 2, true>(row, begin, end, dropped);
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x * kPack<Bits>; at < end; at += kThreads * kPack<Bits>) {
+    const int count = int(min(end - at, int64_t(kPack<Bits>)));
+    Strip<Bits> strip;
+    strip.load_some(data + at, count);
+    const uint32_t mask = dropped(strip, at, count);
+    for (int i = 0; i < count; ++i)
+      if (mask >> i & 1) {
+        data[at + i] = 0;
+        clear_partner(row, at + i);
+      }
   }
 }
 
@@ -615,8 +594,7 @@ __global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_consta
     const uint32_t at = row.list[i];
     if (magnitude_key(data[at]) > threshold) continue;
     data[at] = 0;
-    if (row.partner_bytes == 2) static_cast<uint16_t*>(row.partner)[at] = 0;
-    if (row.partner_bytes == 4) static_cast<uint32_t*>(row.partner)[at] = 0;
+    clear_partner(row, at);
   }
 }
 

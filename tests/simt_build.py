@@ -22,24 +22,23 @@ HOST_FLAGS = (
 ).split()
 
 
-def host_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
-    """tests/simt/`source` as a shared library in `folder`; skips the test where there is no g++."""
+def host_library(source: str, folder: Path, *includes: Path, flags=()) -> ctypes.CDLL:
+    """tests/simt/`source` as a shared library in `folder`; skips the test where there is no g++.
+
+    With TESTS / "simt" among the includes, the SIMT shim stands in for CUDA's runtime.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA sources for the host")
     out = folder / f"{source}.so"
+    flags = [*HOST_FLAGS, *flags, *(f"-I{path}" for path in includes), f"-I{CSRC}"]
     done = subprocess.run(
-        [compiler, *HOST_FLAGS, *flags, f"-I{CSRC}", str(TESTS / "simt" / source), "-o", str(out)],
+        [compiler, *flags, str(TESTS / "simt" / source), "-o", str(out)],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(out))
-
-
-def shim_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
-    """The same with the SIMT shim in place of CUDA's runtime."""
-    return host_library(source, folder, f"-I{TESTS / 'simt'}", *flags)
 
 
 def put_in_place(monkeypatch, launcher, module) -> None:
