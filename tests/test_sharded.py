@@ -12,7 +12,7 @@ import torch.distributed
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch is built without distributed"
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_fully_sharded_equals_one_process(world_size):
     program = Path(__file__).with_name("sharded_program.py")
     result = subprocess.run(
