@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 2) count_kernel(const __grid_constan
       state.threshold = all ? kDropAll : find_threshold(row, table, picked, 0, kAll);
       state.source = Source::whole;
     } else {
-      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // above the highest: `partition` zeroes all
+      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all lie below: partition zeroes them
       state.left = picked.left;
       state.source = all ? Source::nothing
                          : picked.here <= row.room ? Source::list : Source::whole;
@@ -640,7 +640,6 @@ __global__ void __launch_bounds__(kThreads, 2) small_kernel(const __grid_constan
     if (shift == 0) threshold = find_threshold(row, table, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
-    __syncthreads();  // before the next round's zeros
   }
   clear_to<Bits>(row, 0, row.size, threshold);
 }
@@ -657,7 +656,8 @@ __global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_consta
 #pragma unroll
     for (int four = 0; four < kPack<Bits> / 4; ++four) {
       Words next{};
-      if (shift || four + 1 < kPack<Bits> / 4) next = draw(row.seed, kStreamPrune, 0, block + four + 1);
+      if (shift || four + 1 < kPack<Bits> / 4)
+        next = draw(row.seed, kStreamPrune, 0, block + four + 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t drawn = words.w[i];  // selected by value: no index known only at run time
