@@ -6,7 +6,8 @@
 // missing __syncthreads() reads shared memory that nobody has written yet, or that a faster thread
 // has already overwritten. Blocks and threads run in the order simt::order asks for (0 ascending,
 // 1 descending, else shuffled by that seed; shuffled, threads also change over at some atomics).
-// Blocks run one after the other, so what a missing __threadfence() does is not seen.
+// Blocks run one after the other: a missing __threadfence(), or a block that announces its results
+// before all of its threads have written them, is not seen.
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
