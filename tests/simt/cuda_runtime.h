@@ -1,14 +1,14 @@
 // A thin SIMT shim: stands in for CUDA's cuda_runtime.h, so that the host compiler turns the very
 // same .cu file into a CPU program. Put this folder first on the include path.
 //
-// A block's threads are fibers of one OS thread. A fiber runs until it meets a barrier, of its block
-// or of its warp, then the next one runs: threads are as far apart as the barriers allow, so a
-// missing __syncthreads() reads shared memory that nobody has written yet, or that a faster thread
-// has already overwritten. Blocks and threads run in the order simt::order asks for: 0 ascending,
-// 1 descending, else shuffled by that seed. Shuffled, threads also change over at some atomics, and
-// three blocks are under way at once, taking turns after any thread: what one announces before all
-// of its threads have written it, the others miss. (Every write is seen at once: a missing
-// __threadfence() does not show.)
+// A block's threads are fibers of one OS thread. A warp runs until all its lanes are at a barrier of
+// the block, then the next one does, and within a warp a lane until it meets a barrier or a shuffle:
+// threads are as far apart as the barriers allow, so a missing __syncthreads() reads shared memory
+// that nobody has written yet, or that a faster thread has already overwritten. Blocks, warps and
+// lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
+// seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
+// taking turns after any warp: what one announces before all of its threads have written it, the
+// others miss. (Every write is seen at once: a missing __threadfence() does not show.)
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
@@ -154,25 +154,26 @@ inline dim3 unflatten(unsigned id, dim3 shape) {
   return {id % shape.x, id / shape.x % shape.y, id / shape.x / shape.y};
 }
 
-// Lets go on the warps whose lanes have all come to one barrier. All live threads wait.
-inline bool release_warps(std::vector<Fiber>& fibers) {
+// Lets go on the lanes of a warp that have all come to one barrier. All its live lanes wait.
+inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
   bool any = false;
-  for (Fiber& f : fibers) {
+  for (size_t at = first; at < min(first + 32, fibers.size()); ++at) {
+    const Fiber& f = fibers[at];
     if (f.done || f.waits != Wait::warp) continue;
     bool complete = f.mask >> f.id % 32 & 1;
     if (!complete) die("a lane is not in its own mask, line", f.line, int(f.id));
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(f.mask >> lane & 1)) continue;
-      const unsigned id = f.id / 32 * 32 + lane;
-      if (id >= fibers.size() || fibers[id].done)
-        die("a lane in the mask has left, line", f.line, int(id));
-      const Fiber& other = fibers[id];
+      if (first + lane >= fibers.size() || fibers[first + lane].done)
+        die("a lane in the mask has left, line", f.line, int(first + lane));
+      const Fiber& other = fibers[first + lane];
       complete = complete && other.waits == Wait::warp && other.line == f.line &&
                  other.mask == f.mask;
     }
     if (!complete) continue;
+    const unsigned mask = f.mask;
     for (unsigned lane = 0; lane < 32; ++lane)
-      if (f.mask >> lane & 1) fibers[f.id / 32 * 32 + lane].waits = Wait::none;
+      if (mask >> lane & 1) fibers[first + lane].waits = Wait::none;
     any = true;
   }
   return any;
@@ -220,21 +221,32 @@ inline void enter(Block& block) {
   inside = &block;
 }
 
-// Threads of the block to their next barriers, or ends; shuffled, perhaps not all of them. False
-// where the block has ended.
-inline bool advance(Block& block, const std::vector<unsigned>& ids) {
+inline bool run_thread(Fiber& f) {
+  if (f.done || f.waits != Wait::none) return false;
+  current = &f;
+  threadIdx = f.index;
+  swapcontext(&scheduler, &f.context);
+  return true;
+}
+
+// Warps of the block to the block's next barrier, or their ends; shuffled, perhaps not all of them.
+// False where the block has ended.
+inline bool advance(Block& block) {
   blockIdx = block.index;
-  bool ran = false;
-  for (unsigned id : ids) {
-    Fiber& f = block.fibers[id];
-    if (f.done || f.waits != Wait::none) continue;
-    current = &f;
-    threadIdx = f.index;
-    swapcontext(&scheduler, &f.context);
-    ran = true;
-    if (order > 1 && generator() % 512 == 0) break;
+  bool any = false;
+  for (unsigned warp : sequence(unsigned(block.warps.size()))) {
+    const unsigned threads = unsigned(block.fibers.size()), first = 32 * warp;
+    const std::vector<unsigned> lanes = sequence(min(32u, threads - first));
+    bool again;
+    do {
+      bool ran = false;
+      for (unsigned lane : lanes) ran = run_thread(block.fibers[first + lane]) || ran;
+      any = any || ran;
+      again = ran || release_warp(block.fibers, first);
+    } while (again);
+    if (order > 1 && generator() % 16 == 0) return true;
   }
-  return ran || release_warps(block.fibers) || release_block(block.fibers);
+  return any || release_block(block.fibers);
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
@@ -246,7 +258,6 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
   generator.seed(order);
   anchor = 0;
   dl_iterate_phdr(find_own_segment, reinterpret_cast<void*>(&find_own_segment));
-  const std::vector<unsigned> ids = sequence(threads);
   const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z);
   static std::vector<Block> resident(3);
   size_t started = 0, ended = 0;
@@ -258,7 +269,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
     for (Block& b : resident) {
       if (!b.live) continue;
       enter(b);
-      if (advance(b, ids)) continue;
+      if (advance(b)) continue;
       for (size_t i = dynamic_bytes; i < dynamic_capacity; ++i)
         if (dynamic_shared[i] != 0xFF) die("write behind the dynamic shared memory", int(i), 0);
       inside = nullptr;
