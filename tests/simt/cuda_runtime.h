@@ -244,7 +244,7 @@ inline bool advance(Block& block) {
       any = any || ran;
       again = ran || release_warp(block.fibers, first);
     } while (again);
-    if (order > 1 && generator() % 16 == 0) return true;
+    if (order > 1 && generator() % 8 == 0) return true;
   }
   return any || release_block(block.fibers);
 }
@@ -268,6 +268,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
   while (ended < queue.size())
     for (Block& b : resident) {
       if (!b.live) continue;
+      if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
       enter(b);
       if (advance(b)) continue;
       for (size_t i = dynamic_bytes; i < dynamic_capacity; ++i)
