@@ -78,6 +78,60 @@ void merge(const Tensor& weight, const Tensor& residual, const Tensor& lora_A, c
   check(relora::merge(args, reinterpret_cast<cudaStream_t>(stream)), call);
 }
 
+// ---- prune.cu: tensors as rows of seven int64 (PruneTensor) in any buffer -----------------------
+
+std::pair<const relora::PruneTensor*, int64_t> prune_tensors(const py::buffer_info& rows) {
+  constexpr int64_t each = sizeof(relora::PruneTensor) / sizeof(int64_t);
+  if (rows.itemsize != 8 || rows.ndim != 1 || rows.strides[0] != 8 || rows.size % each)
+    throw py::value_error("prune: expected rows of " + std::to_string(each) +
+                          " int64 in one contiguous buffer, got " + std::to_string(rows.size) +
+                          " items of " + std::to_string(rows.itemsize) + " bytes");
+  return {static_cast<const relora::PruneTensor*>(rows.ptr), rows.size / each};
+}
+
+template <typename Call>
+void on_device(const char* name, int device, Call&& call) {
+  check(cudaSetDevice(device), name);
+  check(call(), name);
+}
+
+int64_t prune_workspace(const py::buffer& rows) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  return relora::prune_workspace(tensors, count);
+}
+
+void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int device,
+           uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("prune", device, [&, tensors = tensors, count = count] {
+    return relora::prune(tensors, count, ratio, reinterpret_cast<void*>(workspace),
+                         reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void prune_random(const py::buffer& rows, uint64_t threshold, int device, uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("prune_random", device, [&, tensors = tensors, count = count] {
+    return relora::prune_random(tensors, count, threshold, reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void magnitude_counts(const py::buffer& rows, uintptr_t prefixes, int shift, int bits,
+                      uintptr_t counts, uintptr_t lowest, uintptr_t highest, int device,
+                      uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("magnitude_counts", device, [&, tensors = tensors, count = count] {
+    return relora::magnitude_counts(
+        tensors, count, reinterpret_cast<const int64_t*>(prefixes), shift, bits,
+        reinterpret_cast<int64_t*>(counts), reinterpret_cast<int64_t*>(lowest),
+        reinterpret_cast<int64_t*>(highest), reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
 // CUDA version the driver supports, as 1000 * major + 10 * minor; 0 with no driver.
 int driver_version() {
   int version = 0;
@@ -98,4 +152,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lora_B"), py::arg("sizes"), py::arg("weight_dtype"), py::arg("factor_dtype"),
         py::arg("rounding"), py::arg("scaling"), py::arg("seed"), py::arg("first_row"),
         py::arg("device"), py::arg("stream"));
+  m.def("prune_workspace", &prune_workspace, py::arg("rows"));
+  m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
+        py::arg("device"), py::arg("stream"));
+  m.def("prune_random", &prune_random, py::arg("rows"), py::arg("threshold"), py::arg("device"),
+        py::arg("stream"));
+  m.def("magnitude_counts", &magnitude_counts, py::arg("rows"), py::arg("prefixes"),
+        py::arg("shift"), py::arg("bits"), py::arg("counts"), py::arg("lowest"),
+        py::arg("highest"), py::arg("device"), py::arg("stream"));
 }

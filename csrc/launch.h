@@ -33,4 +33,37 @@ struct MergeArgs {
 // where n, k or r is 0.
 cudaError_t merge(const MergeArgs& args, cudaStream_t stream);
 
+// ---- prune.cu -----------------------------------------------------------------------------------
+
+// A contiguous tensor, as a row of int64. Any alignment; 16 bytes for the fast path.
+struct PruneTensor {
+  void* data;
+  void* partner;         // as many elements, zeroed where data is; null: none
+  int64_t size;          // elements
+  int64_t dtype;         // DType
+  int64_t partner_dtype; // DType
+  int64_t seed;          // prune_random
+  int64_t first;         // prune_random: logical number of the first element
+};
+static_assert(sizeof(PruneTensor) == 7 * sizeof(int64_t), "built as an array of int64");
+
+// Bytes that prune() needs at `workspace`, 16-byte aligned, uninitialised.
+int64_t prune_workspace(const PruneTensor* tensors, int64_t count);
+
+// Each tensor: zero what is at most the `ratio`-quantile of its magnitudes.
+cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
+                  cudaStream_t stream);
+
+// Zero the elements whose 32 random bits are below `threshold`, in [0, 2^32].
+cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t threshold,
+                         cudaStream_t stream);
+
+// For keys whose bits above `shift + bits` equal prefixes[i] (device memory), counts[i][digit] +=
+// their next `bits` (at most kCountBits) bits; lowest[i] = min(itself, least key above the prefix),
+// highest[i] = max(itself, greatest key).
+constexpr int kCountBits = 13;
+cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const int64_t* prefixes,
+                             int shift, int bits, int64_t* counts, int64_t* lowest,
+                             int64_t* highest, cudaStream_t stream);
+
 }  // namespace relora

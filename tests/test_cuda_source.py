@@ -5,50 +5,17 @@ import contextlib
 import ctypes
 import mmap
 import re
-import shutil
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from simt_build import CSRC, TESTS, assert_same_bits, cuda_build, host_library
 
 from relora_kernels import cuda
 from relora_kernels.cuda import merge as launcher
 from relora_kernels.reference import merge as reference
 from relora_kernels.reference import philox
-
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-sys.path.insert(0, str(CSRC))
-import cuda_build  # noqa: E402
-
-HOST_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -shared -ffp-contract=off -fno-strict-aliasing "
-    "-fsanitize=undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-unknown-pragmas -Werror"
-).split()
-
-
-def host_library(source: str, folder: Path, *includes: Path) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA sources for the host")
-    out = folder / f"{source}.so"
-    flags = [*HOST_FLAGS, *(f"-I{path}" for path in includes), f"-I{CSRC}"]
-    done = subprocess.run(
-        [compiler, *flags, str(TESTS / "simt" / source), "-o", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(out))
-
-
-def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
 
 # ---- numerics.cuh -------------------------------------------------------------------------------
 
@@ -81,13 +48,6 @@ def narrow(numerics, kind, values, rand16=None):
         pointer(values), pointer(rand16), ctypes.c_int64(values.size), pointer(out)
     )
     return torch.from_numpy(out).view(HALF_TYPES[kind])
-
-
-def assert_same_bits(actual, expected):
-    """Bitwise, but any NaN equals any NaN."""
-    assert torch.equal(actual.isnan(), expected.isnan())
-    number = ~expected.isnan()
-    assert torch.equal(bits_of(actual)[number], bits_of(expected)[number])
 
 
 @pytest.mark.parametrize("kind", HALF_TYPES)
