@@ -88,6 +88,15 @@ def _calls(device: torch.device):
     )  # fmt: skip
     yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0, 0)
     yield "prune_", pruning, "why_not", ([lora_A], 0.9, [lora_B])
+    drawn = prune.RANDOM_IMPLEMENTATIONS
+    yield "prune_random_", drawn, "why_not_random", ([lora_A], 0.9, [lora_B], [0], [0])
+    prefixes = torch.zeros(1, dtype=torch.int64, device=device)
+    yield (
+        "magnitude_counts",
+        prune.COUNTS_IMPLEMENTATIONS,
+        "why_not_counts",
+        ([lora_A], prefixes, 20, 11),
+    )
 
 
 def _named_backend() -> str:

@@ -15,7 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from relora_kernels._triton import lora_linear, lora_linear_tma, merge, prune
+from relora_kernels._triton import (
+    lora_linear,
+    lora_linear_tma,
+    magnitude_counts,
+    merge,
+    prune,
+    prune_random,
+)
 
 TARGETS = (80, 90, 100, 120)
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
@@ -97,9 +104,8 @@ def linear_variants(arch: int, dtype: str):
 
 
 def prune_variants():
-    types = {f"{n}_ptr": "*i64" for n in ("table", "state", "hist", "list")} | {
-        "weight_ptr": "*fp32"
-    }
+    buffers = ("table", "state", "hist", "list", "counts", "lowest", "highest")
+    types = {f"{n}_ptr": "*i64" for n in buffers} | {"weight_ptr": "*fp32", "threshold": "i64"}
     sweep, select = ({"num_stages": 3, **config} for config in (prune.SWEEP, prune.SELECT))
     for dtype, digits in (("fp32", prune.DIGITS[4]), ("bf16", prune.DIGITS[2])):
         bits, kind = digits[-1], {"DTYPE": dtype}
@@ -114,8 +120,13 @@ def prune_variants():
             ("select last", prune.select_kernel, later | {"LAST": True} | select),
             ("partition", prune.partition_kernel, pair | {"SHIFT": first["SHIFT"]} | sweep),
             ("finish", prune.finish_kernel, pair | sweep),
+            ("random", prune_random.random_kernel, pair | sweep),
+            ("digits", magnitude_counts.counts_kernel, first | {"BINS": 2048} | sweep),
         ):
-            yield kernel, f"prune {name} {dtype}", types, constants | kind
+            constants = {
+                k: v for k, v in (constants | kind).items() if k in kernel.arg_names or k.islower()
+            }
+            yield kernel, f"prune {name} {dtype}", types, constants
 
 
 def compiled(kernel, types: dict, constants: dict, arch: int):
