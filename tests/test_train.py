@@ -24,7 +24,7 @@ from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_wi
 from relora_kernels.model import relora_layers
 from relora_kernels.train import ReLoRaCallback, SkipNonFiniteCallback, cli, data
 from relora_kernels.train.args import FIELDS, PRESETS, parse_args
-from relora_kernels.train.callback import MetricsCallback
+from relora_kernels.train.metrics import MetricsCallback
 from relora_kernels.train.output import RunFolder
 
 # 6 steps of warm start, then 24 of ReLoRA in 4 cycles: restarts at steps 12, 18 and 24 of the run.
@@ -173,7 +173,7 @@ def test_flags_win_over_yaml_wins_over_preset(tmp_path):
 
 def test_saved_settings_read_back(tmp_path):
     args = parse_args(["--no_paired", "--train_files", "a b.txt", "c.txt", "--bf16", "true"])
-    args.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(args.to_yaml())
     assert parse_args(["--config", str(tmp_path / "config.yaml")]) == args
 
 
