@@ -299,7 +299,6 @@ class Run:
             gradient_accumulation_steps=args.batch_size // (args.device_batch_size * world_size()),
             max_grad_norm=args.max_grad_norm,
             ddp_find_unused_parameters=False,
-            ddp_broadcast_buffers=False,  # no buffer of it changes but by a merge, on all ranks alike
             bf16=args.bf16,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,

@@ -198,7 +198,6 @@ class ReLoRaTrainer(Trainer):
         """What a resumed run must match."""
         args, dataset = self.args, self.train_dataset
         facts = {
-            "model": type(self._plain_model).__name__,
             "optimizer": type(self._torch_optimizer).__name__,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "samples": len(dataset) if hasattr(dataset, "__len__") else None,
