@@ -307,7 +307,9 @@ class ReLoRaSchedule:
             answers.append(self._place)
         for answer in answers:
             values = answer()
-            for name, most, least in zip(("step", "restarts done", "restarts due"), values, values[3:]):
+            for name, most, least in zip(
+                ("step", "restarts done", "restarts due"), values, values[3:]
+            ):
                 if most != -least:
                     raise RuntimeError(
                         f"ReLoRaSchedule: expected all ranks at one {name}, got {-least} to {most} "

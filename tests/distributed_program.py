@@ -135,4 +135,6 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads abort an ordinary exit now and then, after all is done (torch 2.13)
+    os._exit(
+        0
+    )  # gloo's threads abort an ordinary exit now and then, after all is done (torch 2.13)

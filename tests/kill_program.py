@@ -20,7 +20,7 @@ import train_runs
 from train_runs import digest, rows_to_compare
 
 from relora_kernels import FusedReLoRaLinear, schedule
-from relora_kernels.train import checkpoint, cli, output
+from relora_kernels.train import checkpoint, cli
 
 # Steps; the two halves of a restart and the merge of one layer; between the phases; the export; files.
 WATCHED = [
@@ -37,7 +37,7 @@ WATCHED = [
     (os, "fsync"),
     (os, "rename"),
     (checkpoint.shutil, "rmtree"),
-    (output, "write_text"),
+    (cli, "write_text"),
 ]
 
 

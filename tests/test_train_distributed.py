@@ -140,9 +140,7 @@ def test_draws_are_the_single_process_s_fault_7(runs, name):
 
 
 def test_checkpoints_hold_whole_tensors(runs):
-    one, four = (
-        runs / name / "checkpoint/relora/checkpoint-14" for name in ("one", "four-full")
-    )
+    one, four = (runs / name / "checkpoint/relora/checkpoint-14" for name in ("one", "four-full"))
     for file in ("model.safetensors", "training.safetensors"):
         expected, found = load_file(one / file), load_file(four / file)
         assert {k: (v.shape, v.dtype) for k, v in found.items()} == {

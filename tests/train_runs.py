@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from relora_kernels.model import relora_layers
@@ -109,3 +110,29 @@ def poison(monkeypatch, backward_passes):
         return make(model, learning_rate)
 
     monkeypatch.setattr(cli, "_adamw", adamw)
+
+
+def one_thread():
+    """Threads gain nothing at this size, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def finished_run(text, out, **settings):
+    """(folder, some ids, the trained model's logits before the export, SpyCallback.seen)."""
+    ids = torch.arange(32).reshape(2, 16)
+    logits = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "ReLoRaCallback", SpyCallback)
+        finish = cli.Run.finish
+
+        @torch.no_grad()
+        def keep_logits(run, model):
+            logits["trained"] = model.eval()(ids).logits
+            finish(run, model)
+
+        patch.setattr(cli.Run, "finish", keep_logits)
+        assert cli.main(flags(text, out, lora_dropout=0.1, **settings)) == 0
+    return RunFolder(out), ids, logits["trained"], SpyCallback.seen

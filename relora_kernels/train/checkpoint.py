@@ -38,6 +38,10 @@ _UNFINISHED = re.compile(r"tmp-checkpoint-\d+(-old)?")
 logger = logging.getLogger(__name__)
 
 
+class OtherRun(ValueError):
+    """The checkpoint is of a run with other settings."""
+
+
 # --- folders ---------------------------------------------------------------------------------------
 
 
@@ -186,7 +190,10 @@ def differences(saved: dict, now: dict, prefix: str = "") -> Iterator[str]:
             yield from differences(a, b, f"{prefix}{key}.")
         elif isinstance(a, list) and isinstance(b, list) and a != b:
             lost, new = ([x for x in one if x not in other] for one, other in ((a, b), (b, a)))
-            yield f"{prefix}{key}: expected also {_some(lost)}, got instead {_some(new)}"
+            parts = [f"expected also {_some(lost)}"] * bool(lost) + [
+                f"got also {_some(new)}"
+            ] * bool(new)
+            yield f"{prefix}{key}: " + (", ".join(parts) or "expected another order")
         elif a != b:
             yield f"{prefix}{key}: expected {a}, got {b}"
 
@@ -232,7 +239,9 @@ def gather_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.T
     tensors = {}
     for name, tensor in model.state_dict().items():
         if not torch.is_tensor(tensor):
-            raise TypeError(f"{name}: expected a tensor in the state_dict, got {type(tensor).__name__}")
+            raise TypeError(
+                f"{name}: expected a tensor in the state_dict, got {type(tensor).__name__}"
+            )
         whole = sharding.whole(tensor.detach())
         if keep:
             tensors[name] = whole.cpu() if sharding.is_sharded(tensor) else whole
@@ -240,12 +249,12 @@ def gather_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.T
 
 
 def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Whole tensors into a model, sharded or not. ValueError for other names, shapes or dtypes."""
+    """Whole tensors into a model, sharded or not. OtherRun for other names, shapes or dtypes."""
     sharding.reshard(model)
     own = model.state_dict()
     residuals = {name for name in {*own, *tensors} if name.endswith("weight_residual")}
     if wrong := (own.keys() ^ tensors.keys()) - residuals:
-        raise ValueError(
+        raise OtherRun(
             f"expected the model to hold the checkpoint's tensors, got {len(wrong)} that only one of "
             f"them has: {_some(sorted(wrong))}"
         )
@@ -253,7 +262,7 @@ def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None
     for name, tensor in tensors.items():
         target = own.get(name)
         if target is not None and (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
+            raise OtherRun(
                 f"{name}: expected {tuple(tensor.shape)} {tensor.dtype} as in the checkpoint, got "
                 f"{tuple(target.shape)} {target.dtype}"
             )

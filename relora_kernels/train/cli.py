@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         model = run.train()
+    except checkpoint.OtherRun as error:
+        print(f"relora-train: error: --resume: {error}", file=sys.stderr)
+        return 2
     except (FloatingPointError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 1

@@ -45,7 +45,9 @@ class RunFolder:
             raise ValueError(f"expected --output_dir to be a folder, got the file {self.root}")
         if resume:
             if not self.corpus.is_file():
-                raise ValueError(f"--resume: expected a run in {self.root}, got no {self.corpus.name}")
+                raise ValueError(
+                    f"--resume: expected a run in {self.root}, got no {self.corpus.name}"
+                )
         elif self.root.exists() and any(self.root.iterdir()):
             if not overwrite:
                 raise ValueError(

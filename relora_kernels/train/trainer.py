@@ -68,7 +68,9 @@ class ReLoRaTrainer(Trainer):
         sharded = any(sharding.is_sharded(p) for p in self.model.parameters())
         self._sharded_by_caller = sharded and not self.is_fsdp_enabled
         if self._sharded_by_caller:
-            self.model._is_accelerate_prepared = True  # else Accelerate refuses it, or wraps it in DDP
+            self.model._is_accelerate_prepared = (
+                True  # else Accelerate refuses it, or wraps it in DDP
+            )
 
     # --- training ------------------------------------------------------------------------------------
 
@@ -138,9 +140,10 @@ class ReLoRaTrainer(Trainer):
             except OSError as error:
                 failed = 1
                 logger.warning("no checkpoint at step %d: %s", self.state.global_step, error)
-        del tensors, state
         [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
-        stopping = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        stopping = (
+            self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        )
         if failed and stopping:
             raise OSError(f"{folder} could not be written: the run stops at an earlier checkpoint")
         if self.args.push_to_hub and not failed:
@@ -199,7 +202,9 @@ class ReLoRaTrainer(Trainer):
         args, dataset = self.args, self.train_dataset
         facts = {
             "optimizer": type(self._torch_optimizer).__name__,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch_size": args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
             "samples": len(dataset) if hasattr(dataset, "__len__") else None,
             "seed": args.seed,
             **self.fingerprint,
@@ -227,7 +232,7 @@ class ReLoRaTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         saved = checkpoint.read_manifest(folder)["facts"]
         if lines := list(checkpoint.differences(saved, self._facts())):
-            raise ValueError(f"{folder} is of another run: " + "; ".join(lines))
+            raise checkpoint.OtherRun(f"{folder} is of another run: " + "; ".join(lines))
         tensors = checkpoint.load_tensors(folder / "model.safetensors")
         checkpoint.load_model(self._plain_model if model is None else model, tensors)
 
@@ -236,7 +241,9 @@ class ReLoRaTrainer(Trainer):
             return
         folder = Path(checkpoint_folder)
         if not (folder / "training.json").is_file():
-            raise ValueError(f"{folder}: expected training.json, got none: saved with save_only_model?")
+            raise ValueError(
+                f"{folder}: expected training.json, got none: saved with save_only_model?"
+            )
         tree = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         state = checkpoint.unpack(tree, checkpoint.load_tensors(folder / "training.safetensors"))
         _load_optimizer(self._torch_optimizer, self._plain_model, state["optimizer"])
@@ -346,7 +353,8 @@ def _optimizer_state(optimizer, model, keep: bool) -> dict:
                 if keep:
                     states.setdefault(name, {})[key] = value
     groups = [
-        {key: value for key, value in group.items() if key != "params"} | {"parameters": group_names}
+        {key: value for key, value in group.items() if key != "params"}
+        | {"parameters": group_names}
         for group, group_names in zip(optimizer.param_groups, names)
     ]
     return {"groups": groups, "state": states}
@@ -356,8 +364,10 @@ def _load_optimizer(optimizer, model, saved: dict) -> None:
     names = _names(optimizer, model)
     before = [group["parameters"] for group in saved["groups"]]
     if names != before:
-        lines = checkpoint.differences({"parameters": sum(before, [])}, {"parameters": sum(names, [])})
-        raise ValueError(
+        lines = checkpoint.differences(
+            {"parameters": sum(before, [])}, {"parameters": sum(names, [])}
+        )
+        raise checkpoint.OtherRun(
             "ReLoRaTrainer: expected the optimizer's parameter groups as in the checkpoint: "
             + ("; ".join(lines) or f"{len(before)} groups, got {len(names)}, or another order")
         )
@@ -366,7 +376,9 @@ def _load_optimizer(optimizer, model, saved: dict) -> None:
     for group in saved["groups"]:
         numbers = range(position, position + len(group["parameters"]))
         position += len(numbers)
-        groups.append({k: v for k, v in group.items() if k != "parameters"} | {"params": [*numbers]})
+        groups.append(
+            {k: v for k, v in group.items() if k != "parameters"} | {"params": [*numbers]}
+        )
         for number, name in zip(numbers, group["parameters"]):
             if name in saved["state"]:
                 state[number] = {
