@@ -17,8 +17,6 @@ from relora_kernels import (
 from relora_kernels import schedule as schedule_module
 from relora_kernels.model import relora_layers
 
-MERGE_OF_ONE_LAYER = "_add_update"  # what a layer's merge begins with
-
 
 def some_optimizer(lr=1.0, groups=1):
     return torch.optim.AdamW(
@@ -304,21 +302,36 @@ def three_layers():
     return torch.nn.Sequential(*(FusedReLoRaLinear(8, 8, r=2, name=str(i)) for i in range(3)))
 
 
-def failing_at(monkeypatch, owner, name, number, error):
-    """Raises `error` at the call of that number, before it does anything."""
-    calls, function = iter(range(10**6)), getattr(owner, name)
+def fail_at(patch, place, error):
+    """The restart raises `error` between the first two layers' merges, before its reset, or after."""
+    reset = schedule_module.reset_optimizer
 
-    def call(*args, **kwargs):
-        if next(calls) == number:
-            raise error
-        return function(*args, **kwargs)
+    def merge_one_layer(model):
+        model[0].merge()
+        raise error
 
-    monkeypatch.setattr(owner, name, call)
+    def fail_without_reset(*args, **kwargs):
+        raise error
+
+    def fail_after_reset(*args, **kwargs):
+        reset(*args, **kwargs)
+        raise error
+
+    name, function = {
+        "before any merge": ("merge_and_reinit", fail_without_reset),
+        "between two merges": ("merge_and_reinit", merge_one_layer),
+        "before the reset": ("reset_optimizer", fail_without_reset),
+        "after the reset": ("reset_optimizer", fail_after_reset),
+    }[place]
+    patch.setattr(schedule_module, name, function)
+
+
+PLACES = ["before any merge", "between two merges", "before the reset", "after the reset"]
 
 
 @pytest.mark.parametrize("mode", ["magnitude", "random", "zero"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError()])
-@pytest.mark.parametrize("place", ["first layer", "second layer", "reset", "after the reset"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_restart_cut_short_is_completed_and_never_repeated_case39(
     monkeypatch, mode, error, place
 ):
@@ -333,19 +346,7 @@ def test_a_restart_cut_short_is_completed_and_never_repeated_case39(
         optimizer.step()
         optimizer.zero_grad()
         with monkeypatch.context() as patch:
-            if place == "reset":
-                failing_at(patch, schedule_module, "reset_optimizer", 0, error)
-            elif place == "after the reset":
-                done = schedule_module.reset_optimizer
-
-                def reset_then_fail(*args, **kwargs):
-                    done(*args, **kwargs)
-                    raise error
-
-                patch.setattr(schedule_module, "reset_optimizer", reset_then_fail)
-            else:
-                number = ["first layer", "second layer"].index(place)
-                failing_at(patch, FusedReLoRaLinear, MERGE_OF_ONE_LAYER, number, error)
+            fail_at(patch, place, error)
             with pytest.raises(type(error)):
                 schedule.step()
         assert schedule.cycle == 0 and schedule.lr_scheduler.restarting is not None

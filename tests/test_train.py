@@ -222,6 +222,39 @@ def test_callback_restarts_in_another_trainer(relora, tmp_path):
     assert all(int(layer.merge_count) == 2 for _, layer in relora_layers(model))
 
 
+def test_deepspeed_and_the_first_fsdp_are_refused_by_name(
+    relora, monkeypatch, text, tmp_path, capsys
+):
+    model, optimizer, schedule = relora
+    callback, lr = ReLoRaCallback(schedule), {"lr_scheduler": schedule.lr_scheduler}
+    engine = type("DeepSpeedEngine", (), {"__module__": "deepspeed.runtime.engine"})()
+    with pytest.raises(TypeError, match="DeepSpeedEngine.*fully_shard"):
+        callback.on_train_begin(None, None, None, model=engine, optimizer=optimizer, **lr)
+    args = type("Args", (), {"deepspeed": {"zero_optimization": {}}})()
+    with pytest.raises(TypeError, match="without deepspeed.*fsdp_version"):
+        callback.on_train_begin(args, None, None, model=model, optimizer=optimizer, **lr)
+    flat = torch.nn.Sequential(type("FullyShardedDataParallel", (torch.nn.Module,), {})())
+    with pytest.raises(ValueError, match="FSDP's second version"):
+        callback.on_train_begin(None, None, None, model=flat, optimizer=optimizer, **lr)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert cli.main(flags(text, tmp_path / "out")) == 2
+    assert "expected no DeepSpeed" in capsys.readouterr().err
+
+
+def test_tensorboard_marks_the_restarts(finished):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, *_ = finished
+    events = accumulator.EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    marks = events.Scalars("relora/restart")
+    assert [m.step for m in marks if m.value == 1] == RESTARTS
+    assert {m.step for m in marks if m.value == 0} == set(range(7, 31)) - set(RESTARTS)
+    texts = events.Tensors("restarts/text_summary")
+    assert [t.step for t in texts] == RESTARTS
+    assert b"step 12: merged, A and B start anew, cycle 1" in texts[0].tensor_proto.string_val[0]
+    assert [e.step for e in events.Scalars("relora/loss")] == list(range(7, 31))
+
+
 def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # case 47
     def broken(row):
         raise OSError("disk full")

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +258,10 @@ exit codes: 0 done, 1 training failed (the last lines say why), 2 bad options or
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """One line per option: no second spelling, no default where the text tells it."""
 
+    def __init__(self, prog: str):
+        width = min(100, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=32, width=width)
+
     def _format_action_invocation(self, action):
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
@@ -267,7 +272,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return {int: "N", float: "X", str: "VALUE"}.get(action.type, "BOOL")
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        told = action.default is None or action.default is False
+        return action.help if told else super()._get_help_string(action)
 
     def add_argument(self, action):
         if not isinstance(action, argparse._StoreFalseAction):  # --no_x, the opposite of --x
