@@ -247,8 +247,9 @@ examples:
   relora-train --preset 130m --help                   the defaults of that preset
 
 A run that is killed loses the steps since its last checkpoint. SIGTERM or Ctrl-C ends it after the
-step under way and a checkpoint; a second one, two seconds later or more, at once. --resume goes on, bit
-for bit as if nothing had been, at any number of processes (at another one, up to rounding).
+step under way and a checkpoint; a second one, two seconds later or more, at once (torchrun gives
+its processes 30 seconds). --resume goes on, bit for bit as if nothing had been; at another number of
+processes up to rounding, with other dropout.
 
 exit codes: 0 done, 1 training failed (the last lines say why), 2 bad options or data,
 143 and 130 saved and stopped by SIGTERM and Ctrl-C (torchrun itself then ends with 1)

@@ -48,8 +48,8 @@ class ReLoRaTrainer(Trainer):
     - `train(resume_from_checkpoint=True)` takes the last valid checkpoint of output_dir.
     - A disk that is full stops nothing: the half-written checkpoint is removed, a warning says so, and
       training goes on; only where a signal has asked to save and stop is it an error.
-    - A model that `fully_shard` has sharded is taken as it is (the optimizer made after that), as is
-      one that Accelerate shards by FSDP2 or DDP. Checkpoints hold whole tensors, written by rank 0, on
+    - A model that `fully_shard` has sharded is taken as it is (the optimizer made after that); another
+      one Accelerate puts into DDP. Checkpoints hold whole tensors, gathered and written by rank 0, on
       a file system that all ranks see.
 
     Raises RuntimeError on construction where transformers has no longer what this class overrides.
