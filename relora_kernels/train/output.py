@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from . import checkpoint
 from .args import CONFIG_FILE, FIELDS
 
 # What save_pretrained of a model and of a tokenizer may write.
@@ -24,7 +25,7 @@ class RunFolder:
     plots/          loss.png, learning_rate.png
     summary.json    the table printed at the end, and more
     final/          the merged model and its tokenizer, an ordinary Hugging Face checkpoint
-    checkpoint/     warm_start/ and relora/: Trainer's checkpoints, for --resume
+    checkpoint/     warm_start/ and relora/: checkpoints of the two phases, for --resume
     """
 
     def __init__(self, root: str | Path):
@@ -43,8 +44,10 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"expected --output_dir to be a folder, got the file {self.root}")
         if resume:
-            if not (self.last_checkpoint("relora") or self.last_checkpoint("warm_start")):
-                raise ValueError(f"--resume: expected a checkpoint in {self.checkpoint}, got none")
+            if not self.corpus.is_file():
+                raise ValueError(
+                    f"--resume: expected a run in {self.root}, got no {self.corpus.name}"
+                )
         elif self.root.exists() and any(self.root.iterdir()):
             if not overwrite:
                 raise ValueError(
@@ -99,17 +102,9 @@ class RunFolder:
         return self.checkpoint / name
 
     def last_checkpoint(self, phase: str) -> str | None:
-        """The latest complete one: trainer_state.json is what Trainer writes last."""
-        found = {}
-        for path in self.phase(phase).glob("checkpoint-*"):
-            number = path.name.removeprefix("checkpoint-")
-            try:
-                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue  # a killed process left it half-written
-            if number.isdecimal():
-                found[int(number)] = str(path)
-        return found[max(found)] if found else None
+        """The latest valid one; a line tells of each later one that is passed over."""
+        path = checkpoint.last_valid(self.phase(phase))
+        return None if path is None else str(path)
 
     def rows(self) -> list[dict]:
         """metrics.jsonl, without a last line that a killed process left half-written."""
