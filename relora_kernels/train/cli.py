@@ -42,6 +42,7 @@ from .callback import ReLoRaCallback, SkipNonFiniteCallback, StopOnSignalCallbac
 from .data import Blocks, load_corpus, load_tokenizer, training_blocks
 from .metrics import MetricsCallback, Progress, json_lines, tensorboard
 from .output import RunFolder, write_text
+from .spectrum import SpectrumCallback, figures, measure
 from .trainer import ReLoRaTrainer
 
 
@@ -241,6 +242,9 @@ class Run:
         )
         self.guard.first_step = self.stop.first_step = first
         self.guard.in_a_row = 0
+        relora = []
+        if schedule:  # the spectrum first: it looks at the factors that a restart replaces
+            relora = [SpectrumCallback(schedule, self.folder.spectrum), ReLoRaCallback(schedule)]
         trainer = _InOrder(
             model=model,
             args=self._training_arguments(phase, steps, first == 0 and not resumed),
@@ -251,12 +255,7 @@ class Run:
             data_collator=default_data_collator,
             processing_class=self.tokenizer,
             optimizers=(optimizer, lr_scheduler),
-            callbacks=[
-                self.guard,
-                *([ReLoRaCallback(schedule)] if schedule else []),
-                metrics,
-                self.stop,
-            ],
+            callbacks=[self.guard, *relora, metrics, self.stop],
             fingerprint={"corpus": self.corpus["sha256"], "vocabulary": len(self.tokenizer)},
         )
         trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
@@ -330,6 +329,7 @@ class Run:
             # In fp32 the residual of bf16 merges goes into the weights instead of being dropped.
             merge_and_unload(model.float())
         self._export(model)
+        spectrum = measure(model, folder.spectrum) if args.relora_steps > 0 else None
         speeds = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
         memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
         tokens = args.steps * args.batch_size * args.seq_length
@@ -343,6 +343,7 @@ class Run:
             "tokens": tokens,
             "epochs": tokens / self.blocks.size,
             **report.losses(rows),
+            "update_rank": figures(spectrum) if spectrum else None,
             "train_seconds": rows[-1]["seconds"] if rows else None,
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "peak_memory_mib": max(memory) if memory else None,
@@ -358,7 +359,7 @@ class Run:
             "settings": args.settings(),
             "sample": report.sample_text(model, self.tokenizer, self.prompt, args.seed),
         }
-        report.plot_metrics(rows, folder.plots)
+        report.plot_metrics(rows, folder.plots, spectrum)
         write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
         print(f"\n{report.table(summary)}\n\nsample\n{summary['sample']}\n")
         print(f"written to {folder.root}")

@@ -22,7 +22,8 @@ class RunFolder:
     corpus.json     what it was trained on
     metrics.jsonl   one row per logged step, validation and restart
     tensorboard/    the same for TensorBoard
-    plots/          loss.png, learning_rate.png
+    plots/          summary.png, and its parts loss.png, learning_rate.png, spectrum.png
+    spectrum/       weights at the start of ReLoRA, factors of the first cycle, singular values
     summary.json    the table printed at the end, and more
     final/          the merged model and its tokenizer, an ordinary Hugging Face checkpoint
     checkpoint/     warm_start/ and relora/: checkpoints of the two phases, for --resume
@@ -35,6 +36,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.plots = self.root / "plots"
+        self.spectrum = self.root / "spectrum"
         self.summary = self.root / "summary.json"
         self.final = self.root / "final"
         self.checkpoint = self.root / "checkpoint"
@@ -80,8 +82,10 @@ class RunFolder:
         patterns += [f"{name}.tmp" for name in patterns]
         patterns += [
             "tensorboard/events.out.tfevents.*",
-            "plots/loss.png",
-            "plots/learning_rate.png",
+            *(f"plots/{name}.png" for name in ("loss", "learning_rate", "spectrum", "summary")),
+            "spectrum/start.safetensors*",
+            "spectrum/first_cycle.safetensors*",
+            "spectrum/singular_values.json*",
         ]
         patterns += [f"checkpoint/{phase}/**/*" for phase in ("warm_start", "relora")]
         for folder in ("final", "final.tmp"):
