@@ -265,6 +265,7 @@ def test_there_is_one_merge_fault_9(monkeypatch):
     train(model)
     before = {p: m.weight.clone() for p, m in relora_layers(model)}
     calls = []
+    monkeypatch.setattr(layers, "merge_and_restart", lambda restarts: calls.extend(restarts))
     monkeypatch.setattr(layers, "merge_checked", lambda *args, **kwargs: calls.append(args))
     relora_layers(model)[0][1].merge()
     merge_and_reinit(model)
