@@ -90,7 +90,7 @@ __device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, bool wide,
                                            int64_t col, int64_t valid) {
   constexpr int kElements = 16 / int(sizeof(F));
   const int count = int(valid < 0 ? 0 : min(valid, int64_t(kElements)));
-  const F* from = static_cast<const F*>(m.data);  // a valid address even where nothing is read
+  const F* from = global_memory<const F>(m.data);  // a valid address even where nothing is read
   if (count) from += row * m.row + col * m.col;
   if (wide) return copy_async<16>(to, from, count * int(sizeof(F)));
 #pragma unroll
@@ -162,9 +162,9 @@ __device__ __forceinline__ void split(uint32_t (&words)[kCount], uint32_t* rest)
 template <typename F, bool kSplit>
 __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, const Slot& B,
                                          int warp_row, int warp_col) {
-  const int g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
   constexpr bool kTf32 = sizeof(F) == 4;
-#pragma unroll(kSplit ? 1 : 2)  // unrolled, three products for one take more registers than there are
+#pragma unroll 1  // both steps at once need more registers than sm_100 and 120 have to spare
   for (int step = 0; step < 2; ++step) {
     uint32_t cols[2][4][2], cols_rest[2][4][2];
 #pragma unroll
@@ -222,9 +222,9 @@ template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
 
 struct Place { int row, col; };  // in the tile
-__device__ __forceinline__ Place strip_place(int strip, int warp_row, int warp_col) {
-  const int g = int(threadIdx.x) % 32 / 4, t = int(threadIdx.x) % 4;
-  return {warp_row + strip / 4 * 16 + strip / 2 % 2 * 8 + g, warp_col + strip % 2 * 32 + t * 8};
+__device__ __forceinline__ Place strip_place(int strip, int lane, int warp_row, int warp_col) {
+  return {warp_row + strip / 4 * 16 + strip / 2 % 2 * 8 + lane / 4,
+          warp_col + strip % 2 * 32 + lane % 4 * 8};
 }
 __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int strip, int i) {
   return acc[strip / 4][strip % 2 * 4 + i % 4][strip / 2 % 2 * 2 + i / 4];
@@ -275,7 +275,7 @@ __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer&
   static_assert(kRows == kThreads, "one row a thread");
   const int64_t col = work.col0 + tile * kCols;
   if (int(threadIdx.x) >= work.rows || m.col != 1) return;
-  const T* const row = static_cast<const T*>(m.data) + (work.row0 + threadIdx.x) * m.row;
+  const T* const row = global_memory<const T>(m.data) + (work.row0 + threadIdx.x) * m.row;
   const T* const end = row + min(layer.k, col + kCols);
 #pragma unroll 1
   for (const T* at = row + col; at < end; at += 32 / sizeof(T)) prefetch_L2(at);
@@ -288,7 +288,7 @@ template <typename T>
 __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const MergeLayer& layer,
                                              const Work& work, Rounding rounding, int tile,
                                              int warp_row, int warp_col, float* scratch) {
-  const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
   constexpr int kRowsAtOnce = 2, kElements = 2 * kRowsAtOnce;
   const Matrix &wm = layer.weight, &rm = layer.residual;
   const bool compensated = rounding == Rounding::compensated;
@@ -306,8 +306,8 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const 
     for (int first = 0; first < 8; first += kRowsAtOnce) {
       const int tile_row = warp_row + piece / 2 * 16 + piece % 2 * 8 + first;
       const int64_t row = work.row0 + tile_row;
-      T* const w_at = static_cast<T*>(wm.data) + row * wm.row + col * wm.col;
-      T* const r_at = static_cast<T*>(rm.data) + row * rm.row + col * rm.col;
+      T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
+      T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
       T w[kElements], rest[kElements];
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -354,19 +354,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   float acc[4][8][4] = {};
   const bool compensated = table.rounding == Rounding::compensated;
   while (tile < work.tiles) {
-    auto load_window = [&](auto& window, const Matrix& m, int s) {
-      const Place at = strip_place(s, warp_row, warp_col);
+    auto load_window = [&](auto& window, const Matrix& m, int s, int lane) {
+      const Place at = strip_place(s, lane, warp_row, warp_col);
       const int64_t col = work.col0 + tile * kCols + at.col;
       if (s < kStrips && at.row < work.rows && col < layer.k)
         copy_strip(window[s % (sizeof window / sizeof window[0])].v,
-                   static_cast<const T*>(m.data) + (work.row0 + at.row) * m.row + col);
+                   global_memory<const T>(m.data) + (work.row0 + at.row) * m.row + col);
     };
     if (chunk == (tile ? 0 : 1 - kRing)) {  // so that HBM's latency passes under the product
       prefetch_tile<T>(layer.weight, layer, work, tile);
       if (compensated) prefetch_tile<T>(layer.residual, layer, work, tile);
+      const int lane = lane_id();
       if (work.wide)
 #pragma unroll
-        for (int s = 0; s < kEarly<T>; ++s) load_window(window, layer.weight, s);
+        for (int s = 0; s < kEarly<T>; ++s) load_window(window, layer.weight, s, lane);
     }
     if (chunk >= 0) {
       wait_for_copies<kRing - 2>();
@@ -392,18 +393,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     if (++chunk < work.chunks) continue;
 
     if (work.wide) {
+      const int lane = lane_id();
 #pragma unroll
-      for (int s = kEarly<T>; s < kWindow<T>; ++s) load_window(window, layer.weight, s);
+      for (int s = kEarly<T>; s < kWindow<T>; ++s)
+        load_window(window, layer.weight, s, lane);
 #pragma unroll
       for (int s = 0; s < kRestWindow<T>; ++s)
-        if (compensated) load_window(rest_window, layer.residual, s);
+        if (compensated) load_window(rest_window, layer.residual, s, lane);
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
-        const Place at = strip_place(s, warp_row, warp_col);
+        const Place at = strip_place(s, lane, warp_row, warp_col);
         const int64_t row = work.row0 + at.row, col = work.col0 + tile * kCols + at.col;
         Strip<T> w = window[s % kWindow<T>], rest = rest_window[s % kRestWindow<T>];
-        load_window(window, layer.weight, s + kWindow<T>);
-        if (compensated) load_window(rest_window, layer.residual, s + kRestWindow<T>);
+        load_window(window, layer.weight, s + kWindow<T>, lane);
+        if (compensated) load_window(rest_window, layer.residual, s + kRestWindow<T>, lane);
         if (at.row >= work.rows || col >= layer.k) continue;
         Words words{};
         if (table.rounding == Rounding::stochastic)
@@ -412,9 +415,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
         for (int i = 0; i < kStrip; ++i)
           merge_element(w.v[i], rest.v[i], strip_value(acc, s, i), layer.scaling, table.rounding,
                         bits16(words, i));
-        copy_strip(static_cast<T*>(layer.weight.data) + row * layer.weight.row + col, w.v);
+        copy_strip(global_memory<T>(layer.weight.data) + row * layer.weight.row + col, w.v);
         if (compensated)
-          copy_strip(static_cast<T*>(layer.residual.data) + row * layer.residual.row + col, rest.v);
+          copy_strip(global_memory<T>(layer.residual.data) + row * layer.residual.row + col, rest.v);
       }
     } else {
       __syncthreads();  // then the slot multiplied last is free until the next stage
@@ -452,7 +455,7 @@ constexpr int kRestartThreads = 256, kQuads = 8;  // a thread's groups of four n
 template <typename F>
 __device__ __forceinline__ void store_quad(const Matrix& m, int64_t row, int64_t col, int64_t cols,
                                            const F (&quad)[4]) {
-  F* const at = static_cast<F*>(m.data) + row * m.row + col * m.col;
+  F* const at = global_memory<F>(m.data) + row * m.row + col * m.col;
   constexpr int kBytes = 4 * int(sizeof(F));
   if (col + 4 <= cols && m.col == 1 && reinterpret_cast<uintptr_t>(at) % kBytes == 0) {
     if constexpr (kBytes == 16)

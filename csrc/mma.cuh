@@ -11,6 +11,22 @@
 
 namespace relora {
 
+// The same pointer, known to point to global memory: LDG and STG instead of generic accesses, where
+// it comes out of a table.
+template <typename T>
+__device__ __forceinline__ T* global_memory(void* p) {
+  __builtin_assume(__isGlobal(p));
+  return static_cast<T*>(p);
+}
+
+// The lane, asked for anew each time: addresses made from threadIdx would be kept in registers across
+// loops that have none to spare.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // kBytes (4 or 16) to shared memory: the first `bytes` of them from global memory, then zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {

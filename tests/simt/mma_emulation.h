@@ -19,6 +19,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 namespace relora {
 
+template <typename T>
+T* global_memory(void* p) { return static_cast<T*>(p); }
+
+inline int lane_id() { return int(threadIdx.x) % 32; }
+
 struct WarpFragments { uint32_t l[32][4], r[32][2]; };
 inline WarpFragments fragments[32][2];  // of a warp's product, and of its next one
 inline unsigned products[1024];         // that a thread has taken part in
