@@ -8,6 +8,29 @@
 //
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
+//
+// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W has
+// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and three
+// of the four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7
+// times as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096
+// at r = 128).
+//
+// What bounds it on an H200, 4096 x 4096, bf16 W, fp32 factors, r = 128; by data sheets and
+// published microbenchmarks, not measured here:
+//   HBM     W in and out, 67 MB at 4.3 TB/s                              15.6 us
+//   tensor  4.3 GFLOP of tf32 by mma.sync, some 62 % of the 494 TFLOP/s  14 us (16-bit factors: 7)
+//   L2      lora_A once for 128 rows of W, 67 MB; lora_B once for a
+//           block, 17 MB; W's 34 MB; at some 6.8 TB/s                    17 us (16-bit factors: 11)
+//   shared  64 KB into and 256 KB out of shared memory for a tile        1.5 us of a tile's 2
+// None has much to spare, so all have to overlap:
+// - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
+//   half as much again and make shared memory the bound;
+// - a block goes through several tiles in one row, and lora_B stays in shared memory if r <= 128
+//   (16-bit: 256), else it is streamed like lora_A. Nothing else changes with r;
+// - two blocks share a multiprocessor: one's sums go under the other's products;
+// - W's tile is fetched before its product, the first strips into registers and the rest into L2;
+// - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
+//   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
 #include <type_traits>
 
@@ -213,9 +236,10 @@ __device__ __forceinline__ void copy_strip(T* to, const T* from) {
 }
 
 // Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set out
-// before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators.
+// before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with four
+// ptxas spills on sm_100 and 120.
 template <typename T>
-constexpr int kWindow = sizeof(T) == 2 ? 4 : 1;
+constexpr int kWindow = sizeof(T) == 2 ? 3 : 1;
 template <typename T>
 constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>

@@ -382,7 +382,8 @@ def merge_layers(layers: Sequence[FusedReLoRaLinear]) -> None:
         if staged >= STAGED_BYTES:
             _merge_waiting(waiting)
             waiting, staged = [], 0
-    _merge_waiting(waiting)
+    if waiting:
+        _merge_waiting(waiting)
 
 
 def _staged_bytes(restart: Restart, residual: torch.Tensor | None) -> int:

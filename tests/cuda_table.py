@@ -101,9 +101,15 @@ def widest(row: dict, kind: str) -> int:
 def print_table(rows) -> None:
     nvcc = cuda_build.nvcc_version(cuda_build.find_nvcc())
     print("# What nvcc makes of the CUDA kernels\n")
-    print(f"nvcc {nvcc}, by `python tests/cuda_table.py --table`; no GPU is needed. Spills: bytes of")
-    print("local memory. Shared: bytes of static shared memory; the launchers ask for the dynamic part.")
-    print("Load, copy, store: bits of the widest global access, copy being straight to shared memory.\n")
+    print(
+        f"nvcc {nvcc}, by `python tests/cuda_table.py --table`; no GPU is needed. Spills: bytes of"
+    )
+    print(
+        "local memory. Shared: bytes of static shared memory; the launchers ask for the dynamic part."
+    )
+    print(
+        "Load, copy, store: bits of the widest global access, copy being straight to shared memory.\n"
+    )
     print("| kernel | sm | registers | spills | shared | tensor cores | load | copy | store |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
