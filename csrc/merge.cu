@@ -332,12 +332,12 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const 
       const int64_t row = work.row0 + tile_row;
       T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
       T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
-      T w[kElements], rest[kElements];
+      float w[kElements] = {}, rest[kElements] = {};  // as T, they end up in local memory
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (tile_row + i / 2 >= work.rows || col + i % 2 * 32 >= layer.k) continue;
-        w[i] = w_at[i / 2 * wm.row + i % 2 * 32 * wm.col];
-        if (compensated) rest[i] = r_at[i / 2 * rm.row + i % 2 * 32 * rm.col];
+        w[i] = to_float(w_at[i / 2 * wm.row + i % 2 * 32 * wm.col]);
+        if (compensated) rest[i] = to_float(r_at[i / 2 * rm.row + i % 2 * 32 * rm.col]);
       }
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -346,14 +346,18 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const 
         if (rounding == Rounding::stochastic) {
           const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + i / 2,
                                    col / kStrip + i % 2 * 4);
-#pragma unroll
-          for (int j = 0; j < kStrip; ++j)  // an index known only now would need local memory
-            if (j == lane % kStrip) rand16 = bits16(words, j);
+          // bits16 by masks: choosing by index or by condition would put the words in local memory.
+          const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
+          const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
+          const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
+          const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
+          rand16 = word >> (lane % 2 * 16) & 0xFFFFu;
         }
-        merge_element(w[i], rest[i], scratch[(first + i / 2) * kWarp + i % 2 * 32 + lane],
+        T new_w = round_nearest<T>(w[i]), new_rest = round_nearest<T>(rest[i]);  // exact
+        merge_element(new_w, new_rest, scratch[(first + i / 2) * kWarp + i % 2 * 32 + lane],
                       layer.scaling, rounding, rand16);
-        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = w[i];
-        if (compensated) r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = rest[i];
+        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = new_w;
+        if (compensated) r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = new_rest;
       }
     }
     __syncwarp();
