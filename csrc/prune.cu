@@ -11,7 +11,7 @@
 //                   finish     zero the listed elements up to the threshold
 //   large, 16-bit   count      all 15 bits of the keys: the threshold itself           one read
 //                   finish     zero up to the threshold                        one read, one write
-//   one span        small      all of it in one block, whose later reads come from L1 and L2
+//   up to kSmall    small      all of it in one block, whose later reads come from L1 and L2
 //
 // Where the bin holds more than the list has room for (ties, constant tensors), or where rounding
 // lifts the threshold to an element above the bin, recount and finish go over the whole tensor: the
@@ -24,7 +24,8 @@
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one
 // standard deviation, 1.51 %, and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % holds that at any
 // scale and ratio, and costs 1.56 % of the tensor's memory. The histograms of the tensors in one
-// launch are kept to the share that Format says, and reused by the next launches.
+// launch are kept to the share that Format says, and reused by the next launches: less than 2 % of
+// the list in all for one tensor of 10 MB, or many of 0.2 GB; below, 16 histograms at most.
 #include "launch.h"
 #include "numerics.cuh"
 
@@ -36,12 +37,12 @@ namespace relora {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kUnroll = 4;     // 16-byte loads in flight a thread
-constexpr int kSpan = 49152;   // elements a block: 16-bit counters and offsets hold it
-constexpr int kRoomShare = 64; // one element in so many may be listed
-constexpr int kLocal = 4096;   // listed elements that a block collects before it asks for room
-constexpr int kRows = 48;      // of 72 bytes: a kernel's parameters are at most 4 KB
-constexpr int kFewRows = 16;   // a launch takes so many tensors whatever the histograms cost
+constexpr int kUnroll = 4;      // 16-byte loads in flight a thread
+constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit counters hold that
+constexpr int kRoomShare = 64;  // one element in so many may be listed
+constexpr int kLocal = 2048;    // listed elements that a block collects before it asks for room
+constexpr int kRows = 48;       // of 72 bytes: a kernel's parameters are at most 4 KB
+constexpr int kFewRows = 16;    // a launch takes so many tensors whatever the histograms cost
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
@@ -79,7 +80,8 @@ struct State {
   uint32_t not_above;       // ~(least key above the prefix that recount saw)
   uint32_t listed;
   uint32_t threshold;
-  Source source;
+  Source source;   // of recount
+  Source finish;   // of finish: no block of recount's may see it change
 };
 
 struct alignas(16) Slot {
@@ -97,8 +99,8 @@ struct Row {
   uint32_t* list;
   uint32_t room;
   uint32_t first_block;
-  uint32_t index;        // in the caller's list
-  uint8_t dtype, partner_bytes;  // partner_bytes: 0, 2 or 4 an element
+  uint32_t index;                // in the caller's list
+  uint8_t dtype, partner_bytes;  // DType; 0, 2 or 4 bytes an element
 };
 
 // The table travels by value, as every kernel's parameter: there is no copy from host memory, which
@@ -116,6 +118,14 @@ static_assert(sizeof(Table) <= 4096, "a kernel's parameters");
 
 extern __shared__ uint4 dynamic_shared[];
 
+template <typename Bits>
+constexpr int kPack = 16 / int(sizeof(Bits));
+
+// Elements a block: 96 KB of them, so that a tensor of 1 MB has eleven blocks, and the block's
+// histogram costs little beside them.
+template <typename Bits>
+constexpr int kSpan = 3 * kThreads * kUnroll * kPack<Bits>;
+
 // ---- A block's part of a tensor -----------------------------------------------------------------
 
 struct Part {
@@ -124,6 +134,7 @@ struct Part {
   int64_t begin, end;      // elements
 };
 
+template <typename Bits>
 __device__ __forceinline__ Part find_part(const Table& table) {
   uint32_t low = 0, high = table.count;
   while (high - low > 1) {
@@ -133,12 +144,9 @@ __device__ __forceinline__ Part find_part(const Table& table) {
   const Row& row = table.rows[low];
   const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
   const uint32_t block = blockIdx.x - row.first_block;
-  const int64_t begin = int64_t(block) * kSpan;
-  return {row, block, next - row.first_block, begin, min(row.size, begin + kSpan)};
+  const int64_t begin = int64_t(block) * kSpan<Bits>;
+  return {row, block, next - row.first_block, begin, min(row.size, begin + kSpan<Bits>)};
 }
-
-template <typename Bits>
-constexpr int kPack = 16 / int(sizeof(Bits));
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
 template <typename Bits>
@@ -174,11 +182,11 @@ __device__ __forceinline__ bool is_wide(const void* at) {
 }
 
 // visit(strip, index of its first element, elements in it) for the elements [begin, end), where
-// begin is a multiple of kSpan: sweeps of 16-byte loads, then single elements.
+// begin is a multiple of the span: sweeps of 16-byte loads, then single elements.
 template <typename Bits, typename Visit>
 __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit) {
   constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kUnroll;
-  static_assert(kSpan % kSweep == 0, "whole sweeps");
+  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
   const Bits* data = static_cast<const Bits*>(row.data);
   Strip<Bits> strips[kUnroll];
   if (is_wide(data))
@@ -202,7 +210,7 @@ template <typename Bits, int kStrips, bool kPaired, typename Dropped>
 __device__ __forceinline__ int64_t clear_sweeps(const Row& row, int64_t begin, int64_t end,
                                                 Dropped&& dropped) {
   constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kStrips;
-  static_assert(kSpan % kSweep == 0, "whole sweeps");
+  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
   Bits* data = static_cast<Bits*>(row.data);
   Bits* partner = static_cast<Bits*>(row.partner);
   Strip<Bits> mine[kStrips], other[kStrips];
@@ -271,13 +279,15 @@ __device__ __forceinline__ void clear_to(const Row& row, int64_t begin, int64_t 
 
 // ---- Histograms ---------------------------------------------------------------------------------
 
-// A block's own, in shared memory.
+// A block's own, in shared memory; 16-byte aligned, and in 16 bytes or more.
 template <bool kPacked>
 struct SharedHist {
   uint32_t* words;
 
   __device__ __forceinline__ void zero(int bins) {
-    for (int i = threadIdx.x; i < (kPacked ? bins / 2 : bins); i += kThreads) words[i] = 0;
+    const int fours = ((kPacked ? bins / 2 : bins) + 3) / 4;
+    for (int i = threadIdx.x; i < fours; i += kThreads)
+      reinterpret_cast<uint4*>(words)[i] = {0, 0, 0, 0};
   }
   __device__ __forceinline__ void add(uint32_t bin, uint32_t count) {
     if (kPacked)
@@ -303,15 +313,26 @@ struct GlobalHist {
   __device__ __forceinline__ unsigned long long operator()(int bin) const {
     return wide ? wide_words()[bin] : words[bin];
   }
-  template <typename Shared>
-  __device__ __forceinline__ void add(const Shared& counts, int bins) {
-    for (int bin = threadIdx.x; bin < bins; bin += kThreads) {
-      const uint32_t count = counts(bin);
-      if (count == 0) continue;
-      if (wide)
-        atomicAdd(&wide_words()[bin], (unsigned long long)count);
-      else
-        atomicAdd(&words[bin], count);
+  __device__ __forceinline__ void add(int bin, uint32_t count) {
+    if (count == 0) return;
+    if (wide)
+      atomicAdd(&wide_words()[bin], (unsigned long long)count);
+    else
+      atomicAdd(&words[bin], count);
+  }
+  template <bool kPacked>
+  __device__ __forceinline__ void add(const SharedHist<kPacked>& counts, int bins) {
+    constexpr int kEach = kPacked ? 2 : 1;  // bins a word; most of them are empty
+    for (int i = threadIdx.x; i < bins / (4 * kEach); i += kThreads) {
+      const uint4 four = reinterpret_cast<const uint4*>(counts.words)[i];
+      if ((four.x | four.y | four.z | four.w) == 0) continue;
+      const uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int bin = (4 * i + j) * kEach;
+        add(bin, kPacked ? word[j] & 0xFFFFu : word[j]);
+        if (kPacked) add(bin + 1, word[j] >> 16);
+      }
     }
   }
   __device__ __forceinline__ void zero(int bins) {
@@ -432,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 2) count_kernel(const __grid_constan
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
   SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
-  const Part part = find_part(table);
+  const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   State& state = row.slot->state;
 
@@ -460,24 +481,26 @@ __global__ void __launch_bounds__(kThreads, 2) count_kernel(const __grid_constan
     const bool all = holds_nan(DType(row.dtype), state.greatest);
     if (kShift == 0) {
       state.threshold = all ? kDropAll : find_threshold(row, table, picked, 0, kAll);
-      state.source = Source::whole;
+      state.finish = Source::whole;
     } else {
-      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // above the highest: `partition` zeroes all
+      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all lie below: partition zeroes them
       state.left = picked.left;
       state.source = all ? Source::nothing
                          : picked.here <= row.room ? Source::list : Source::whole;
+      state.finish = state.source;
     }
   }
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
 }
 
-__global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2)
+partition_kernel(const __grid_constant__ Table table) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kNextShift = F::third, kNextBins = 1 << F::second;
-  __shared__ uint32_t words[kNextBins];
+  alignas(16) __shared__ uint32_t words[kNextBins];
   __shared__ uint16_t local[kLocal];
   __shared__ uint32_t found, base;
-  const Part part = find_part(table);
+  const Part part = find_part<uint32_t>(table);
   const Row& row = part.row;
   State& state = row.slot->state;
   SharedHist<false> hist{words};
@@ -489,7 +512,7 @@ __global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_con
   const bool listing = state.source == Source::list;
   uint32_t not_above = 0;
   Runs<SharedHist<false>> runs(hist);
-  clear<uint32_t, kUnroll>(row, part.begin, part.end, [&](const auto& strip, int64_t first, int count) {
+  const auto sort_in = [&](const auto& strip, int64_t first, int count) {
     uint32_t mask = 0;
 #pragma unroll
     for (int i = 0; i < kPack<uint32_t>; ++i) {
@@ -510,7 +533,8 @@ __global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_con
       }
     }
     return mask;
-  });
+  };
+  clear<uint32_t, kUnroll>(row, part.begin, part.end, sort_in);
   runs.flush();
   block_max(&state.not_above_bin, not_above);
   __syncthreads();
@@ -530,19 +554,21 @@ __global__ void __launch_bounds__(kThreads, 2) partition_kernel(const __grid_con
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) recount_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, 2)
+recount_kernel(const __grid_constant__ Table table) {
   using F = Format<uint32_t>;
   constexpr int kBins = 1 << F::third;
-  __shared__ uint32_t words[kBins];
-  const Part part = find_part(table);
+  alignas(16) __shared__ uint32_t words[kBins];
+  const Part part = find_part<uint32_t>(table);
   const Row& row = part.row;
   State& state = row.slot->state;
   SharedHist<false> hist{words};
 
   if (state.source == Source::nothing) return;
-  const bool listed = state.source == Source::list;
+  const bool listing = state.source == Source::list;
+  const uint32_t listed = state.listed;
   const uint32_t blocks =
-      listed ? min(part.blocks, (state.listed + kThreads - 1) / kThreads) : part.blocks;
+      listing ? min(part.blocks, (listed + kThreads - 1) / kThreads) : part.blocks;
   if (part.block >= blocks) return;
   hist.zero(kBins);
   __syncthreads();
@@ -553,9 +579,9 @@ __global__ void __launch_bounds__(kThreads, 2) recount_kernel(const __grid_const
     if (key >> F::third == prefix) runs.add(key & (kBins - 1));
     if (key >> F::third > prefix) not_above = max(not_above, ~key);
   };
-  if (listed) {
+  if (listing) {
     const uint32_t* data = static_cast<const uint32_t*>(row.data);
-    for (uint32_t i = part.block * kThreads + threadIdx.x; i < state.listed; i += blocks * kThreads)
+    for (uint32_t i = part.block * kThreads + threadIdx.x; i < listed; i += blocks * kThreads)
       count_key(magnitude_key(data[row.list[i]]));
   } else {
     read<uint32_t>(row, part.begin, part.end, [&](const auto& strip, int64_t, int count) {
@@ -576,21 +602,20 @@ __global__ void __launch_bounds__(kThreads, 2) recount_kernel(const __grid_const
   if (threadIdx.x == 0) {
     const uint32_t above = min(~state.not_above, ~state.not_above_bin);
     state.threshold = find_threshold(row, table, picked, prefix << F::third, above);
-    if (state.threshold >= ~state.not_above_bin) state.source = Source::whole;
+    if (state.threshold >= ~state.not_above_bin) state.finish = Source::whole;
   }
 }
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_constant__ Table table) {
-  const Part part = find_part(table);
+  const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   const State& state = row.slot->state;
-  const uint32_t threshold = state.threshold;
-  if (state.source == Source::whole) clear_to<Bits>(row, part.begin, part.end, threshold);
-  if (state.source != Source::list) return;
+  const uint32_t threshold = state.threshold, listed = state.listed;
+  if (state.finish == Source::whole) clear_to<Bits>(row, part.begin, part.end, threshold);
+  if (state.finish != Source::list) return;
   Bits* data = static_cast<Bits*>(row.data);
-  for (uint32_t i = part.block * kThreads + threadIdx.x; i < state.listed;
-       i += part.blocks * kThreads) {
+  for (uint32_t i = part.block * kThreads + threadIdx.x; i < listed; i += part.blocks * kThreads) {
     const uint32_t at = row.list[i];
     if (magnitude_key(data[at]) > threshold) continue;
     data[at] = 0;
@@ -604,7 +629,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_kernel(const __grid_constan
   constexpr int kKeyBits = 8 * int(sizeof(Bits)) - 1;
   __shared__ uint32_t extremes[2];  // greatest key, ~(least key above the prefix)
   SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
-  const Part part = find_part(table);
+  const Part part = find_part<Bits>(table);
   const Row& row = part.row;
 
   unsigned long long left = quantile_rank(row.size, table.ratio).low;
@@ -640,14 +665,13 @@ __global__ void __launch_bounds__(kThreads, 2) small_kernel(const __grid_constan
     if (shift == 0) threshold = find_threshold(row, table, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
-    __syncthreads();  // before the next round's zeros
   }
   clear_to<Bits>(row, 0, row.size, threshold);
 }
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_constant__ Table table) {
-  const Part part = find_part(table);
+  const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   const int shift = int(row.first & 3);  // words of a draw that belong to elements before `first`
   clear<Bits, 2>(row, part.begin, part.end, [&](const auto&, int64_t first, int) {
@@ -657,7 +681,8 @@ __global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_consta
 #pragma unroll
     for (int four = 0; four < kPack<Bits> / 4; ++four) {
       Words next{};
-      if (shift || four + 1 < kPack<Bits> / 4) next = draw(row.seed, kStreamPrune, 0, block + four + 1);
+      if (shift || four + 1 < kPack<Bits> / 4)
+        next = draw(row.seed, kStreamPrune, 0, block + four + 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t drawn = words.w[i];  // selected by value: no index known only at run time
@@ -674,7 +699,7 @@ __global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_consta
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_constant__ Table table) {
-  const Part part = find_part(table);
+  const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
   const int bins = 1 << table.bits, above = table.shift + table.bits;
@@ -714,7 +739,6 @@ __global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_consta
 // ---- Launchers ----------------------------------------------------------------------------------
 
 int bytes_of(int64_t dtype) { return DType(dtype) == DType::f32 ? 4 : 2; }
-int64_t blocks_of(int64_t size) { return (size + kSpan - 1) / kSpan; }
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Tensors of one element size, in groups of one table each; a group's histograms lie first in the
@@ -746,8 +770,10 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
     for (; i < count && table.count < rows; ++i) {
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
-      if (which != Which::any && (t.size <= kSpan) != (which == Which::small)) continue;
-      if (blocks + blocks_of(t.size) > INT32_MAX) break;
+      if (which != Which::any && (t.size <= kSmall) != (which == Which::small)) continue;
+      const int64_t its_blocks =
+          which == Which::small ? 1 : (t.size + kSpan<Bits> - 1) / kSpan<Bits>;
+      if (blocks + its_blocks > INT32_MAX) break;
       Row& row = table.rows[table.count++];
       row.data = t.data;
       row.partner = t.partner;
@@ -758,7 +784,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       row.index = uint32_t(i);
       row.dtype = uint8_t(t.dtype);
       row.partner_bytes = uint8_t(t.partner ? bytes_of(t.partner_dtype) : 0);
-      blocks += blocks_of(t.size);
+      blocks += its_blocks;
       if (which != Which::large) continue;
       const bool wide = t.size >= kWideFrom;
       row.room = sizeof(Bits) == 4 && !wide ? uint32_t(t.size / kRoomShare) : 0;
@@ -766,7 +792,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       group.hist_bytes += rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins));
     }
     if (table.count == 0) {
-      if (i < count) return cudaErrorInvalidConfiguration;  // one tensor of more than 10^14 elements
+      if (i < count) return cudaErrorInvalidConfiguration;  // one tensor of over 10^13 elements
       break;
     }
     group.bytes = group.hist_bytes;
@@ -866,7 +892,7 @@ cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const in
       table.highest = highest;
       table.shift = shift;
       table.bits = bits;
-      return launch(kernel, table, 4 << bits, stream);
+      return launch(kernel, table, max(4 << bits, 16), stream);
     };
   };
   if (cudaError_t error = for_each_group<uint32_t>(tensors, count, Which::any, nullptr,

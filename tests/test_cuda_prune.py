@@ -187,6 +187,7 @@ def values_of(kind: str, n: int, generator) -> torch.Tensor:
         "constant": lambda: torch.full((n,), -2.5),
         "zeros": lambda: torch.zeros(n).copysign(base),
         "denormal": lambda: base * 1e-40,
+        "tiny": lambda: base * 1e-27,
         "with inf": lambda: torch.where(some < 0.1, torch.inf, base),
         "all inf": lambda: torch.full((n,), -torch.inf),
         "one NaN": lambda: base.index_fill(0, torch.tensor(pick), torch.nan),
@@ -196,8 +197,8 @@ def values_of(kind: str, n: int, generator) -> torch.Tensor:
 
 
 KINDS = (
-    "normal", "log-normal", "ties", "mostly zero", "constant", "zeros", "denormal", "with inf",
-    "all inf", "one NaN", "all NaN", "sorted",
+    "normal", "log-normal", "ties", "mostly zero", "constant", "zeros", "denormal", "tiny",
+    "with inf", "all inf", "one NaN", "all NaN", "sorted",
 )  # fmt: skip
 
 

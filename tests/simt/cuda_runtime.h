@@ -1,12 +1,14 @@
 // A thin SIMT shim: stands in for CUDA's cuda_runtime.h, so that the host compiler turns the very
 // same .cu file into a CPU program. Put this folder first on the include path.
 //
-// A block's threads are fibers of one OS thread. A fiber runs until it meets a barrier, of its block
-// or of its warp, then the next one runs: threads are as far apart as the barriers allow, so a
-// missing __syncthreads() reads shared memory that nobody has written yet, or that a faster thread
-// has already overwritten. Blocks and threads run in the order simt::order asks for (0 ascending,
-// 1 descending, else shuffled by that seed; shuffled, threads also change over at some atomics).
-// Blocks run one after the other, so what a missing __threadfence() does is not seen.
+// A block's threads are fibers of one OS thread. A warp runs until all its lanes are at a barrier of
+// the block, then the next one does, and within a warp a lane until it meets a barrier or a shuffle:
+// threads are as far apart as the barriers allow, so a missing __syncthreads() reads shared memory
+// that nobody has written yet, or that a faster thread has already overwritten. Blocks, warps and
+// lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
+// seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
+// taking turns after any warp: what one announces before all of its threads have written it, the
+// others miss. (Every write is seen at once: a missing __threadfence() does not show.)
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
@@ -83,12 +85,22 @@ struct Fiber {
 
 struct Warp { uint64_t lanes[32]; };  // what a shuffle or a vote exchanges
 
+struct Block {
+  dim3 index;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;  // its shared memory while another block is in
+  bool live;
+};
+
 inline ucontext_t scheduler;
 inline Fiber* current = nullptr;
-inline std::vector<Fiber> fibers;
-inline std::vector<Warp> warps;
+inline Block* inside = nullptr;
 inline std::mt19937 generator;
 inline std::function<void()> body;
+inline thread_local unsigned char anchor;  // so that there is a thread-local segment
+inline unsigned char* shared_begin = nullptr;
+inline size_t shared_size = 0;
 
 [[noreturn]] inline void die(const char* what, int a, int b) {
   std::fprintf(stderr, "simt: %s (%d, %d), block (%u, %u, %u)\n", what, a, b, blockIdx.x,
@@ -114,8 +126,8 @@ inline void fiber_main() {
   swapcontext(&current->context, &scheduler);
 }
 
-// This library's thread-local segment is its shared memory: 0xFF bytes are NaNs and wild indices.
-inline int poison_own_segment(dl_phdr_info* info, size_t, void* here) {
+// This library's thread-local segment is its shared memory.
+inline int find_own_segment(dl_phdr_info* info, size_t, void* here) {
   bool own = false;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const ElfW(Phdr)& p = info->dlpi_phdr[i];
@@ -123,8 +135,10 @@ inline int poison_own_segment(dl_phdr_info* info, size_t, void* here) {
     own = own || (p.p_type == PT_LOAD && at >= start && at < start + p.p_memsz);
   }
   for (int i = 0; own && i < info->dlpi_phnum; ++i)
-    if (info->dlpi_phdr[i].p_type == PT_TLS && info->dlpi_tls_data)
-      std::memset(info->dlpi_tls_data, 0xFF, info->dlpi_phdr[i].p_memsz);
+    if (info->dlpi_phdr[i].p_type == PT_TLS) {
+      shared_begin = static_cast<unsigned char*>(info->dlpi_tls_data);
+      shared_size = info->dlpi_phdr[i].p_memsz;
+    }
   return own;
 }
 
@@ -140,32 +154,33 @@ inline dim3 unflatten(unsigned id, dim3 shape) {
   return {id % shape.x, id / shape.x % shape.y, id / shape.x / shape.y};
 }
 
-// Lets go on the warps whose lanes have all come to one barrier. All live threads wait.
-inline bool release_warps() {
+// Lets go on the lanes of a warp that have all come to one barrier. All its live lanes wait.
+inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
   bool any = false;
-  for (Fiber& f : fibers) {
+  for (size_t at = first; at < min(first + 32, fibers.size()); ++at) {
+    const Fiber& f = fibers[at];
     if (f.done || f.waits != Wait::warp) continue;
     bool complete = f.mask >> f.id % 32 & 1;
     if (!complete) die("a lane is not in its own mask, line", f.line, int(f.id));
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(f.mask >> lane & 1)) continue;
-      const unsigned id = f.id / 32 * 32 + lane;
-      if (id >= fibers.size() || fibers[id].done)
-        die("a lane in the mask has left, line", f.line, int(id));
-      const Fiber& other = fibers[id];
+      if (first + lane >= fibers.size() || fibers[first + lane].done)
+        die("a lane in the mask has left, line", f.line, int(first + lane));
+      const Fiber& other = fibers[first + lane];
       complete = complete && other.waits == Wait::warp && other.line == f.line &&
                  other.mask == f.mask;
     }
     if (!complete) continue;
+    const unsigned mask = f.mask;
     for (unsigned lane = 0; lane < 32; ++lane)
-      if (f.mask >> lane & 1) fibers[f.id / 32 * 32 + lane].waits = Wait::none;
+      if (mask >> lane & 1) fibers[first + lane].waits = Wait::none;
     any = true;
   }
   return any;
 }
 
-// The same for the block's barrier.
-inline bool release_block() {
+// The same for the block's barrier. False where no thread is left.
+inline bool release_block(std::vector<Fiber>& fibers) {
   int line = 0;
   for (Fiber& f : fibers) {
     if (f.done) continue;
@@ -177,37 +192,61 @@ inline bool release_block() {
   return line != 0;
 }
 
-inline void run_block(size_t dynamic_bytes) {
-  dl_iterate_phdr(poison_own_segment, reinterpret_cast<void*>(&poison_own_segment));
-  const std::vector<unsigned> ids = sequence(unsigned(fibers.size()));
-  for (unsigned id : ids) {
-    Fiber& f = fibers[id];
-    f.index = unflatten(id, blockDim);
-    f.id = id;
+inline void start(Block& block, unsigned id) {
+  block.index = unflatten(id, gridDim);
+  block.live = true;
+  block.shared.assign(shared_size, 0xFF);  // NaNs and wild indices
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  block.fibers.resize(threads);
+  block.warps.resize((threads + 31) / 32);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = block.fibers[i];
+    f.index = unflatten(i, blockDim);
+    f.id = i;
     f.done = false;
     f.waits = Wait::none;
+    f.stack.resize(1 << 16);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
   }
-  do {  // every thread to its next barrier, or its end
-    for (bool ran = true; ran;) {
-      ran = false;
-      for (unsigned id : ids) {
-        Fiber& f = fibers[id];
-        if (f.done || f.waits != Wait::none) continue;
-        current = &f;
-        threadIdx = f.index;
-        swapcontext(&scheduler, &f.context);
-        ran = true;
-      }
-    }
-  } while (release_warps() || release_block());
-  for (size_t i = dynamic_bytes; i < dynamic_capacity; ++i)
-    if (dynamic_shared[i] != 0xFF) die("write behind the dynamic shared memory at byte", int(i), 0);
-  ++blocks_run;
+}
+
+inline void enter(Block& block) {
+  if (inside == &block) return;
+  if (inside) std::memcpy(inside->shared.data(), shared_begin, shared_size);
+  std::memcpy(shared_begin, block.shared.data(), shared_size);
+  inside = &block;
+}
+
+inline bool run_thread(Fiber& f) {
+  if (f.done || f.waits != Wait::none) return false;
+  current = &f;
+  threadIdx = f.index;
+  swapcontext(&scheduler, &f.context);
+  return true;
+}
+
+// Warps of the block to the block's next barrier, or their ends; shuffled, perhaps not all of them.
+// False where the block has ended.
+inline bool advance(Block& block) {
+  blockIdx = block.index;
+  bool any = false;
+  for (unsigned warp : sequence(unsigned(block.warps.size()))) {
+    const unsigned threads = unsigned(block.fibers.size()), first = 32 * warp;
+    const std::vector<unsigned> lanes = sequence(min(32u, threads - first));
+    bool again;
+    do {
+      bool ran = false;
+      for (unsigned lane : lanes) ran = run_thread(block.fibers[first + lane]) || ran;
+      any = any || ran;
+      again = ran || release_warp(block.fibers, first);
+    } while (again);
+    if (order > 1 && generator() % 8 == 0) return true;
+  }
+  return any || release_block(block.fibers);
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
@@ -217,19 +256,35 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
   gridDim = grid;
   blockDim = block;
   generator.seed(order);
-  fibers.resize(threads);
-  warps.resize((threads + 31) / 32);
-  for (Fiber& f : fibers) f.stack.resize(1 << 16);
-  for (unsigned id : sequence(grid.x * grid.y * grid.z)) {
-    blockIdx = unflatten(id, grid);
-    run_block(dynamic_bytes);
+  anchor = 0;
+  dl_iterate_phdr(find_own_segment, reinterpret_cast<void*>(&find_own_segment));
+  const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z);
+  static std::vector<Block> resident(3);
+  size_t started = 0, ended = 0;
+  for (size_t i = 0; i < resident.size(); ++i) {
+    resident[i].live = i < (order > 1 ? resident.size() : 1) && started < queue.size();
+    if (resident[i].live) start(resident[i], queue[started++]);
   }
+  while (ended < queue.size())
+    for (Block& b : resident) {
+      if (!b.live) continue;
+      if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
+      enter(b);
+      if (advance(b)) continue;
+      for (size_t i = dynamic_bytes; i < dynamic_capacity; ++i)
+        if (dynamic_shared[i] != 0xFF) die("write behind the dynamic shared memory", int(i), 0);
+      inside = nullptr;
+      b.live = false;
+      ++ended;
+      if (started < queue.size()) start(b, queue[started++]);
+    }
+  blocks_run += long(ended);
 }
 
 // Every lane of `mask` gives `mine`; reduce(lanes) is called with what all have given.
 template <typename T, typename Reduce>
 auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
-  Warp& warp = warps[current->id / 32];
+  Warp& warp = inside->warps[current->id / 32];
   uint64_t& slot = warp.lanes[current->id % 32];
   slot = 0;
   std::memcpy(&slot, &mine, sizeof mine);
