@@ -2,6 +2,7 @@
 // fragment layout of the PTX manual, and copies that arrive as late as they may.
 #pragma once
 
+#include <map>
 #include <vector>
 
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -25,11 +26,12 @@ T* global_memory(void* p) { return static_cast<T*>(p); }
 inline int lane_id() { return int(threadIdx.x) % 32; }
 
 struct WarpFragments { uint32_t l[32][4], r[32][2]; };
-inline WarpFragments fragments[32][2];  // of a warp's product, and of its next one
-inline unsigned products[1024];         // that a thread has taken part in
+// Thread-local as shared memory is, so that each block has its own.
+inline thread_local WarpFragments fragments[32][2];  // of a warp's product, and of its next one
+inline thread_local unsigned products[1024];         // that a thread has taken part in
 
 struct Copy { void* to; const void* from; int size, bytes; };
-inline std::vector<std::vector<Copy>> copies[1024];  // a thread's groups; the last is being filled
+inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // a thread's groups
 
 inline void run_copies(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
@@ -43,16 +45,17 @@ template <int kBytes>
 void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % kBytes || reinterpret_cast<uintptr_t>(global) % kBytes)
     simt::die("misaligned copy_async of bytes", kBytes, bytes);
-  auto& groups = copies[threadIdx.x];
+  auto& groups = copies[simt::current];
   if (groups.empty()) groups.emplace_back();
   groups.back().push_back({shared, global, kBytes, bytes});
 }
 inline void commit_copies() {
-  copies[threadIdx.x].resize(std::max<size_t>(copies[threadIdx.x].size(), 1) + 1);
+  auto& groups = copies[simt::current];  // the last is being filled
+  groups.resize(std::max<size_t>(groups.size(), 1) + 1);
 }
 template <int kPending>
 void wait_for_copies() {
-  auto& groups = copies[threadIdx.x];
+  auto& groups = copies[simt::current];
   while (int(groups.size()) - 1 > kPending) {
     run_copies(groups.front());
     groups.erase(groups.begin());
