@@ -9,10 +9,13 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W has
-// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and three
+// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W
+// has
+// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and
+// three
 // of the four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7
-// times as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096
+// times as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x
+// 4096
 // at r = 128).
 //
 // What bounds it on an H200, 4096 x 4096, bf16 W, fp32 factors, r = 128; by data sheets and
@@ -71,7 +74,7 @@ __device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& 
 
 extern __shared__ uint4 dynamic_shared[];
 
-// ---- The product ---------------------------------------------------------------------------------
+// ---- The product --------------------------------------------------------------------------------
 
 constexpr int kRows = 128, kCols = 128;  // a tile of W
 constexpr int kWarp = 64;                // rows and columns of a warp's part of it
@@ -119,8 +122,10 @@ __device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, bool wide,
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     F* at = static_cast<F*>(to) + i;
-    if constexpr (sizeof(F) == 4) copy_async<4>(at, i < count ? from + i * m.col : from, i < count ? 4 : 0);
-    else *at = i < count ? from[i * m.col] : F{};
+    if constexpr (sizeof(F) == 4)
+      copy_async<4>(at, i < count ? from + i * m.col : from, i < count ? 4 : 0);
+    else
+      *at = i < count ? from[i * m.col] : F{};
   }
 }
 
@@ -221,7 +226,7 @@ __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, c
   }
 }
 
-// ---- The sum -------------------------------------------------------------------------------------
+// ---- The sum ------------------------------------------------------------------------------------
 
 // Eight neighbouring elements of one row: 16 bytes of a 16-bit W, one random draw.
 constexpr int kStrip = 8, kStrips = 16;  // strips of a lane in a tile
@@ -235,8 +240,10 @@ __device__ __forceinline__ void copy_strip(T* to, const T* from) {
     reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
 }
 
-// Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set out
-// before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with four
+// Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set
+// out
+// before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with
+// four
 // ptxas spills on sm_100 and 120.
 template <typename T>
 constexpr int kWindow = sizeof(T) == 2 ? 3 : 1;
@@ -466,7 +473,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 
 using Kernel = void (*)(MergeTable);
 
-// [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart at
+// [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart
+// at
 // run time: five kernels to compile for each architecture, not 27.
 constexpr Kernel kKernels[3][2] = {
     {merge_kernel<float, float>, nullptr},
@@ -474,7 +482,7 @@ constexpr Kernel kKernels[3][2] = {
     {merge_kernel<fp16, float>, merge_kernel<fp16, fp16>},
 };
 
-// ---- The restart ---------------------------------------------------------------------------------
+// ---- The restart --------------------------------------------------------------------------------
 
 // A second launch, not blocks of the first: a layer's factors may go when its last tile is done,
 // and the order of a stream says that without counters, fences or blocks that wait.
@@ -528,7 +536,7 @@ __global__ void __launch_bounds__(kRestartThreads)
 constexpr Kernel kRestartKernels[3] = {restart_kernel<float>, restart_kernel<bf16>,
                                        restart_kernel<fp16>};
 
-// ---- The launches --------------------------------------------------------------------------------
+// ---- The launches -------------------------------------------------------------------------------
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
