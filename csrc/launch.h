@@ -16,22 +16,36 @@ struct Matrix {
   int64_t row, col;  // strides in elements
 };
 
-struct MergeArgs {
-  Matrix weight;    // (n, k)
-  Matrix residual;  // (n, k), weight's dtype; read and written by Rounding::compensated alone
-  Matrix lora_A;    // (r, k)
-  Matrix lora_B;    // (n, r), lora_A's dtype
-  int64_t n, k, r;
-  DType weight_dtype, factor_dtype;
-  Rounding rounding;
-  float scaling;
-  uint64_t seed;
-  int64_t first_row;  // logical row of weight's first one: random bits belong to logical elements
+// ---- merge.cu -----------------------------------------------------------------------------------
+
+// One layer of a list.
+struct MergeLayer {
+  Matrix weight;     // (n, k)
+  Matrix residual;   // (n, k), weight's dtype; read and written by Rounding::compensated alone
+  Matrix lora_A;     // (r, k)
+  Matrix lora_B;     // (n, r), lora_A's dtype
+  Matrix restart_A;  // (restart_rows, k): the parameter to draw anew, or the rows of a shard of it
+  Matrix restart_B;  // (n, r): the parameter to zero, restart_A's dtype
+  int64_t n, k, r, restart_rows;
+  uint64_t seed, restart_seed;       // of stochastic rounding; of A's draw
+  int64_t first_row, first_restart;  // logical rows of weight's and restart_A's first ones
+  float scaling, restart_step;       // s; fl32(2^-23 * bound) of A's draw
+  uint32_t restarts;                 // 1: restart_A and restart_B are to be written
+  uint32_t first_block, first_restart_block;  // set by merge(): where it begins in the grids
 };
 
-// W += scaling * B @ A in place. Enqueues on `stream`, never synchronises; nothing is launched
-// where n, k or r is 0.
-cudaError_t merge(const MergeArgs& args, cudaStream_t stream);
+// Layers that travel as a launch's own arguments, within the 4 KB that every driver allows.
+constexpr int kInlineLayers = 16;
+
+// W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
+// where
+// it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
+// factors are fp32 or weight's dtype. `table`: device memory for `count` MergeLayers, unused up to
+// kInlineLayers. Enqueues on `stream`, never synchronises, copies nothing from host memory;
+// launches
+// nothing where there is nothing to do.
+cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
+                  DType restart_dtype, Rounding rounding, MergeLayer* table, cudaStream_t stream);
 
 // ---- prune.cu -----------------------------------------------------------------------------------
 

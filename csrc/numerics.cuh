@@ -74,6 +74,11 @@ RELORA_HD uint32_t bits16(const Words& words, int lane) {
 }
 RELORA_HD uint32_t bits32(const Words& words, int lane) { return words.w[lane]; }
 
+// U(-bound, bound) for step = fl32(bound * 2^-23): 24 bits, one rounding.
+RELORA_HD float uniform(uint32_t word, float step) {
+  return float(int32_t(word >> 8) - (1 << 23)) * step;
+}
+
 // ---- To fp32: exact ----------------------------------------------------------------------------
 
 RELORA_HD float to_float(float v) { return v; }
