@@ -22,6 +22,8 @@ from relora_kernels.problems import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a run writes, as git's status leaves it out.
+RESULTS = (":!bench/results", ":!relora_kernels/records")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
@@ -200,8 +202,8 @@ def machine(device: torch.device = DEVICE) -> dict:
 
 
 def commit() -> str:
-    """The commit that is measured, with a + where files differ from it. RELORA_KERNELS_COMMIT names it for
-    a copy of the tree without its git history."""
+    """The commit that is measured, with a + where files differ from it, other than results of earlier
+    runs. RELORA_KERNELS_COMMIT names it for a copy of the tree without its git history."""
     if os.environ.get("RELORA_KERNELS_COMMIT"):
         return os.environ["RELORA_KERNELS_COMMIT"]
 
@@ -211,7 +213,7 @@ def commit() -> str:
         ).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS)
         return git("rev-parse", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
