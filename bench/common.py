@@ -177,7 +177,8 @@ def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
     """One of several functions that are timed in turns: all of their medians go into extra_info."""
     if group not in _IN_TURNS:
         steps = {n: [function] for n, function in functions.items()}
-        _IN_TURNS[group] = measure.timings(steps, DEVICE, seconds=1.0)
+        # By Python's clock on a GPU too: the device's own would leave out what is looked for.
+        _IN_TURNS[group] = measure.timings(steps, torch.device("cpu"), seconds=1.0)
     found = _IN_TURNS[group]
     # Sample by sample, so that what slows the machine down for a while slows both sides of a ratio.
     ratios = [mine / by_hand for mine, by_hand in zip(found[name], found["by hand"])]

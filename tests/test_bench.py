@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_the_full_set_holds_what_was_asked_for():
     for problem in everything:
         again = problems.from_dict(json.loads(json.dumps(problem.to_dict())))
         assert again == problem and hash(again) == hash(problem)
+
+
+def test_overhead_is_on_pythons_clock_on_a_gpu_too(monkeypatch):
+    """A GPU's own clock starts when the calls are queued: Python's share would not be in it."""
+    devices = []
+
+    def timings(steps, device, seconds):
+        devices.append(device.type)
+        return {name: [2e-6 if name == "ours" else 1e-6] for name in steps}
+
+    monkeypatch.setattr(measure, "timings", timings)
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(common, "_IN_TURNS", {})
+    benchmark = types.SimpleNamespace(extra_info={}, pedantic=lambda *_, **__: None)
+    functions = {"by hand": print, "ours": print}
+    common.measure_in_turns(benchmark, "g", "ours", functions)
+    assert devices == ["cpu"] and benchmark.extra_info["ratio_to_by_hand"] == 2
 
 
 class TestTrainStep:
@@ -303,6 +321,7 @@ class TestGpuCheck:
 
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
         monkeypatch.setattr(evidence, "RECORDS", tmp_path / "relora_kernels" / "records")
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path))  # not the user's own
         cases = synthetic_cases()
         del cases["linear forward 16384 tokens, 2048 to 2048, r 128, bfloat16 - ours triton"]
         path = gpu_check.ship({"machine": H200, "cases": cases})
