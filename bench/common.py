@@ -22,6 +22,8 @@ from relora_kernels.problems import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a run writes, as git's status leaves it out.
+RESULTS = (":!bench/results", ":!relora_kernels/records")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
@@ -175,7 +177,8 @@ def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
     """One of several functions that are timed in turns: all of their medians go into extra_info."""
     if group not in _IN_TURNS:
         steps = {n: [function] for n, function in functions.items()}
-        _IN_TURNS[group] = measure.timings(steps, DEVICE, seconds=1.0)
+        # By Python's clock on a GPU too: the device's own would leave out what is looked for.
+        _IN_TURNS[group] = measure.timings(steps, torch.device("cpu"), seconds=1.0)
     found = _IN_TURNS[group]
     # Sample by sample, so that what slows the machine down for a while slows both sides of a ratio.
     ratios = [mine / by_hand for mine, by_hand in zip(found[name], found["by hand"])]
@@ -200,8 +203,8 @@ def machine(device: torch.device = DEVICE) -> dict:
 
 
 def commit() -> str:
-    """The commit that is measured, with a + where files differ from it. RELORA_KERNELS_COMMIT names it for
-    a copy of the tree without its git history."""
+    """The commit that is measured, with a + where files differ from it, other than results of earlier
+    runs. RELORA_KERNELS_COMMIT names it for a copy of the tree without its git history."""
     if os.environ.get("RELORA_KERNELS_COMMIT"):
         return os.environ["RELORA_KERNELS_COMMIT"]
 
@@ -211,7 +214,7 @@ def commit() -> str:
         ).stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS)
         return git("rev-parse", "HEAD").strip() + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

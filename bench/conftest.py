@@ -33,4 +33,5 @@ def rates() -> dict[str, float]:
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info.update(common.machine())
     if not torch.cuda.is_available():
-        machine_info["device"] = f"CPU ({machine_info.get('processor') or 'unknown'})"
+        processor = machine_info["cpu"].get("brand_raw") or machine_info["machine"]
+        machine_info["device"] = f"CPU ({processor})"

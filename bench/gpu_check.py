@@ -50,6 +50,13 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
     `target`, `cases`: what the workers call and with what, for tests of the plumbing.
     """
     args = _parser().parse_args(arguments)
+    if args.ship and args.device == "cpu":
+        _parser().error("--ship: expected --device cuda; `auto` never looks a CPU up")
+    try:  # before the build and the tests, not after them
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu_check: expected --output to be a folder: {error}", file=sys.stderr)
+        return 2
     deadline = time.monotonic() + 60 * args.minutes
     steps: dict[str, dict] = {}
     if "build" not in args.skip and args.device == "cuda":
@@ -167,7 +174,7 @@ def resume(file: Path, machine: dict) -> dict:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         same = {**earlier["machine"], "rates": 0} == {**machine, "rates": 0}
         # A commit that files differ from says too little to go on with it.
-        return earlier if same and not machine["commit"].endswith("+") else empty
+        return {**empty, **earlier} if same and not machine["commit"].endswith("+") else empty
     except (OSError, ValueError, KeyError, TypeError):
         return empty
 
@@ -190,10 +197,10 @@ def finish(results: dict, file: Path, write, args, left_out: int) -> None:
     print(report.bars_table(bars))
     print(f"wrote {file}")
     if args.ship:
-        print(f"wrote {ship(results)}")
+        print(f"wrote {ship(results) or 'no record: no row of ours passed'}")
 
 
-def ship(results: dict) -> Path:
+def ship(results: dict) -> Path | None:
     """The evidence for `auto` in the package's own folder, of the groups in which no row of ours is
     missing."""
     from relora_kernels import evidence, problems
@@ -209,8 +216,11 @@ def ship(results: dict) -> Path:
         ]
     here = {k: v for k, v in results["machine"].items() if isinstance(v, str)}
     path = ROOT / "relora_kernels" / "records" / f"{slug(here['device'])}.json"
+    found = problems.entries(records)
+    if not found:
+        return None
     path.unlink(missing_ok=True)  # evidence of one run, not of several
-    evidence.write(path, here, problems.entries(records))
+    evidence.write(path, here, found)
     return path
 
 
@@ -239,6 +249,10 @@ def run_step(command: list[str], folder: Path, limit_s: float, **environment: st
         os.killpg(process.pid, 9)
         log, _ = process.communicate()
         status = "hung"
+    except BaseException:  # Ctrl-C reaches this process alone
+        os.killpg(process.pid, 9)
+        process.wait()
+        raise
     lines = [line for line in log.splitlines() if line.strip()]
     return {
         "status": status,

@@ -22,8 +22,16 @@ from relora_kernels import evidence
 BACKENDS = ("reference", "triton", "triton_tma", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
-# One [name] for each use_backend block that is open. The last counts, over the environment variable.
-_named: list[list[str]] = []
+
+class _Block:
+    """A use_backend block; equal to itself alone, so that `remove` finds it in one step of any thread."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+# The blocks that are open. The last counts, over the environment variable.
+_named: list[_Block] = []
 
 
 class BackendUnavailable(RuntimeError):
@@ -32,14 +40,16 @@ class BackendUnavailable(RuntimeError):
 
 def current_backend() -> str:
     """`auto` or the name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`."""
-    if _named:
-        return _named[-1][0]
+    for block in _named[-1:]:
+        return block.name
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def is_named(name: str) -> bool:
     """Whether use_backend or the environment asks for this backend."""
-    return name == (_named[-1][0] if _named else os.environ.get(ENVIRONMENT_VARIABLE))
+    for block in _named[-1:]:
+        return name == block.name
+    return name == os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextlib.contextmanager
@@ -53,12 +63,12 @@ def use_backend(name: str):
     Raises ValueError for any other name. An op that `name` cannot serve raises BackendUnavailable
     when it is called; nothing falls back.
     """
-    mine = [_checked(name, "use_backend")]
+    mine = _Block(_checked(name, "use_backend"))
     _named.append(mine)
     try:
         yield
     finally:
-        _named[:] = [entry for entry in _named if entry is not mine]
+        _named.remove(mine)
 
 
 def _checked(name: str, where: str) -> str:

@@ -13,6 +13,7 @@ of tokens rounded up to a power of two. Where nothing is on record, `auto` keeps
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -217,8 +218,13 @@ def _digest(*patterns: str) -> str:
 
 
 def cache_path() -> Path:
-    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "relora_kernels"
-    return Path(folder) / "tune.json"
+    """Raises OSError where the variable is not set and the user has no home folder, as in a container."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]) / "tune.json"
+    try:
+        return Path.home() / ".cache" / "relora_kernels" / "tune.json"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def sources(here: dict[str, str]) -> list[Source]:
@@ -228,8 +234,9 @@ def sources(here: dict[str, str]) -> list[Source]:
     says why in `refused`.
     """
     found = [Source(path, "record") for path in sorted(RECORDS.glob("*.json"))]
-    if cache_path().exists() or cache_path().is_symlink():
-        found.append(Source(cache_path(), "cache"))
+    with contextlib.suppress(OSError):  # no home folder: no cache
+        if os.path.lexists(cache_path()):  # False too where the folder may not be looked into
+            found.append(Source(cache_path(), "cache"))
     for source in found:
         try:
             section = _section(_read(source.path), here, source.kind)

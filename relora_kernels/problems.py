@@ -562,13 +562,20 @@ def entries(records: list[dict]) -> list[dict]:
 
     One entry for each class in which the reference passed and no row was left out: `order` holds the rows
     that passed, by time over the baseline's, which was measured in turns with each. A row that was wrong
-    or failed is not in it, whatever an older record says.
+    or failed at any size of the class is not in it, whatever an older record says.
     """
     unfinished = {record["group"] for record in records if record["status"] == "left out"}
+    passed = [record for record in records if record["status"] == "ok" and record["evidence"]]
+    class_of = {record["group"]: str(record["evidence"]) for record in passed}
+    bad = {
+        (class_of.get(record["group"]), record["row"])
+        for record in records
+        if record["status"] not in ("ok", "unavailable", "left out")
+    }
     classes: dict[tuple, dict] = {}
-    for record in records:
-        ours = record["status"] == "ok" and record["row"].startswith("ours ")
-        if ours and record["evidence"] and record["group"] not in unfinished:
+    for record in passed:
+        good = (str(record["evidence"]), record["row"]) not in bad
+        if record["row"].startswith("ours ") and good and record["group"] not in unfinished:
             op, its_class = record["evidence"]
             row = {k: record[k] for k in ("median_s", "baseline_s", "error", "error_over_eager")}
             classes.setdefault((op, *its_class), {})[record["row"].removeprefix("ours ")] = row

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
+    try:  # before minutes of measuring, not after them
+        path = evidence.cache_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        return _cannot_write(error)
     cases = _cases(linears, args)
     here = evidence.identity(device)
     print(f"tune: {len(cases)} rows at {len(set(linears))} shapes on {evidence.section_name(here)}")
@@ -52,16 +59,20 @@ def main(arguments: list[str]) -> int:
         print("tune: no shape was finished; nothing was written", file=sys.stderr)
         return 1
     try:
-        evidence.write(evidence.cache_path(), here, entries)
+        evidence.write(path, here, entries)
     except OSError as error:
-        print(
-            f"tune: the cache could not be written: {error}; set {evidence.CACHE_VARIABLE} to a folder "
-            f"that can",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"tune: wrote {len(entries)} entries to {evidence.cache_path()}; `auto` follows them")
+        return _cannot_write(error)
+    print(f"tune: wrote {len(entries)} entries to {path}; `auto` follows them")
     return 0
+
+
+def _cannot_write(error: OSError) -> int:
+    print(
+        f"tune: the cache could not be written: {error}; set {evidence.CACHE_VARIABLE} to a folder "
+        f"that can",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens of one forward (sequences times length); default: 16384",
     )  # fmt: skip
     parser.add_argument("--r", type=_positive, default=128, help="rank; default: 128")
-    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout; default: 0")
+    parser.add_argument("--dropout", type=_share, default=0.0, help="lora_dropout; default: 0")
     parser.add_argument("--minutes", type=float, default=2.5, help="at most; default: 2.5")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda",
@@ -89,14 +100,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0.0 <= number < 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
     return number
 
 
 def _shape(text: str) -> tuple[int, int]:
-    in_features, _, out_features = text.partition("x")
+    in_features, x, out_features = text.partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(f"expected INxOUT, e.g. 4096x11008, got {text!r}")
     return _positive(in_features), _positive(out_features)
 
 
@@ -116,6 +135,10 @@ def _linears(args) -> list[tuple[int, int]]:
             f"expected {args.model_config} to name hidden_size, intermediate_size, "
             f"num_attention_heads and num_hidden_layers, got no {error}; give --shapes instead"
         ) from error
+    sizes = [hidden, feed_forward, heads, layers]
+    sizes += [config.get(name) or 1 for name in ("head_dim", "num_key_value_heads")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"expected the sizes in {args.model_config} to be >= 1, got {sizes}")
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
     layer = [
@@ -165,13 +188,16 @@ def _measure(cases: list[dict], args) -> list[dict]:
             left = deadline - time.monotonic()
             group = problems.from_dict(case["problem"]).name
             record = {"row": case["row"], "group": group, "status": "left out"}
-            if left > 0:
+            over = not left > 0
+            if not over:
                 kernels = case["problem"]["kind"], case["row"]
                 limit = LIMIT_S if kernels in compiled else FIRST_LIMIT_S
                 compiled.add(kernels)
                 answer = worker.call(case, min(limit, left))
-                record |= answer.pop("value", {}) if answer["status"] == "ok" else answer
-            else:
+                over = answer["status"] == "hung" and left < limit  # no verdict on the row
+                if not over:
+                    record |= answer.pop("value", {}) if answer["status"] == "ok" else answer
+            if over:
                 record["reason"] = f"--minutes {args.minutes:g} were over"
             records.append(record)
     return records

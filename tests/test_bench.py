@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,23 @@ def test_the_full_set_holds_what_was_asked_for():
     for problem in everything:
         again = problems.from_dict(json.loads(json.dumps(problem.to_dict())))
         assert again == problem and hash(again) == hash(problem)
+
+
+def test_overhead_is_on_pythons_clock_on_a_gpu_too(monkeypatch):
+    """A GPU's own clock starts when the calls are queued: Python's share would not be in it."""
+    devices = []
+
+    def timings(steps, device, seconds):
+        devices.append(device.type)
+        return {name: [2e-6 if name == "ours" else 1e-6] for name in steps}
+
+    monkeypatch.setattr(measure, "timings", timings)
+    monkeypatch.setattr(common, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(common, "_IN_TURNS", {})
+    benchmark = types.SimpleNamespace(extra_info={}, pedantic=lambda *_, **__: None)
+    functions = {"by hand": print, "ours": print}
+    common.measure_in_turns(benchmark, "g", "ours", functions)
+    assert devices == ["cpu"] and benchmark.extra_info["ratio_to_by_hand"] == 2
 
 
 class TestTrainStep:
@@ -238,6 +256,53 @@ class TestGpuCheck:
         assert gpu_check.main(arguments) == 2
         assert "expected a CUDA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
+    def test_results_of_earlier_runs_are_no_change_of_the_commit(self, tmp_path, monkeypatch):
+        """Else nothing could be gone on with once results were committed."""
+        monkeypatch.setattr(common, "ROOT", tmp_path)
+        monkeypatch.delenv("RELORA_KERNELS_COMMIT", raising=False)
+
+        def git(*arguments):
+            author = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+            subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True)
+
+        files = [tmp_path / "bench/results/x.json", tmp_path / "csrc/x.cu"]
+        for file in files:
+            file.parent.mkdir(parents=True)
+            file.write_text("1")
+        git("init", "-q")
+        git("add", ".")
+        git("commit", "-qm", "first")
+        files[0].write_text("2")
+        assert len(common.commit()) == 40
+        files[1].write_text("2")
+        assert common.commit().endswith("+")
+
+    def test_an_interrupt_ends_the_step_that_runs(self, tmp_path):
+        script = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+        code = (
+            "import sys, pathlib, gpu_check\n"
+            f"gpu_check.run_step([sys.executable, '-c', {script!r}], pathlib.Path('.'), 600)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL
+        )
+        deadline, pid = time.monotonic() + 60, tmp_path / "pid"
+        while not (pid.exists() and pid.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+
+    def test_an_output_that_is_no_folder_is_said_before_anything_runs(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(gpu_check, "run_step", None)
+        assert gpu_check.main(["--output", str(tmp_path / "file" / "results")]) == 2
+        assert "expected --output to be a folder" in capsys.readouterr().err
+
     def test_steps_that_fail_or_hang_are_recorded(self, tmp_path):
         failing = [sys.executable, "-c", "print('first'); print('the reason'); raise SystemExit(3)"]
         step = gpu_check.run_step(failing, tmp_path, 60)
@@ -256,6 +321,7 @@ class TestGpuCheck:
 
         monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
         monkeypatch.setattr(evidence, "RECORDS", tmp_path / "relora_kernels" / "records")
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path))  # not the user's own
         cases = synthetic_cases()
         del cases["linear forward 16384 tokens, 2048 to 2048, r 128, bfloat16 - ours triton"]
         path = gpu_check.ship({"machine": H200, "cases": cases})
@@ -271,6 +337,9 @@ class TestGpuCheck:
         assert order(4096)[0] == "triton"
         assert order(1024)[0] == "reference" and "triton" not in order(1024)  # it hung there
         assert order(2048) is None  # not every row of ours was measured
+        assert gpu_check.ship({"machine": H200, "cases": {}}) is None and path.exists()
+        with pytest.raises(SystemExit):
+            gpu_check.main(["--device", "cpu", "--ship"])
 
 
 def synthetic_cases() -> dict:
@@ -353,7 +422,7 @@ class TestReport:
     def test_a_cpus_times_settle_no_bar_of_a_gpu(self, results):
         loaded = report.load(results)
         loaded.machine = {**H200, "capability": "cpu"}
-        assert {b.met for b in report.bars(loaded) if not b.name.startswith("train")} == {None}
+        assert {b.met for b in report.bars(loaded)} == {None}
 
     def test_tables_and_plots(self, results, tmp_path, capsys):
         pytest.importorskip("matplotlib")
@@ -364,6 +433,9 @@ class TestReport:
         assert (
             "**linear forward + backward 16384 tokens, 4096 to 4096, r 128, bfloat16**" in printed
         )
+        baselines = [s for s in printed.splitlines() if s.startswith("| frozen linear")]
+        assert baselines  # the op's floor is no floor of theirs
+        assert not any(line.split("|")[6].strip() for line in baselines)
         for name in ("roofline", "speedup", "memory"):
             assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -390,7 +462,10 @@ class TestReport:
         assert report.main([str(results), "--readme", str(readme)]) == 1
         assert "expected a GPU's results" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("content", ["{", "{}", "[]", None])
+    @pytest.mark.parametrize("content",
+        ["{", "{}", "[]", None, '{"benchmarks": [{}]}', '{"benchmarks": 3}', '{"cases": {"a": 1}}',
+         '{"cases": {}, "machine": {}, "date": ""}'],
+    )  # fmt: skip
     def test_what_is_no_result_is_refused(self, tmp_path, content, capsys):
         path = tmp_path / "x.json"
         if content is not None:

@@ -1,10 +1,13 @@
 """Evidence: what `tune` measures and writes, and what `auto` makes of it."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -243,6 +246,30 @@ class TestACacheThatCannotBeFollowed:
             assert evidence.order("lora_linear", call()) == ()
 
 
+@pytest.mark.parametrize("home", [None, "closed"])
+def test_without_a_home_folder_to_look_into_there_is_no_cache(home, cache, monkeypatch, tmp_path):
+    """As in a container that runs under a user of no name, or under another's HOME."""
+    monkeypatch.delenv(evidence.CACHE_VARIABLE)
+    if home is None:
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        with pytest.raises(OSError, match="no home"):
+            evidence.cache_path()
+    else:
+        monkeypatch.setattr(Path, "home", lambda: tmp_path)
+
+        for name in ("stat", "lstat"):
+
+            def closed(path, *args, real=getattr(os, name), **options):
+                if str(path).endswith("tune.json"):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return real(path, *args, **options)
+
+            monkeypatch.setattr(os, name, closed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evidence.order("lora_linear", call()) == ()
+
+
 class TestWriting:
     def test_other_devices_and_other_classes_stay(self, cache):
         other = {**HERE, "device": "Other GPU"}
@@ -306,6 +333,23 @@ def test_entries_leave_out_what_failed_and_groups_that_were_not_finished():
     assert [(e["class"], e["order"]) for e in found] == [
         (["a"], ["triton", "reference", "triton_tma"])
     ]
+
+
+@pytest.mark.parametrize("status", ["wrong", "hung", "crashed", "raised"])
+def test_what_fails_at_one_size_of_a_class_is_out_at_all(status):
+    def record(group, name, status="ok"):
+        return {
+            "group": group, "row": f"ours {name}", "status": status, "median_s": 1.0,
+            "baseline_s": 1.0, "error": 0.0, "error_over_eager": 1.0,
+            **({"evidence": ("lora_linear", [14])} if status == "ok" else {}),
+        }  # fmt: skip
+
+    records = [
+        record("9000 tokens", "reference"), record("9000 tokens", "triton", status),
+        record("16384 tokens", "reference"), record("16384 tokens", "triton"),
+    ]  # fmt: skip
+    for found in (records, records[::-1]):
+        assert [e["order"] for e in problems.entries(found)] == [["reference"]]
 
 
 class TestChecksBeforeTiming:
@@ -504,8 +548,41 @@ class TestCommand:
             "evidence": ("merge_", ["x"]),
         }  # fmt: skip
         monkeypatch.setattr(tune, "_measure", lambda cases, args: [record])
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: io.StringIO())
+        (tmp_path / "disk").mkdir()
+        monkeypatch.setattr(evidence, "write", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path / "disk"))
+        assert tune.main(["--device", "cpu", "--shapes", "8x8"]) == 1
+        assert "could not be written: full" in capsys.readouterr().err
+        monkeypatch.setattr(tune, "_measure", None)  # it is said before anything is measured
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path / "file"))
         assert tune.main(["--device", "cpu", "--shapes", "8x8"]) == 1
         assert "could not be written" in capsys.readouterr().err
+
+    def test_a_row_cut_off_by_the_end_of_the_time_is_left_out(self, monkeypatch):
+        """Else a shape whose last backend was cut off would go on record as finished without it."""
+        hung = {"status": "hung", "reason": "no answer within 1 s", "log": ""}
+        monkeypatch.setattr(Worker, "call", lambda self, case, limit_s: dict(hung))
+        args = tune._parser().parse_args(["--device", "cpu", "--minutes", "1"])
+        cases = tune._cases([(8, 8)], args)[:1]
+        assert tune._measure(cases, args)[0]["status"] == "left out"
+        args.minutes = 10.0
+        assert tune._measure(cases, args)[0]["status"] == "hung"
+
+    @pytest.mark.parametrize(
+        "arguments, words",
+        [
+            (["--shapes", "5"], "expected INxOUT"),
+            (["--shapes", "5x-1"], "whole number"),
+            (["--tokens", "abc"], "whole number"),
+            (["--dropout", "nan"], "in \\[0, 1\\)"),
+            (["--dropout", "1"], "in \\[0, 1\\)"),
+        ],
+    )
+    def test_arguments_that_make_no_sense(self, arguments, words, capsys):
+        with pytest.raises(SystemExit):
+            tune.main(["--device", "cpu", *arguments])
+        assert re.search(words, capsys.readouterr().err)
 
     def test_shapes_of_a_config_and_of_a_preset(self, tmp_path):
         config = tmp_path / "config.json"
@@ -523,8 +600,11 @@ class TestCommand:
         ]  # fmt: skip
         args = tune._parser().parse_args(["--preset", "1.3b"])
         assert tune._linears(args).count((5461, 2048)) == 24
-        config.write_text("{}")
-        assert tune.main(["--device", "cpu", "--model-config", str(config)]) == 2
+        sizes = json.loads(config.read_text())
+        broken = [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"head_dim": -8}]
+        for content in ({}, [1], 3, *({**sizes, **wrong} for wrong in broken)):
+            config.write_text(json.dumps(content))
+            assert tune.main(["--device", "cpu", "--model-config", str(config)]) == 2
 
 
 def test_the_identity_of_a_gpu(monkeypatch, tmp_path):
