@@ -1,5 +1,8 @@
 """One training step of the paper's models: full rank, eager LoRA as the ReLoRA authors compute it, ours.
 
+"ours" follows `auto`, that is what is on record on the device; "ours triton" and such name the backend of
+the products, for the models that matter most.
+
 A step is forward, backward and AdamW on one microbatch of random tokens, no dropout, bf16 on a GPU: for
 full rank and eager LoRA everything in bf16 (as upstream has it), for ours float32 factors beside bf16
 weights (its default). "compiled" compiles each block of layers on its own, as PyTorch advises for repeated
@@ -18,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from relora_kernels import ReLoRaConfig, apply_relora, measure
+from relora_kernels import BackendUnavailable, ReLoRaConfig, apply_relora, measure, use_backend
 from relora_kernels.model import relora_layers
+from relora_kernels.ops.lora_linear import IMPLEMENTATIONS
 
 METHODS = ("full-rank", "eager LoRA", "ours")
+NAMED = tuple(f"ours {name}" for name in IMPLEMENTATIONS)
 MODELS = ("350m", "1.3b", "60m", "250m")
 EQUAL, LARGEST = "equal microbatch", "largest microbatch"
 # Device memory that the largest microbatch may fill, in GiB.
@@ -106,14 +111,17 @@ def cases(gpu: bool) -> list[dict]:
     """What matters most first. A CPU has a micro model at one size, not compiled."""
     if not gpu:
         return [_case("micro", method, False, EQUAL) for method in METHODS]
-    return [
-        _case(preset, method, compiled, size)
-        for size in (EQUAL, LARGEST)
-        for preset in MODELS
-        for compiled in (False, True)
-        for method in METHODS
-        if size == EQUAL or not compiled or preset in MODELS[:2]  # each size is compiled anew
-    ]
+    return (
+        [
+            _case(preset, method, compiled, size)
+            for size in (EQUAL, LARGEST)
+            for preset in MODELS
+            for compiled in (False, True)
+            for method in METHODS
+            if size == EQUAL or not compiled or preset in MODELS[:2]  # each size is compiled anew
+        ]
+        + [_case(preset, method, False, EQUAL) for preset in MODELS[:2] for method in NAMED]
+    )
 
 
 def _case(preset: str, method: str, compiled: bool, size: str) -> dict:
@@ -165,6 +173,8 @@ def run(case: dict, device: torch.device, timer=in_turn) -> dict:
         if limit is not None:
             microbatch = largest(lambda n: trial(case, n, device, in_turn), limit)
         found = None if microbatch is None else trial(case, microbatch, device, timer)
+    except BackendUnavailable as error:
+        return {**record, "status": "unavailable", "reason": str(error)}
     finally:
         if gpu:
             torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -193,7 +203,10 @@ def trial(case: dict, microbatch: int, device: torch.device, timer) -> dict | No
     """Tokens a second and peak memory of some steps; None where they do not fit."""
     measure.release()
     try:
-        return _trial(case, microbatch, device, timer)
+        with use_backend(
+            case["row"].removeprefix("ours").strip() if case["row"] in NAMED else "auto"
+        ):
+            return _trial(case, microbatch, device, timer)
     except torch.OutOfMemoryError:
         return None
     finally:

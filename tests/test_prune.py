@@ -108,6 +108,28 @@ def test_kernels_move_version_counters(backend, device):
     assert t._version > before[0] and partner._version > before[1]
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the triton package")
+def test_more_tensors_than_a_grid_has_rows(monkeypatch, device):
+    """CUDA takes at most 65535 blocks in the grid's y, which counts tensors."""
+    from relora_kernels._triton import prune as kernels
+
+    assert kernels.MOST_TENSORS <= 65535
+    monkeypatch.setattr(kernels, "MOST_TENSORS", 2)
+    sizes, group = [], kernels._prune_group
+    monkeypatch.setattr(
+        kernels,
+        "_prune_group",
+        lambda pairs, *rest: (sizes.append(len(pairs)), group(pairs, *rest)),
+    )
+    tensors = [torch.randn(n, device=device) for n in (3, 40, 41, 100, 7)]
+    want = [expected(t, 0.7) for t in tensors]
+    with use_backend("triton"):
+        prune_(tensors, 0.7)
+    assert sizes == [2, 2, 1]
+    for got, wanted in zip(tensors, want):
+        assert torch.equal(got, wanted)
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),

@@ -32,12 +32,13 @@ def test_compiles_for_every_target(tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         halves = pool.map(compiled_for, (["80", "90"], ["100", "120"]), [tmp_path] * 2)
         rows = [row for half in halves for row in half]
-    assert {row["arch"] for row in rows} == set(TENSOR_CORE) and len(
-        rows
-    ) == 4 * 49 + 3 * 4  # TMA from sm_90 on
+    assert {row["arch"] for row in rows} == set(TENSOR_CORE)
+    assert len(rows) == 4 * 70 + 3 * 10  # TMA from sm_90 on
     for row in rows:
+        odd = " odd" in row["kernel"]
         # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours.
-        assert row["spills"] <= (4 if row["arch"] in (100, 120) else 0), row
+        few_spills = row["arch"] in (100, 120) or (odd and row["arch"] == 80)
+        assert row["spills"] <= (4 if few_spills else 0), row
         assert row["shared"] <= row["most_shared"], row
         assert all(op.startswith(TENSOR_CORE[row["arch"]]) for op in row["tensor_core"]), row
         elsewhere = row["kernel"].startswith(("reduce", "prune")) or row["kernel"].endswith("fp32")
@@ -49,12 +50,12 @@ def test_compiles_for_every_target(tmp_path):
             assert "LDG.E.128" in row["global"] or not reads, row
             assert "STG.E.128" in row["global"] or pass_name not in ("partition", "random"), row
             continue
-        assert "STG.E.128" in row["global"], row
+        assert odd or "STG.E.128" in row["global"], row
         if "_tma" in row["kernel"]:
             assert row["tma"] == ["UTMALDG"], row
             continue
         loads = [op for op in row["global"] if op.startswith("LDG") and op.endswith(".128")]
-        assert loads, row  # LDG or LDGSTS
+        assert odd or loads, row  # LDG or LDGSTS
         if row["kernel"].startswith("merge"):
             # W is read and written sixteen bytes at a time, and in no other way.
             plain = [op for op in row["global"] if op.startswith(("LDG.", "STG."))]

@@ -136,7 +136,8 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
     out = x.new_empty(M, N)
     if out.numel() == 0:
         return out
-    config = portable.two_segment_config(M, dropout_p, x)
+    # The loads are TMA's whatever the sizes; what an odd N narrows are the stores.
+    config = portable.two_segment_config(M, dropout_p, x, N % portable.MULTIPLE != 0)
     left = [config["BLOCK_M"], config["BLOCK_K"]]
     right = [config["BLOCK_N"], config["BLOCK_K"]] if w_is_n_by_k else [
         config["BLOCK_K"], config["BLOCK_N"]]  # fmt: skip

@@ -138,4 +138,4 @@ def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tu
 
 def lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
     """torch.lerp: a + w (b - a) below w = 1/2, b - (b - a)(1 - w) above, with a fused multiply-add."""
-    return torch.lerp(a, b, torch.tensor(weight, dtype=a.dtype, device=a.device))
+    return torch.lerp(a, b, a.new_full((), weight))  # a fill: nothing waits for the host
