@@ -63,7 +63,8 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
             groups.setdefault(kind, []).append((t, partner, seeds[i], first_elements[i]))
     for rows in groups.values():
         with torch.cuda.device_of(rows[0][0]):
-            _prune_group(rows, drop_below(ratio))
+            for i in range(0, len(rows), prune.MOST_TENSORS):
+                _prune_group(rows[i : i + prune.MOST_TENSORS], drop_below(ratio))
     torch.autograd.graph.increment_version([*tensors, *paired_with])
 
 
