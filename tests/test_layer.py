@@ -386,11 +386,13 @@ def test_a_layer_listed_twice_merges_once_and_a_shared_weight_is_refused():
 @pytest.mark.parametrize("at", ["_merge", "_merged"])
 def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monkeypatch, at):
     """Ctrl-C once W is written, and while residuals go back to the host."""
-    layer, twin = (
-        trained(FusedReLoRaLinear(6, 4, r=2, name="x", dtype=torch.bfloat16)) for _ in "ab"
+    layers, twins = (
+        [trained(FusedReLoRaLinear(6, 4, r=2, name=n, dtype=torch.bfloat16)) for n in "xy"]
+        for _ in range(2)
     )
-    twin.load_state_dict(layer.state_dict())
-    twin.merge()
+    for layer, twin in zip(layers, twins):
+        twin.load_state_dict(layer.state_dict())
+    merge_layers(twins)
 
     def interrupted(original):
         def function(*args, **kwargs):
@@ -404,12 +406,13 @@ def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monk
         merge_one = interrupted(reference_merge.merge_)
         monkeypatch.setattr(reference_merge.merge_many_, "__defaults__", (None, merge_one))
     else:
-        monkeypatch.setattr(layer, "_merged", interrupted(layer._merged))
+        monkeypatch.setattr(layers[0], "_merged", interrupted(layers[0]._merged))
     handler = signal.getsignal(signal.SIGINT)
     with use_backend("reference"), pytest.raises(KeyboardInterrupt):
-        layer.merge()
+        merge_layers(layers)
     assert signal.getsignal(signal.SIGINT) is handler
-    expected = twin.state_dict()
-    assert layer.state_dict().keys() == expected.keys()
-    for key, value in layer.state_dict().items():
-        assert torch.equal(value, expected[key]), key
+    for layer, twin in zip(layers, twins):
+        expected = twin.state_dict()
+        assert layer.state_dict().keys() == expected.keys()
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, expected[key]), key
