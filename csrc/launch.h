@@ -38,12 +38,10 @@ struct MergeLayer {
 constexpr int kInlineLayers = 16;
 
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
-// where
-// it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
+// where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32 or weight's dtype. `table`: device memory for `count` MergeLayers, unused up to
 // kInlineLayers. Enqueues on `stream`, never synchronises, copies nothing from host memory;
-// launches
-// nothing where there is nothing to do.
+// launches nothing where there is nothing to do.
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeLayer* table, cudaStream_t stream);
 

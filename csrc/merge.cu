@@ -9,14 +9,11 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W
-// has
-// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and
-// three
-// of the four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7
-// times as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x
-// 4096
-// at r = 128).
+// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W has
+// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and three
+// of the four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7 times
+// as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at
+// r = 128).
 //
 // What bounds it on an H200, 4096 x 4096, bf16 W, fp32 factors, r = 128; by data sheets and
 // published microbenchmarks, not measured here:
@@ -241,10 +238,8 @@ __device__ __forceinline__ void copy_strip(T* to, const T* from) {
 }
 
 // Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set
-// out
-// before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with
-// four
-// ptxas spills on sm_100 and 120.
+// out before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with
+// four ptxas spills on sm_100 and 120.
 template <typename T>
 constexpr int kWindow = sizeof(T) == 2 ? 3 : 1;
 template <typename T>
@@ -474,8 +469,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 using Kernel = void (*)(MergeTable);
 
 // [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart
-// at
-// run time: five kernels to compile for each architecture, not 27.
+// at run time: five kernels to compile for each architecture, not 27.
 constexpr Kernel kKernels[3][2] = {
     {merge_kernel<float, float>, nullptr},
     {merge_kernel<bf16, float>, merge_kernel<bf16, bf16>},
@@ -593,6 +587,17 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
   }
   if (blocks == 0 && restart_blocks == 0) return cudaSuccess;
 
+  // A kernel's code is loaded at its first use, which may fail. All of it is loaded before the first
+  // launch: else W could be merged and its factors left, and the next call would merge them again.
+  const Kernel kernel = kKernels[int(weight_dtype)][narrow_factors];
+  const Kernel restart = kRestartKernels[int(restart_dtype)];
+  cudaFuncAttributes loaded;
+  if (blocks)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 int(sizeof(Stages)));
+  if (restart_blocks && error == cudaSuccess) error = cudaFuncGetAttributes(&loaded, restart);
+  if (error != cudaSuccess) return error;
+
   if (count <= kInlineLayers) {
     std::copy(layers, layers + count, table.first);
   } else {
@@ -604,16 +609,10 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     }
     table.layers = device_table;
   }
-  if (blocks && error == cudaSuccess) {
-    const Kernel kernel = kKernels[int(weight_dtype)][narrow_factors];
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(sizeof(Stages)));
-    if (error == cudaSuccess)
-      error = launch(kernel, blocks, kThreads, sizeof(Stages), stream, table);
-  }
+  if (blocks && error == cudaSuccess)
+    error = launch(kernel, blocks, kThreads, sizeof(Stages), stream, table);
   if (restart_blocks && error == cudaSuccess)
-    error = launch(kRestartKernels[int(restart_dtype)], restart_blocks, kRestartThreads, 0, stream,
-                   table);
+    error = launch(restart, restart_blocks, kRestartThreads, 0, stream, table);
   return error;
 }
 

@@ -1,7 +1,5 @@
 // What merge.cu needs of the machine beyond C++: a tensor-core product, and asynchronous copies
-// into
-// shared memory. On the host, tests/simt/mma_emulation.h does
-// the same by exchange between the lanes of a warp, fragment layout included.
+// into shared memory. On the host, tests/simt/mma_emulation.h does the same by exchange between the lanes of a warp, fragment layout included.
 #pragma once
 
 #include "numerics.cuh"
@@ -21,8 +19,7 @@ __device__ __forceinline__ T* global_memory(void* p) {
 }
 
 // The lane, asked for anew each time: addresses made from threadIdx would be kept in registers
-// across
-// loops that have none to spare.
+// across loops that have none to spare.
 __device__ __forceinline__ int lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -369,11 +372,15 @@ def merge_layers(layers: Sequence[FusedReLoRaLinear]) -> None:
     """FusedReLoRaLinear.merge for many layers: all checks of all of them first, then one launch for as
     many as fit into STAGED_BYTES of gathered factors and of residuals brought from host memory.
 
-    Where it raises, nothing is changed (a check), or each layer has been merged, restarted and counted,
-    or is untouched (out of memory, say): a second call does not merge a layer twice.
+    Where it raises, nothing is changed (a check; layers that share parameters are refused), or each
+    layer has been merged, restarted and counted, or is untouched (out of memory, Ctrl-C): a second call
+    does not merge a layer twice.
     """
+    layers = list(dict.fromkeys(layers))
     for layer in layers:
         layer.check_merge()
+    factors = [p for layer in layers for p in (layer.weight, layer.lora_A, layer.lora_B)]
+    checks.apart("merge", [sharding.local_rows(p.detach())[0] for p in factors])
     check_finite([layer.update() for layer in layers])
     waiting, staged = [], 0
     for layer in layers:
@@ -393,11 +400,29 @@ def _staged_bytes(restart: Restart, residual: torch.Tensor | None) -> int:
 
 
 def _merge_waiting(waiting) -> None:
+    with _keyboard_interrupt_later():
+        try:
+            merge_and_restart([restart for _, _, restart, _ in waiting])
+        except BaseException:
+            waiting = [entry for entry in waiting if int(entry[0].merge_count) != entry[1]]
+            raise
+        finally:
+            for layer, _, restart, residual in waiting:
+                layer._merged(restart, residual)
+
+
+@contextlib.contextmanager
+def _keyboard_interrupt_later():
+    """A Ctrl-C between two statements would leave a layer half merged: it takes effect at the end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # the interpreter runs handlers in its main thread alone
+        return
+    received = []
+    signal.signal(signal.SIGINT, lambda *args: received.append(args))
     try:
-        merge_and_restart([restart for _, _, restart, _ in waiting])
-    except BaseException:
-        waiting = [entry for entry in waiting if int(entry[0].merge_count) != entry[1]]
-        raise
+        yield
     finally:
-        for layer, _, restart, residual in waiting:
-            layer._merged(restart, residual)
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[-1])

@@ -310,6 +310,28 @@ def test_a_large_rank_restarts_whole(shim):
     assert torch.equal(A, expected) and not B.any() and count == 1
 
 
+def test_no_memory_for_a_kernels_code_leaves_every_layer_as_it_was(shim):
+    """Whichever kernel of the three cannot be loaded: W merged and B left would be merged twice."""
+    n, k, r, layers = 9, 40, 2, 20
+    drawn = [(torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)) for _ in range(layers)]
+    counts = [torch.tensor(i) for i in range(layers)]
+    merges = [(*tensors, 1.0, "nearest", None, 0, 0) for tensors in drawn]
+    restarts = [(A, B, count, 0.25, 5, 0) for (_, A, B), count in zip(drawn, counts)]
+    before = [[t.clone() for t in tensors] for tensors in drawn]
+    try:
+        for loads in range(3):
+            shim.library.simt_unload(loads)
+            with pytest.raises(RuntimeError, match="cudaError 2"):
+                launcher.merge_many_(merges, restarts)
+            for tensors, expected in zip(drawn, before):
+                assert all(map(torch.equal, tensors, expected))
+            assert counts == list(range(layers))
+    finally:
+        shim.library.simt_unload(-1)
+    launcher.merge_many_(merges, restarts)
+    assert counts == list(range(1, layers + 1)) and not drawn[0][2].any()
+
+
 def launch(function, case):
     function(**{k: v.matrix if isinstance(v, Guarded) else v for k, v in case.items()})
 

@@ -4,12 +4,15 @@
 """
 
 import copy
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from relora_kernels import FusedReLoRaLinear, lora_linear
+from relora_kernels import FusedReLoRaLinear, lora_linear, use_backend
+from relora_kernels.layer import merge_layers
+from relora_kernels.reference import merge as reference_merge
 
 
 def trained(layer: FusedReLoRaLinear, size: float = 0.02) -> FusedReLoRaLinear:
@@ -363,3 +366,53 @@ def test_a_merge_of_another_rounding_keeps_the_residual():
     layer.merge_rounding = "nearest"
     layer.merge()
     assert kept.any() and torch.equal(layer.weight_residual, kept)
+
+
+def test_a_layer_listed_twice_merges_once_and_a_shared_weight_is_refused():
+    layer, twin = (trained(FusedReLoRaLinear(6, 4, r=2, name="x")) for _ in "ab")
+    twin.load_state_dict(layer.state_dict())
+    merge_layers([layer, layer])
+    twin.merge()
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[key]), key
+    other = trained(FusedReLoRaLinear(6, 4, r=2))
+    other.weight = layer.weight
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="merge: expected tensors in memory of their own"):
+        merge_layers([layer, other])
+    assert torch.equal(layer.weight, before) and layer.merge_count == 1 and other.merge_count == 0
+
+
+@pytest.mark.parametrize("at", ["_merge", "_merged"])
+def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monkeypatch, at):
+    """Ctrl-C once W is written, and while residuals go back to the host."""
+    layers, twins = (
+        [trained(FusedReLoRaLinear(6, 4, r=2, name=n, dtype=torch.bfloat16)) for n in "xy"]
+        for _ in range(2)
+    )
+    for layer, twin in zip(layers, twins):
+        twin.load_state_dict(layer.state_dict())
+    merge_layers(twins)
+
+    def interrupted(original):
+        def function(*args, **kwargs):
+            result = original(*args, **kwargs)
+            signal.raise_signal(signal.SIGINT)
+            return result
+
+        return function
+
+    if at == "_merge":  # as the default of merge_many_
+        merge_one = interrupted(reference_merge.merge_)
+        monkeypatch.setattr(reference_merge.merge_many_, "__defaults__", (None, merge_one))
+    else:
+        monkeypatch.setattr(layers[0], "_merged", interrupted(layers[0]._merged))
+    handler = signal.getsignal(signal.SIGINT)
+    with use_backend("reference"), pytest.raises(KeyboardInterrupt):
+        merge_layers(layers)
+    assert signal.getsignal(signal.SIGINT) is handler
+    for layer, twin in zip(layers, twins):
+        expected = twin.state_dict()
+        assert layer.state_dict().keys() == expected.keys()
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, expected[key]), key

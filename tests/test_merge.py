@@ -346,9 +346,70 @@ def test_memory_that_two_elements_share_is_refused():
     before = weight.clone()
     with pytest.raises(ValueError, match="residual without overlapping"):
         merge_(weight, *args, "compensated", torch.zeros(1).half().expand(3, 3))
-    with pytest.raises(ValueError, match="memory of its own"):
+    with pytest.raises(ValueError, match="memory of their own"):
         merge_(weight, *args, "compensated", weight)
     assert torch.equal(weight, before)
+
+
+def test_tensors_that_share_memory_are_refused_and_neighbours_are_not():
+    buffer = torch.randn(7, 6)
+    before = buffer.clone()
+    A, B = torch.ones(2, 6), torch.ones(4, 2)
+    for clash in (
+        (buffer[:4], buffer[2:4], B, "nearest", None),
+        (buffer[:4], A, buffer[3:5].view(6, 2)[2:], "nearest", None),
+        (buffer[:4], A, B, "compensated", buffer[3:]),
+        (buffer[:4], A, B, "compensated", buffer[:4]),
+    ):
+        weight, *factors, rounding, residual = clash
+        with pytest.raises(ValueError, match="memory of their own"):
+            merge_(weight, *factors, 1.0, rounding, residual)
+        assert torch.equal(buffer, before)
+    wide = torch.zeros(4, 12)
+    merge_(wide[:, :6], A, B, 1.0, "compensated", wide[:, 6:])
+    merge_(buffer[:4], buffer[4:6], B, 1.0)
+    assert (wide[:, :6] == 2).all() and (wide[:, 6:] == 0).all()
+    torch.testing.assert_close(buffer[:4], before[:4] + B @ before[4:6])
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_what_only_float32_cannot_hold_is_refused(backend, device):
+    """0 times what became inf is NaN, in every element of W."""
+    zero = torch.zeros(4, 2, device=device)
+    for lora_A, lora_B, scaling in (
+        (torch.ones(2, 4, device=device), zero, 1e39),
+        (torch.full((2, 4), 1e300, device=device, dtype=WIDE), zero.to(WIDE), 1.0),
+    ):
+        weight = torch.ones(4, 4, device=device)
+        with use_backend(backend), pytest.raises((FloatingPointError, BackendUnavailable)):
+            merge_(weight, lora_A, lora_B, scaling)
+        assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
+def test_failing_after_the_first_rows_changes_nothing(monkeypatch, rounding):
+    """The reference goes through a large W in pieces; memory may run out at any of them."""
+    weight, lora_A, lora_B = factors(40, 16, 3, torch.bfloat16, size=1.0)
+    residual = torch.zeros_like(weight) if rounding == "compensated" else None
+    kept, whole = weight.clone(), weight.clone()
+    reference.merge_(whole, lora_A, lora_B, 0.5, rounding, residual, 3, 0)
+    monkeypatch.setattr(reference, "_ROW_BLOCK_ELEMENTS", 16 * 16)  # 16 rows: three pieces
+    rest = None if residual is None else torch.zeros_like(residual)
+    original, calls = reference._as, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("injected")
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_as", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            reference.merge_(weight, lora_A, lora_B, 0.5, rounding, rest, 3, 0)
+    assert torch.equal(weight, kept) and (rest is None or not rest.any())
+    reference.merge_(weight, lora_A, lora_B, 0.5, rounding, rest, 3, 0)
+    assert torch.equal(weight, whole) and (rest is None or torch.equal(rest, residual))
 
 
 def test_float16_overflow_with_the_residual_is_refused():

@@ -327,6 +327,31 @@ def test_a_named_backend_without_prune_raises():
         prune_(torch.ones(3), 0.5)
 
 
+def test_tensors_that_share_memory_are_refused():
+    """A list is pruned at once: each would be judged by what another has left of it."""
+    t, partner = torch.randn(100), torch.ones(100)
+    before = t.clone()
+    other, interleaved = torch.randn(100), torch.randn(50, 2)
+    for tensors, partners in (
+        ([t, t], None),
+        ([t[:60], other, t[59:]], None),
+        ([t.view(10, 10), t.view(10, 10).t()], None),
+        ([t, other], [other, partner]),
+        ([t, other], [partner, partner]),
+        ([t], [t]),
+    ):
+        with pytest.raises(ValueError, match="prune_: expected tensors in memory of their own"):
+            prune_(tensors, 0.9, partners)
+        assert torch.equal(t, before) and (partner == 1).all()
+    with pytest.raises(ValueError, match="prune_random_: expected tensors in memory"):
+        op.prune_random_([t, t], 0.9, [], [1, 2], [0, 0])
+    halves = [interleaved[:, 0].clone(), interleaved[:, 1].clone()]
+    prune_([interleaved[:, 0], interleaved[:, 1]], 0.5)
+    for i, half in enumerate(halves):
+        assert torch.equal(interleaved[:, i], expected(half, 0.5))
+    prune_([t[:60], t[60:], torch.empty(0), torch.empty(0)], 0.5)
+
+
 def test_overlapping_windows_and_non_tensors_are_refused_before_anything_changes():
     good = torch.randn(8)
     before = good.clone()

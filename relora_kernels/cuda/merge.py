@@ -89,18 +89,23 @@ def _launch(device, weight_dtype, factor_dtype, restart_dtype, rounding, group) 
         table = None
         if len(group) > module.merge_inline_layers:
             table = torch.empty(len(layers), dtype=torch.uint8, device=device)
-        module.merge(
-            layers=layers,
-            weight_dtype=DTYPES[weight_dtype],
-            factor_dtype=DTYPES[factor_dtype],
-            restart_dtype=DTYPES[restart_dtype],
-            rounding=rounding,
-            table=0 if table is None else table.data_ptr(),
-            device=device.index,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-        if counts:
+        if counts:  # first: no layer may be merged and then, for want of memory, not counted
             torch._foreach_add_(counts, 1)
+        try:
+            module.merge(
+                layers=layers,
+                weight_dtype=DTYPES[weight_dtype],
+                factor_dtype=DTYPES[factor_dtype],
+                restart_dtype=DTYPES[restart_dtype],
+                rounding=rounding,
+                table=0 if table is None else table.data_ptr(),
+                device=device.index,
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        except BaseException:
+            if counts:
+                torch._foreach_sub_(counts, 1)
+            raise
     # The kernels write through raw pointers, which autograd cannot see.
     written = [weight for weight, *_ in group]
     written += [merge[5] for *_, merge, _ in group if rounding == "compensated"]

@@ -77,6 +77,31 @@ def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
         extent += stride * (size - 1)
 
 
+def apart(op: str, written, read=()) -> None:
+    """No tensor of `written` shares memory with another one of `written` or `read`.
+
+    Views that interleave, as two column ranges of one matrix do, are apart; so a tensor that is not
+    contiguous counts by its first element alone.
+    """
+    spans = sorted(
+        (t.data_ptr(), t.nbytes if t.is_contiguous() else t.itemsize, i)
+        for i, t in enumerate((*written, *read))
+        if t.numel() > 0 and t.data_ptr() != 0  # 0: on meta, or FSDP has freed it
+    )
+    end, end_written = (0, None), (0, None)  # of what began before; whose
+    for start, size, i in spans:
+        before, other = end if i < len(written) else end_written
+        if start < before:
+            got = " and ".join(describe((*written, *read)[k]) for k in sorted((i, other)))
+            raise ValueError(
+                f"{op}: expected tensors in memory of their own, got two that overlap, {got}; pass "
+                f"each tensor once, or clone() one"
+            )
+        end = max(end, (start + size, i))
+        if i < len(written):
+            end_written = max(end_written, (start + size, i))
+
+
 def finite_number(op: str, name: str, value) -> float:
     """`value` as a float; NaN and inf are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

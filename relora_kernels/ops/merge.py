@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,8 +36,8 @@ def _merge(*args):
     module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args)
     if check:
         weight, lora_A, lora_B, scaling, _, residual, _, _ = args
-        if residual is not None and residual.data_ptr() == weight.data_ptr() != 0:
-            raise ValueError("merge_: expected residual in memory of its own, got weight's")
+        written = [weight] if residual is None else [weight, residual]
+        checks.apart("merge_", written, [lora_A, lora_B])
         check_finite([(weight, lora_A, lora_B, scaling, residual, "merge_")])
     module.merge_(*args)
 
@@ -101,8 +102,8 @@ def merge_(
             first merge; written in place. Expected with ``"compensated"`` and only there.
         seed: int64, used by ``"stochastic"``.
 
-    Raises ValueError or TypeError for other shapes, dtypes, devices or ranges, and
-    FloatingPointError where the update, or a float16 sum, is not finite; W is untouched then.
+    Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
+    share memory with weight or residual, and FloatingPointError where the update, or a float16 sum, is not finite; W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
@@ -226,8 +227,11 @@ def check_finite(updates) -> None:
 
 
 def _update_bound(weight, lora_A, lora_B, scaling, residual) -> torch.Tensor:
-    bound = lora_A.abs().amax().double() * lora_B.abs().amax().double()
-    bound = bound * (abs(scaling) * lora_A.shape[0])
+    # As the kernels hold them: what is inf there makes a bound of inf or, beside zeros, NaN.
+    work = torch.promote_types(weight.dtype, torch.float32)
+    largest = (t.abs().amax().to(work).double() for t in (lora_A, lora_B))
+    bound = math.prod(largest) * torch.tensor(abs(scaling), dtype=work).double().item()
+    bound = bound * lora_A.shape[0]
     if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
         for addend in (weight, residual):
             if addend is not None:

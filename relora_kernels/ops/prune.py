@@ -37,11 +37,14 @@ LIBRARY.define(
 
 
 def _prune(*args):
-    backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args).prune_(*args)
+    module = backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args)
+    checks.apart("prune_", [*args[0], *args[2]])
+    module.prune_(*args)
 
 
 def _prune_random(*args):
     module = backend.resolve("prune_random_", RANDOM_IMPLEMENTATIONS, "why_not_random", *args)
+    checks.apart("prune_random_", [*args[0], *args[2]])
     module.prune_random_(*args)
 
 
@@ -91,7 +94,8 @@ def prune_(
         ratio: share to drop, 0 <= ratio <= 1. 0 still drops the smallest value, 1 drops all.
         paired_with: as many tensors of the same shapes, zeroed where their partner in `tensors` is.
 
-    Raises TypeError or ValueError for anything else, before anything is changed.
+    Raises TypeError or ValueError for anything else, tensors that share memory among them, before
+    anything is changed.
     """
     tensors = _as_list("tensors", tensors)
     paired = [] if paired_with is None else _as_list("paired_with", paired_with)

@@ -14,7 +14,7 @@ import torch
 
 from relora_kernels.reference import philox
 
-_ROW_BLOCK_ELEMENTS = 2**24  # temporaries stay under some 200 MB whatever the size of W
+_ROW_BLOCK_ELEMENTS = 2**24  # float32 temporaries stay under some 200 MB whatever the size of W
 _BF16_MAX_BITS = 0x7F7F0000
 
 
@@ -30,23 +30,28 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a = lora_A.to(work)
     rows_at_once = max(1, _ROW_BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    compensated = rounding == "compensated" and residual is not None
+    # W is written when all of it has been computed: running out of memory changes nothing.
+    merged = torch.empty_like(weight)
+    rest = torch.empty_like(residual) if compensated else None
     for row in range(0, weight.shape[0], rows_at_once):
-        w = weight[row : row + rows_at_once]
-        value = w.to(work)
-        if rounding == "compensated" and residual is not None:
-            value = value + residual[row : row + rows_at_once].to(work)
-        value = value + (lora_B[row : row + rows_at_once].to(work) @ a) * _as(scaling, work)
+        rows = slice(row, row + rows_at_once)
+        value = weight[rows].to(work)
+        if compensated:
+            value = value + residual[rows].to(work)
+        value = value + (lora_B[rows].to(work) @ a) * _as(scaling, work)
         if rounding == "stochastic" and weight.dtype in (torch.bfloat16, torch.float16):
             bits = philox.bits16(
-                seed, philox.STREAM_ROUND, tuple(w.shape), (first_row + row, 0), weight.device
+                seed, philox.STREAM_ROUND, tuple(value.shape), (first_row + row, 0), weight.device
             )
-            new = stochastic_round(value, bits, weight.dtype)
+            merged[rows] = stochastic_round(value, bits, weight.dtype)
         else:
-            new = value.to(weight.dtype)
-        # Everything is allocated before the first write: running out of memory changes nothing.
-        if rounding == "compensated" and residual is not None:
-            residual[row : row + rows_at_once].copy_(value - new.to(work))
-        w.copy_(new)
+            merged[rows] = value
+        if compensated:
+            rest[rows] = value - merged[rows].to(work)
+    if compensated:
+        residual.copy_(rest)
+    weight.copy_(merged)
 
 
 def merge_many_(merges, restarts=None, merge_one=merge_) -> None:

@@ -30,6 +30,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <vector>
 
 #define __host__
@@ -376,8 +377,10 @@ using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
 };
+struct cudaFuncAttributes {};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -385,13 +388,33 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+namespace simt {
+inline int loads_left = -1;  // then there is no memory for a kernel's code; below 0: always
+inline std::set<const void*> loaded;
+
+// A kernel's code comes at its first use, which is where it can fail.
+inline cudaError_t load(const void* kernel) {
+  if (loaded.count(kernel)) return cudaSuccess;
+  if (loads_left == 0) return cudaErrorMemoryAllocation;
+  if (loads_left > 0) --loads_left;
+  loaded.insert(kernel);
+  return cudaSuccess;
+}
+}  // namespace simt
+
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);
   return cudaSuccess;
 }
 
+// Either of these loads the kernel's code.
+template <typename... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Params...)) {
+  return simt::load(reinterpret_cast<const void*>(kernel));
+}
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
   if (bytes > simt::kDynamicMost) return cudaErrorInvalidValue;
   simt::dynamic_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
@@ -400,6 +423,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, i
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
+  if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
   const auto allowed = simt::dynamic_allowed.find(reinterpret_cast<const void*>(kernel));
   const size_t most = size_t(allowed == simt::dynamic_allowed.end() ? simt::kDynamicDefault
                                                                     : allowed->second);

@@ -23,6 +23,11 @@ int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int 
   *blocks = simt::blocks_run;
   return error;
 }
+// From now on no kernel is loaded, and `loads` can be.
+void simt_unload(int loads) {
+  simt::loaded.clear();
+  simt::loads_left = loads;
+}
 int simt_merge_layer_bytes() { return sizeof(relora::MergeLayer); }
 int simt_merge_inline_layers() { return relora::kInlineLayers; }
 
