@@ -271,7 +271,9 @@ def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # case 47
 # --- gradients that are not finite -------------------------------------------------------------
 
 
-def test_steps_with_nan_gradients_are_skipped_and_counted_fault_5(text, tmp_path, monkeypatch):
+def test_steps_with_nan_gradients_are_skipped_and_counted_case41_fault_5(
+    text, tmp_path, monkeypatch
+):
     """Clipping must let them pass to where they are skipped; parameters stay as they were."""
     poison(monkeypatch, {5, 22, 24})  # steps 3, 12 and 13; 12 is a restart
 
@@ -301,7 +303,9 @@ def test_steps_with_nan_gradients_are_skipped_and_counted_fault_5(text, tmp_path
     assert all(np.isfinite(loss) for _, loss in series(folder, "eval_loss"))
 
 
-def test_too_many_nan_gradients_end_the_run_with_clean_weights(text, tmp_path, monkeypatch, capsys):
+def test_too_many_nan_gradients_end_the_run_with_clean_weights_case41(
+    text, tmp_path, monkeypatch, capsys
+):
     poison(monkeypatch, range(12, 10**6))  # from step 7 on
     assert cli.main(flags(text, tmp_path / "out")) == 1
     assert "11 steps in a row up to step" in capsys.readouterr().err

@@ -62,8 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 1
-    if is_main_process():
-        run.finish(model)
+    try:
+        if is_main_process():
+            with checkpoint.disk_errors():
+                run.finish(model)
+    except OSError as error:
+        print(
+            f"relora-train: error: {error}; all steps are taken: --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -370,9 +378,11 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process killed here
         model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
+        checkpoint.sync(*temporary.rglob("*"), temporary)
         if self.folder.final.exists():
             shutil.rmtree(self.folder.final)
         temporary.rename(self.folder.final)
+        checkpoint.sync(self.folder.root)
 
 
 def _adamw(model, learning_rate: float) -> torch.optim.AdamW:
