@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 from train_runs import RESTARTS, finished_run, flags, one_thread, poison, series, words
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_with_warmup
 from relora_kernels.model import relora_layers
@@ -312,3 +312,16 @@ def test_too_many_nan_gradients_end_the_run_with_clean_weights_case41(
     checkpoint = RunFolder(tmp_path / "out").last_checkpoint("relora")
     weights = load_file(f"{checkpoint}/model.safetensors")
     assert all(t.isfinite().all() for t in weights.values() if t.is_floating_point())
+
+
+def test_a_gradient_scaler_skips_the_step_itself_and_scales_less_case41():
+    model, guard = torch.nn.Linear(2, 1), SkipNonFiniteCallback()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as Accelerate's has
+    before = model.weight.clone()
+    scaler.scale(model(torch.ones(1, 2)).sum() * torch.inf).backward()
+    guard.on_pre_optimizer_step(None, TrainerState(), None, model=model, optimizer=optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert guard.skipped == 1 and torch.equal(model.weight, before)
+    assert scaler.get_scale() == 2.0

@@ -503,6 +503,14 @@ def test_own_trainer_resumes_bit_for_bit_from_the_last_valid_checkpoint(tmp_path
     assert config["model_type"] == "llama"
 
 
+def test_own_trainer_resumes_from_a_folder_of_any_name(tmp_path):
+    own_trainer(tmp_path, steps=3).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "kept")
+    again = own_trainer(tmp_path, steps=4)
+    again.train(str(tmp_path / "kept"))
+    assert again.state.global_step == 4
+
+
 def test_own_trainer_refuses_what_it_cannot_resume(tmp_path, caplog):
     own_trainer(tmp_path, steps=3).train()
     with pytest.raises(checkpoint.OtherRun, match=r"relora.r: expected 4, got 2"):

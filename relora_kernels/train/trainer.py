@@ -108,7 +108,10 @@ class ReLoRaTrainer(Trainer):
                 logger.error("%s: %s", folder, wrong)
             else:
                 found = folder
-        [number] = ranks.maximum([-1 if found is None else int(found.name.rpartition("-")[2])])
+        number = -1
+        if found is not None:  # a folder that is named may have any name
+            number = int(found.name.rpartition("-")[2]) if wanted is True else 0
+        [number] = ranks.maximum([number])
         if number < 0:
             raise ValueError(
                 f"resume_from_checkpoint: expected a valid checkpoint of ReLoRaTrainer at {folder}, "
