@@ -362,6 +362,18 @@ def test_the_checkpoint_itself_refuses_another_run_case38(copy, setting, value, 
     assert message in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_gives_other_tokens_is_refused_case38(copy, monkeypatch, capsys):
+    """The same corpus, as many tokens in the vocabulary: a later version of the tokenizer, say."""
+
+    def other(args, corpus, tokenizer):
+        train, validation = data.training_blocks(args, corpus, tokenizer)
+        return train[:, ::-1], validation
+
+    monkeypatch.setattr(cli, "training_blocks", other)
+    assert resume(copy) == 2
+    assert "is of another run: tokens: expected" in capsys.readouterr().err
+
+
 def test_resume_finds_its_folder_through_the_yaml_file(finished, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"output_dir: {finished}\nresume: true\nlearning_rate: 0.5\n")

@@ -142,7 +142,7 @@ class ReLoRaTrainer(Trainer):
                 )
             except OSError as error:
                 failed = 1
-                logger.warning("no checkpoint at step %d: %s", self.state.global_step, error)
+                logger.warning("training goes on without %s: %s", folder, error)
         [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
         stopping = (
             self.control.should_training_stop and self.state.global_step < self.state.max_steps
