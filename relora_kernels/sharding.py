@@ -45,13 +45,17 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """`local`, this rank's rows, as a DTensor placed as `parameter` is; itself if that is not sharded.
 
-    Checkpoints then gather and cut it as they do the parameter.
+    Checkpoints then gather and cut it as they do the parameter. A `local` that holds all rows, made
+    before the parameter was sharded, is cut first: all ranks have to come to a DTensor, also where one
+    of them holds every row, or gathering would wait for ever.
     """
-    if not is_sharded(parameter) or len(local) == len(parameter):
+    if not is_sharded(parameter):
         return local
     from torch.distributed.tensor import DTensor
 
-    mesh = parameter.device_mesh
+    mesh, (rows, first) = parameter.device_mesh, local_rows(parameter)
+    if len(local) != len(rows):
+        local = local[first : first + len(rows)]
     return DTensor.from_local(
         local.to(mesh.device_type), mesh, parameter.placements,
         shape=parameter.shape, stride=parameter.stride(),

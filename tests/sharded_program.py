@@ -174,6 +174,21 @@ def checkpoint_agrees() -> None:
         assert torch.equal(a.weight_residual, b.weight_residual) and a.weight_residual.any()
 
 
+def one_row_agrees() -> None:
+    """Rank 0 holds the only row, before and after a merge; the others must not wait for it for ever."""
+    model = nn.Sequential(nn.Linear(8, 1), nn.Linear(1, 3))
+    config = ReLoRaConfig(r=2, target_modules="all-linear", weight_dtype=torch.bfloat16)
+    alone = apply_relora(model, config)
+    expected = {key: t.clone() for key, t in alone.state_dict().items()}
+    sharded = fully_shard(alone)
+    for _ in range(2):
+        for key, tensor in sharded.state_dict().items():
+            if key.endswith("weight_residual"):
+                assert isinstance(tensor, DTensor), key
+                assert torch.equal(whole(tensor), expected[key])
+        merge_and_reinit(sharded)  # of B = 0: the residuals stay as they are
+
+
 def refusal_agrees() -> None:
     model = shard(build())
     layer = model[0][0]
@@ -197,6 +212,7 @@ def main() -> None:
         merge_agrees(rounding)
     pruning_agrees()
     checkpoint_agrees()
+    one_row_agrees()
     refusal_agrees()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees")
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 from train_runs import RESTARTS, finished_run, flags, one_thread, poison, series, words
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_with_warmup
 from relora_kernels.model import relora_layers
@@ -271,7 +271,9 @@ def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # case 47
 # --- gradients that are not finite -------------------------------------------------------------
 
 
-def test_steps_with_nan_gradients_are_skipped_and_counted_fault_5(text, tmp_path, monkeypatch):
+def test_steps_with_nan_gradients_are_skipped_and_counted_case41_fault_5(
+    text, tmp_path, monkeypatch
+):
     """Clipping must let them pass to where they are skipped; parameters stay as they were."""
     poison(monkeypatch, {5, 22, 24})  # steps 3, 12 and 13; 12 is a restart
 
@@ -301,10 +303,25 @@ def test_steps_with_nan_gradients_are_skipped_and_counted_fault_5(text, tmp_path
     assert all(np.isfinite(loss) for _, loss in series(folder, "eval_loss"))
 
 
-def test_too_many_nan_gradients_end_the_run_with_clean_weights(text, tmp_path, monkeypatch, capsys):
+def test_too_many_nan_gradients_end_the_run_with_clean_weights_case41(
+    text, tmp_path, monkeypatch, capsys
+):
     poison(monkeypatch, range(12, 10**6))  # from step 7 on
     assert cli.main(flags(text, tmp_path / "out")) == 1
     assert "11 steps in a row up to step" in capsys.readouterr().err
     checkpoint = RunFolder(tmp_path / "out").last_checkpoint("relora")
     weights = load_file(f"{checkpoint}/model.safetensors")
     assert all(t.isfinite().all() for t in weights.values() if t.is_floating_point())
+
+
+def test_a_gradient_scaler_skips_the_step_itself_and_scales_less_case41():
+    model, guard = torch.nn.Linear(2, 1), SkipNonFiniteCallback()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as Accelerate's has
+    before = model.weight.clone()
+    scaler.scale(model(torch.ones(1, 2)).sum() * torch.inf).backward()
+    guard.on_pre_optimizer_step(None, TrainerState(), None, model=model, optimizer=optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert guard.skipped == 1 and torch.equal(model.weight, before)
+    assert scaler.get_scale() == 2.0

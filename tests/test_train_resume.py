@@ -1,12 +1,13 @@
 """Resume bit for bit, checkpoints that survive a kill, signals. Numbers: cases of the reliability list."""
 
-import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ from relora_kernels.train import (
 )
 from relora_kernels.train import trainer as trainer_module
 from relora_kernels.train.args import parse_args
+from relora_kernels.train.metrics import json_lines
 from relora_kernels.train.output import RunFolder
 
 _ = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -174,15 +176,26 @@ def test_damaged_checkpoints_alone_are_refused(copy, capsys):
     assert "expected a valid checkpoint in" in capsys.readouterr().err
 
 
+@contextmanager
+def file_limit(size):
+    """The system refuses to write a file past `size` bytes, as it does where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def full_disk(monkeypatch, calls):
-    """The disk is full at these calls of save_file: half the file is there."""
+    """At these calls of save_file only half of the file can be written."""
     numbers = iter(range(10**6))
 
     def save_file(tensors, path, metadata, save=checkpoint.save_file):
-        save(tensors, path, metadata)
-        if next(numbers) in calls:
-            os.truncate(path, os.path.getsize(path) // 2)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if next(numbers) not in calls:
+            return save(tensors, path, metadata)
+        with file_limit(sum(t.nbytes for t in tensors.values()) // 2):
+            save(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
 
@@ -195,10 +208,32 @@ def test_a_full_disk_costs_a_checkpoint_and_no_step_case32(
     out = tmp_path / "out"
     assert cli.main(flags(text, out, lora_dropout=0.1)) == 0
     same_course(out, finished)
-    assert caplog.text.count("No space left on device") == 2
+    assert caplog.text.count("File too large") == 2
     left = sorted(p.name for p in (out / "checkpoint/relora").iterdir())
     assert left == ["checkpoint-12", "checkpoint-24"]
     assert checkpoint.last_valid(out / "checkpoint/relora").name == "checkpoint-24"
+
+
+def test_a_disk_full_at_the_export_is_told_and_resumed_case32(copy, finished, monkeypatch, capsys):
+    def save_pretrained(model, folder, save=LlamaForCausalLM.save_pretrained):
+        with file_limit(2000):
+            save(model, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", save_pretrained)
+        assert resume(copy) == 1
+    assert "File too large" in capsys.readouterr().err and not (copy / "final").exists()
+    assert resume(copy) == 0
+    same_course(copy, finished)
+
+
+def test_a_row_that_the_disk_cannot_take_leaves_no_half_of_it_case32(tmp_path):
+    write = json_lines(tmp_path / "metrics.jsonl")
+    write({"step": 1})
+    with file_limit(18), pytest.raises(OSError):
+        write({"step": 2})
+    write({"step": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 # --- signals -----------------------------------------------------------------------------------
@@ -325,6 +360,18 @@ def test_the_checkpoint_itself_refuses_another_run_case38(copy, setting, value, 
     (copy / "config.yaml").write_text(yaml.safe_dump(config | {setting: value}))
     assert resume(copy) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_gives_other_tokens_is_refused_case38(copy, monkeypatch, capsys):
+    """The same corpus, as many tokens in the vocabulary: a later version of the tokenizer, say."""
+
+    def other(args, corpus, tokenizer):
+        train, validation = data.training_blocks(args, corpus, tokenizer)
+        return train[:, ::-1], validation
+
+    monkeypatch.setattr(cli, "training_blocks", other)
+    assert resume(copy) == 2
+    assert "is of another run: tokens: expected" in capsys.readouterr().err
 
 
 def test_resume_finds_its_folder_through_the_yaml_file(finished, tmp_path):
@@ -466,6 +513,14 @@ def test_own_trainer_resumes_bit_for_bit_from_the_last_valid_checkpoint(tmp_path
         assert torch.equal(a, b), name
     config = json.loads((tmp_path / "b/checkpoint-9/config.json").read_text())
     assert config["model_type"] == "llama"
+
+
+def test_own_trainer_resumes_from_a_folder_of_any_name(tmp_path):
+    own_trainer(tmp_path, steps=3).train()
+    (tmp_path / "checkpoint-3").rename(tmp_path / "kept")
+    again = own_trainer(tmp_path, steps=4)
+    again.train(str(tmp_path / "kept"))
+    assert again.state.global_step == 4
 
 
 def test_own_trainer_refuses_what_it_cannot_resume(tmp_path, caplog):

@@ -80,13 +80,15 @@ class SkipNonFiniteCallback(TrainerCallback):
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if sharding.whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
             self.in_a_row = 0
             return
-        for parameter in model.parameters():
-            parameter.grad = None  # an optimizer passes over what has no gradient
+        if getattr(optimizer, "scaler", None) is None:
+            for parameter in model.parameters():
+                parameter.grad = None  # an optimizer passes over what has no gradient
+        # else fp16's gradient scaler skips the step itself, and has to see why to scale less
         self.skipped += 1
         self.in_a_row += 1
         step = self.first_step + state.global_step + 1

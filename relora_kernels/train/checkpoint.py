@@ -14,6 +14,7 @@ process killed at any point leaves the earlier one. It is valid if every file is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -56,29 +57,40 @@ def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
     _delete_unfinished(folder.parent)
     try:
         temporary.mkdir(parents=True)
-        fill(temporary)
+        with disk_errors():
+            fill(temporary)
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             files[path.relative_to(temporary).as_posix()] = _measure(path)
-            _sync(path)
+            sync(path)
         manifest = {"format": _FORMAT, "files": files, "facts": facts}
         with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        for path in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
-            _sync(path)
+        sync(*(p for p in temporary.rglob("*") if p.is_dir()), temporary)
         if folder.exists():  # of the same step: damaged, or of an earlier run
             os.rename(folder, old)
         os.rename(temporary, folder)
-        _sync(folder.parent)
-        _sync(folder.parent.parent)  # where the first checkpoint has made a folder
+        sync(folder.parent, folder.parent.parent)  # where the first checkpoint has made a folder
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
             os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk as OSError: safetensors and tokenizers, in Rust, raise exceptions of their own."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not found:
+            raise
+        raise OSError(int(found[1]), str(error)) from error
 
 
 def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None:
@@ -171,12 +183,14 @@ def _measure(path: Path) -> list:
     return [path.stat().st_size, digest.hexdigest()]
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(*paths: Path) -> None:
+    """Files and folders, onto the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # --- what a resumed run must match --------------------------------------------------------------------

@@ -4,6 +4,7 @@
 around it: args, data, metrics, output (the folder), report.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import shutil
 import sys
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 from torch.distributed.fsdp import fully_shard
@@ -62,8 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     except (FloatingPointError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 1
-    if is_main_process():
-        run.finish(model)
+    try:
+        if is_main_process():
+            with checkpoint.disk_errors():
+                run.finish(model)
+    except OSError as error:
+        print(
+            f"relora-train: error: {error}; all steps are taken: --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -96,6 +106,8 @@ class Run:
         corpus = load_corpus(args)
         self.tokenizer = load_tokenizer(args, corpus)
         self.blocks, self.validation = training_blocks(args, corpus, self.tokenizer)
+        # Beside the corpus': another version of a tokenizer may give other tokens for the same text.
+        self.tokens_sha256 = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()
         self.prompt = corpus.validation[0][:40]
         self.corpus = {
             "source": corpus.source,
@@ -256,7 +268,7 @@ class Run:
             processing_class=self.tokenizer,
             optimizers=(optimizer, lr_scheduler),
             callbacks=[self.guard, *relora, metrics, self.stop],
-            fingerprint={"corpus": self.corpus["sha256"], "vocabulary": len(self.tokenizer)},
+            fingerprint={"corpus": self.corpus["sha256"], "tokens": self.tokens_sha256},
         )
         trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
         # Trainer has seeded all ranks alike, which would give all of them one dropout mask.
@@ -370,9 +382,11 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process killed here
         model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
+        checkpoint.sync(*temporary.rglob("*"), temporary)
         if self.folder.final.exists():
             shutil.rmtree(self.folder.final)
         temporary.rename(self.folder.final)
+        checkpoint.sync(self.folder.root)
 
 
 def _adamw(model, learning_rate: float) -> torch.optim.AdamW:

@@ -1,8 +1,10 @@
 """What a run tells while it runs: rows of metrics, and the sinks that take them."""
 
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -109,15 +111,23 @@ def peak_memory_mib() -> float:
 
 
 def json_lines(path: Path) -> Callable[[dict], None]:
-    """A sink that appends each row to `path`."""
+    """A sink that appends each row to `path`, whole or, where the disk is full, not at all."""
 
     def write(row: dict) -> None:
         # JSON has no NaN: a loss or norm that is none of its numbers is null.
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
         }
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                os.fsync(file.fileno())  # on disk before the checkpoint of this step is
+            except OSError:
+                file.truncate(end)  # the next row must not be joined to half a row
+                raise
 
     return write
 

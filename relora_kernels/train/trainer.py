@@ -108,7 +108,10 @@ class ReLoRaTrainer(Trainer):
                 logger.error("%s: %s", folder, wrong)
             else:
                 found = folder
-        [number] = ranks.maximum([-1 if found is None else int(found.name.rpartition("-")[2])])
+        number = -1
+        if found is not None:  # a folder that is named may have any name
+            number = int(found.name.rpartition("-")[2]) if wanted is True else 0
+        [number] = ranks.maximum([number])
         if number < 0:
             raise ValueError(
                 f"resume_from_checkpoint: expected a valid checkpoint of ReLoRaTrainer at {folder}, "
@@ -139,7 +142,7 @@ class ReLoRaTrainer(Trainer):
                 )
             except OSError as error:
                 failed = 1
-                logger.warning("no checkpoint at step %d: %s", self.state.global_step, error)
+                logger.warning("training goes on without %s: %s", folder, error)
         [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
         stopping = (
             self.control.should_training_stop and self.state.global_step < self.state.max_steps
