@@ -166,6 +166,13 @@ def arch_flags(names: list[str]) -> list[str]:
     return [f"-gencode={code}" for code in codes]
 
 
+def source_archs(source: Path, names: list[str]) -> list[str]:
+    """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has."""
+    if not source.stem.endswith("_sm90"):
+        return names
+    return ["90a"] if {"90", "90a"} & set(names) else []
+
+
 # ---- The build ----------------------------------------------------------------------------------
 
 
@@ -190,6 +197,7 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
         f"#define RELORA_{name} " + ", ".join(f'"{value}"' for value in values) + "\n"
         for name, values in info.items()
     )
+    text += f"#define RELORA_SM90A {int(bool(source_archs(Path('_sm90'), names)))}\n"
     header = work / "build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -200,15 +208,20 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
     library = toolkit_root(nvcc) / "lib"  # PyPI's nvcc does not look there by itself
     threads = min(jobs(), len(names))
     rules = "rule cuda\n  command = " + compile_
-    rules += command(f"--threads={threads}", *FATBIN_FLAGS, *arch_flags(names)) + depend
+    rules += command(f"--threads={threads}", *FATBIN_FLAGS) + "$archs " + depend
     rules += "rule cxx\n  command = " + compile_ + command(*includes) + depend
     rules += "rule link\n  command = " + command(nvcc, "-shared", "-cudart=static", f"-L{library}")
     rules += "$in -o $out\n"
     objects = []
     for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
+        wanted = source_archs(source, names)
+        if not wanted:
+            continue
         objects.append(path(work / f"{source.name}.o"))
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         rules += f"build {objects[-1]}: {rule} {path(source)}\n"
+        if rule == "cuda":
+            rules += f"  archs = {' '.join(arch_flags(wanted))}\n"
     rules += f"build {path(module)}: link {' '.join(objects)}\n"
     (work / "build.ninja").write_text(rules)
 

@@ -1,5 +1,5 @@
-// PTX that the Hopper kernels need and C++ has no name for. Semantics: PTX ISA 8.x, chapters
-// "mbarrier", "cp.async.bulk.tensor" and "wgmma". Addresses of shared memory are 32-bit.
+// PTX that the two-segment kernels need and C++ has no name for. Semantics: PTX ISA 8.x, chapters "mbarrier",
+// "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80. Addresses of shared memory are 32-bit.
 // (An include guard instead of #pragma once: the tests put a model of these functions in their place.)
 #ifndef RELORA_PTX_CUH
 #define RELORA_PTX_CUH
@@ -181,29 +181,81 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #define RELORA_D64(i)                                                                      \
   RELORA_D8(i), RELORA_D8(i + 8), RELORA_D8(i + 16), RELORA_D8(i + 24), RELORA_D8(i + 32), \
       RELORA_D8(i + 40), RELORA_D8(i + 48), RELORA_D8(i + 56)
-// REGS: %0..; A, B, P, T: the operands after them: descriptors, whether to accumulate, transposition.
-#define RELORA_WGMMA(N, TYPE, REGS, A, B, P, T, ...)                                           \
+// REGS: %0..; A, B, P, S, T: the operands after them: descriptors, whether to accumulate, transpositions.
+#define RELORA_WGMMA(N, TYPE, REGS, A, B, P, S, T, ...)                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                  \
                "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGS "}, " A \
-               ", " B ", p, 1, 1, 0, " T ";\n}"                                                \
+               ", " B ", p, 1, 1, " S ", " T ";\n}"                                                \
                : __VA_ARGS__                                                                   \
-               : "l"(left), "l"(right), "r"(int(accumulate)), "n"(int(kContiguousN)))
+               : "l"(left), "l"(right), "r"(int(accumulate)), "n"(int(!kLeftK)), "n"(int(!kRightK)))
 
-// d (64, N) = left (64, 16) @ right (16, N) + (accumulate ? d : 0), left K-contiguous. Thread t of the
-// warpgroup holds in d[i] row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
-template <typename T, bool kContiguousN, int kCount>
+// d (64, N) = left (64, 16) @ right (16, N) + (accumulate ? d : 0), either K-contiguous or not. Thread t of
+// the warpgroup holds in d[i] row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+template <typename T, bool kLeftK, bool kRightK, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right,
                                       bool accumulate) {
   static_assert(kCount == 64 || kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   if constexpr (kCount == 128 && kBf16)
-    RELORA_WGMMA("256", "bf16", RELORA_REGS_128, "%128", "%129", "%130", "%131", RELORA_D64(0), RELORA_D64(64));
+    RELORA_WGMMA("256", "bf16", RELORA_REGS_128, "%128", "%129", "%130", "%131", "%132",
+                 RELORA_D64(0), RELORA_D64(64));
   else if constexpr (kCount == 128)
-    RELORA_WGMMA("256", "f16", RELORA_REGS_128, "%128", "%129", "%130", "%131", RELORA_D64(0), RELORA_D64(64));
+    RELORA_WGMMA("256", "f16", RELORA_REGS_128, "%128", "%129", "%130", "%131", "%132",
+                 RELORA_D64(0), RELORA_D64(64));
   else if constexpr (kBf16)
-    RELORA_WGMMA("128", "bf16", RELORA_REGS_64, "%64", "%65", "%66", "%67", RELORA_D64(0));
+    RELORA_WGMMA("128", "bf16", RELORA_REGS_64, "%64", "%65", "%66", "%67", "%68", RELORA_D64(0));
   else
-    RELORA_WGMMA("128", "f16", RELORA_REGS_64, "%64", "%65", "%66", "%67", RELORA_D64(0));
+    RELORA_WGMMA("128", "f16", RELORA_REGS_64, "%64", "%65", "%66", "%67", "%68", RELORA_D64(0));
+}
+
+// ---- sm_80: a warp copies, loads fragments and multiplies ------------------------------------------
+
+// 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the latest kPending groups of this thread's copies are there.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, rows addressed and held as in store_matrices; kTranspose: lane l
+// holds rows 2 (l % 4) and the next of column l / 4.
+template <bool kTranspose>
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
+  if constexpr (kTranspose)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// d (16, 8) += left (16, 16) @ right (16, 8). d as wgmma's; left in 8 x 8 parts (0, 0), (1, 0), (0, 1),
+// (1, 1) of (rows, k), right in parts 0 and 1 of k, each as load_matrices holds them with k along a row.
+template <typename T>
+__device__ __forceinline__ void mma(float* d, const uint32_t (&left)[4], uint32_t right0,
+                                    uint32_t right1) {
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
 }
 
 // ---- Out of the accumulators ----------------------------------------------------------------------
@@ -233,6 +285,17 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t bits) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
 __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
   uint16_t bits;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");

@@ -10,7 +10,7 @@ namespace relora::two_segment {
 
 constexpr int kBlockM = 128;           // rows of a tile: 64 for each consumer warpgroup
 constexpr int kBlockK = 64;            // k of a step: 128 bytes of a 16-bit operand, one swizzled row
-constexpr int kSlab = 64;              // columns of an N-contiguous operand in one swizzled row
+constexpr int kSpan = 64;              // columns of an operand that is not K-contiguous: the same
 constexpr int kRowBytes = 128;         // a row of either in shared memory
 constexpr int kAtomBytes = 8 * kRowBytes;  // the swizzle repeats after eight rows
 constexpr int kConsumers = 2;              // warpgroups
@@ -27,29 +27,36 @@ RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) 
 
 // ---- Tiles -------------------------------------------------------------------------------------
 
-struct Tile { int row, col; };  // the first element
+// What a block does at a time: a tile, by its first element, and the k-steps [from, to) of a slab.
+struct Work { int row, col, slab, from, to; };
 
 // A cluster of `cluster` blocks takes as many neighbouring tiles of rows in one tile of columns, so
 // that one copy of W serves all; unit u of the schedule belongs to cluster u mod the number of them.
-// Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2.
+// Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2. Where
+// the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
 struct Schedule {
-  int row_units, col_units, block_n, cluster, group;
+  int row_units, col_units, block_n, cluster, group, steps, slab_steps;
 
-  RELORA_HD Schedule(int64_t m, int64_t n, int block_n, int cluster)
+  RELORA_HD Schedule(int64_t m, int64_t n, int steps, int slab_steps, int block_n, int cluster)
       : row_units(int(ceil_div(m, int64_t(kBlockM) * cluster))),
         col_units(int(ceil_div(n, block_n))),
         block_n(block_n),
         cluster(cluster),
-        group(kGroupRows / cluster) {}
+        group(kGroupRows / cluster),
+        steps(steps),
+        slab_steps(slab_steps) {}
 
-  RELORA_HD int64_t units() const { return int64_t(row_units) * col_units; }
+  RELORA_HD int64_t tiles() const { return int64_t(row_units) * col_units; }
+  RELORA_HD int64_t units() const { return tiles() * ceil_div(steps, slab_steps); }
 
-  // The tile of the block with rank `rank` in its cluster; the last may lie beyond M as a whole.
-  RELORA_HD Tile tile(int unit, int rank) const {
-    const int band = group * col_units;
-    const int first = unit / band * group, within = unit % band;
+  // For the block with rank `rank` in its cluster; the last tile may lie beyond M as a whole.
+  RELORA_HD Work work(int unit, int rank) const {
+    const int tiles = row_units * col_units, slab = unit / tiles, from = slab * slab_steps;
+    const int tile = unit % tiles, band = group * col_units;
+    const int first = tile / band * group, within = tile % band;
     const int height = row_units - first < group ? row_units - first : group;
-    return {((first + within % height) * cluster + rank) * kBlockM, within / height * block_n};
+    return {((first + within % height) * cluster + rank) * kBlockM, within / height * block_n, slab,
+            from, steps - from < slab_steps ? steps : from + slab_steps};
   }
 };
 
@@ -65,11 +72,11 @@ struct Step { bool low; int k; };  // which segment, and the first k within it
 
 // The low-rank segment first: in dx its sum is masked before anything is added to it.
 struct Steps {
-  int low, total;
-  RELORA_HD Steps(int64_t r, int64_t k)
-      : low(int(ceil_div(r, kBlockK))), total(low + int(ceil_div(k, kBlockK))) {}
+  int low, total, block_k;
+  RELORA_HD Steps(int64_t r, int64_t k, int block_k = kBlockK)
+      : low(int(ceil_div(r, block_k))), total(low + int(ceil_div(k, block_k))), block_k(block_k) {}
   RELORA_HD Step at(int step) const {
-    return {step < low, (step < low ? step : step - low) * kBlockK};
+    return {step < low, (step < low ? step : step - low) * block_k};
   }
 };
 
@@ -96,7 +103,7 @@ struct Layout {
   // As many output buffers a warpgroup as fit, up to the whole tile.
   static constexpr int room =
       (kMostShared - kStages * stage_bytes - 16 * kStages) / (kConsumers * buffer_bytes);
-  static constexpr int buffers = room < kBlockN / kSlab ? room : kBlockN / kSlab;
+  static constexpr int buffers = room < kBlockN / kSpan ? room : kBlockN / kSpan;
   static constexpr int output = kStages * stage_bytes;
   static constexpr int full = output + kConsumers * buffers * buffer_bytes;  // barriers, 8 bytes each
   static constexpr int empty = full + 8 * kStages;
@@ -118,13 +125,13 @@ RELORA_HD constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leadin
          uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// K-contiguous rows of 64: the stride goes to the next eight rows, there is nothing to lead to, and 16
-// k further are 32 bytes. N-contiguous slabs of 64 columns, 64 k high: the stride goes to the next
-// eight k, the leading offset to the next slab, and 16 k further are 16 rows.
-template <bool kContiguousN>
+// K-contiguous: 64 k to a row, the stride goes to the next eight rows, there is nothing to lead to, and
+// 16 k further are 32 bytes. Else blocks of 64 columns, 64 k high: the stride goes to the next eight k,
+// the leading offset to the next block, and 16 k further are 16 rows.
+template <bool kContiguousK>
 RELORA_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
-  return kContiguousN ? matrix_descriptor(address + k * kRowBytes, kBlockK * kRowBytes, kAtomBytes)
-                      : matrix_descriptor(address + k * 2, 0, kAtomBytes);
+  return !kContiguousK ? matrix_descriptor(address + k * kRowBytes, kBlockK * kRowBytes, kAtomBytes)
+                       : matrix_descriptor(address + k * 2, 0, kAtomBytes);
 }
 
 // ---- Tensor maps -------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ struct MapSpec {
 };
 
 inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
-  return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSlab, uint32_t(box_rows)}};
+  return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
 
 // TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands have

@@ -1,5 +1,5 @@
-// out (M, N) = dropout'(scale * P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear,
-// and with r = 0 the skinny products P and Q.
+// out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear; with
+// r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB.
 //
 // One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled by
 // TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor maps.
@@ -13,6 +13,7 @@
 
 #include "launch.h"
 #include "ptx.cuh"
+#include "two_segment.cuh"
 #include "two_segment.h"
 
 namespace relora {
@@ -23,24 +24,24 @@ using namespace two_segment;
 struct Params {
   CUtensorMap low_left, low_right, left, right, out;
   bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
-  uint16_t* out_data;
+  void* out_data;
   int64_t out_pitch;
-  const void* bias;
-  bool bias_is_float;
+  int slab_steps;
   int m, n, k, r;
   float scale;  // of the whole sum
-  const int64_t* seed;
-  uint32_t threshold;
-  float keep_scale;
+  Bias bias;
+  Dropout dropout;
 };
 
-// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, whether W and B lie
-// with N contiguous (dx = dy W + Q A) rather than K, whether the low-rank sum is masked.
-template <typename T_, int kBlockN_, int kStages_, int kCluster_, bool kContiguousN_, bool kDropout_>
+// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands lie,
+// whether the low-rank sum is masked.
+template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_, bool kDropout_ = false>
 struct Variant : Layout<kBlockN_, kStages_> {
   using T = T_;
   static constexpr int kBlockN = kBlockN_, kStages = kStages_, kCluster = kCluster_;
-  static constexpr bool kContiguousN = kContiguousN_, kDropout = kDropout_;
+  static constexpr Form kForm = kForm_;
+  static constexpr bool kDropout = kDropout_;
+  static constexpr bool kLeftK = kForm != Form::tn, kRightK = kForm == Form::nt;  // K-contiguous
 };
 
 template <typename V>
@@ -60,17 +61,13 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
   constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
   Ring<V::kStages> ring;
   for (int unit = first; unit < schedule.units(); unit += stride) {
-    const Tile tile = schedule.tile(unit, rank);
-    const int row = box_start(tile.row, p.m);
-    for (int s = 0; s < steps.total; ++s, ring.advance()) {
+    const Work work = schedule.work(unit, rank);
+    for (int s = work.from; s < work.to; ++s, ring.advance()) {
       const Step step = steps.at(s);
       const CUtensorMap* left_map = step.low ? &p.low_left : &p.left;
       const CUtensorMap* right_map = step.low ? &p.low_right : &p.right;
       const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
       const uint32_t full = barriers.full(ring.stage);
-      ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
-      ptx::arrive_expect(full, V::stage_bytes);
-      ptx::load(left_map, left, full, step.k, row);
       const auto load_right = [&](int column, int c0, int c1) {
         const uint32_t to = right + column * kRowBytes;
         if constexpr (V::kCluster == 1)
@@ -78,58 +75,28 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
         else
           ptx::load_multicast(right_map, to, full, c0, c1, (1 << V::kCluster) - 1);
       };
-      if constexpr (V::kContiguousN) {
-#pragma unroll
-        for (int i = 0; i < kShare; i += kSlab)
-          load_right(rank * kShare + i, box_start(tile.col + rank * kShare + i, p.n), step.k);
+
+      ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
+      ptx::arrive_expect(full, V::stage_bytes);
+      if constexpr (V::kLeftK) {
+        ptx::load(left_map, left, full, step.k, box_start(work.row, p.m));
       } else {
-        load_right(rank * kShare, step.k, box_start(tile.col + rank * kShare, p.n));
+#pragma unroll
+        for (int i = 0; i < kBlockM; i += kSpan)
+          ptx::load(left_map, left + i * kRowBytes, full, box_start(work.row + i, p.m), step.k);
+      }
+      if constexpr (V::kRightK) {
+        load_right(rank * kShare, step.k, box_start(work.col + rank * kShare, p.n));
+      } else {
+#pragma unroll
+        for (int i = rank * kShare; i < (rank + 1) * kShare; i += kSpan)
+          load_right(i, box_start(work.col + i, p.n), step.k);
       }
     }
   }
 }
 
 // ---- Consumers -----------------------------------------------------------------------------------
-
-// Lane q of four gets w[i] = what lane i had in w[q]: a transposition by two butterflies.
-__device__ __forceinline__ void transpose_four(uint32_t (&w)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const bool high = lane & step;
-      const uint32_t other = ptx::shuffle(high ? w[i] : w[i + step], lane ^ step);
-      (high ? w[i] : w[i + step]) = other;
-    }
-}
-
-// acc = kept ? acc * keep_scale : 0, for rows `row` and row + 8. One draw serves the eight columns that
-// four lanes hold, two each: every lane draws for one of four such blocks, then they exchange words.
-template <int kCount>
-__device__ __forceinline__ void mask(float (&acc)[kCount], const Params& p, int row, int col, int lane) {
-  const uint64_t seed = uint64_t(*p.seed);
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int block = 0; block < kCount / 4; block += 4) {
-      Words words = draw(seed, kStreamDropout, row + 8 * half, col / 8 + block + lane % 4);
-      transpose_four(words.w, lane);
-#pragma unroll
-      for (int of = 0; of < 4; ++of) {
-        float* pair = acc + (block + of) * 4 + half * 2;
-        pair[0] = (words.w[of] & 0xFFFFu) >= p.threshold ? pair[0] * p.keep_scale : 0.f;
-        pair[1] = (words.w[of] >> 16) >= p.threshold ? pair[1] * p.keep_scale : 0.f;
-      }
-    }
-}
-
-template <typename T>
-__device__ __forceinline__ float bias_at(const Params& p, int col) {
-  if (!p.bias || col >= p.n) return 0.f;
-  return p.bias_is_float ? static_cast<const float*>(p.bias)[col]
-                         : to_float(static_cast<const T*>(p.bias)[col]);
-}
 
 template <typename V>
 __device__ __forceinline__ void consume(const Params& p, const Schedule& schedule, uint32_t memory,
@@ -152,7 +119,7 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
     }
   };
   // Leaves one step's products in flight while the next step's are issued.
-  const auto multiply = [&](int from, int to) {
+  const auto multiply = [&](int from, int to, bool accumulate) {
     int before = 0;
     for (int s = from; s < to; ++s, ring.advance()) {
       const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
@@ -160,9 +127,9 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kBlockK; k += 16)
-        ptx::wgmma<T, V::kContiguousN>(
-            acc, operand_descriptor<false>(left + warpgroup * V::left_bytes / kConsumers, k),
-            operand_descriptor<V::kContiguousN>(right, k), s > 0 || k > 0);
+        ptx::wgmma<T, V::kLeftK, V::kRightK>(
+            acc, operand_descriptor<V::kLeftK>(left + warpgroup * V::left_bytes / kConsumers, k),
+            operand_descriptor<V::kRightK>(right, k), accumulate || s > from || k > 0);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
       if (s > from) release(before);
@@ -174,35 +141,48 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
   };
 
   for (int unit = first; unit < schedule.units(); unit += stride) {
-    const Tile tile = schedule.tile(unit, rank);
-    const int row = tile.row + warpgroup * (kBlockM / kConsumers);
+    const Work work = schedule.work(unit, rank);
+    const int row = work.row + warpgroup * (kBlockM / kConsumers);
+    const int my_row = row + warp * 16 + lane / 4, my_col = work.col + lane % 4 * 2;
     if constexpr (V::kDropout) {
-      multiply(0, steps.low);
-      mask(acc, p, row + warp * 16 + lane / 4, tile.col, lane);
-      multiply(steps.low, steps.total);
+      multiply(0, steps.low, false);
+      mask(acc, p.dropout, my_row, work.col, lane);
+      multiply(steps.low, steps.total, true);
     } else {
-      multiply(0, steps.total);
+      multiply(work.from, work.to, false);
     }
 
-    // Epilogue: 64 columns at a time through shared memory.
+    // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
+    if constexpr (V::kForm == Form::tn) {
+      float* const out =
+          static_cast<float*>(p.out_data) + (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
+#pragma unroll
+      for (int i = 0; i < V::kBlockN / 2; i += 2) {
+        const int down = i / 2 % 2 * 8, across = i / 4 * 8;
+        if (my_row + down < p.m && my_col + across < p.n)
+          *reinterpret_cast<float2*>(out + down * p.out_pitch + across) = {acc[i], acc[i + 1]};
+      }
+      continue;
+    }
+    // The output: 64 columns at a time through shared memory.
     if (row >= p.m) continue;
 #pragma unroll
-    for (int chunk = 0; chunk < V::kBlockN / kSlab; ++chunk) {
-      const int col = tile.col + chunk * kSlab;
+    for (int chunk = 0; chunk < V::kBlockN / kSpan; ++chunk) {
+      const int col = work.col + chunk * kSpan;
       if (col >= p.n) break;
       const uint32_t to = buffers + buffer.stage * V::buffer_bytes;
       buffer.advance();
       if (thread == 0) ptx::store_wait_read<V::buffers - 1>();
       ptx::named_barrier(1 + warpgroup, 128);  // the buffer's earlier contents are gone
 #pragma unroll
-      for (int sixteen = 0; sixteen < kSlab / 16; ++sixteen) {
+      for (int sixteen = 0; sixteen < kSpan / 16; ++sixteen) {
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // columns 8 (i / 2) on, rows 8 (i % 2) on
-          const float* pair = acc + (chunk * kSlab + sixteen * 16) / 2 + i * 2;
-          const int at = col + sixteen * 16 + i / 2 * 8 + lane % 4 * 2;
-          packed[i] = ptx::pack<T>(fmaf(pair[0], p.scale, bias_at<T>(p, at)),
-                                   fmaf(pair[1], p.scale, bias_at<T>(p, at + 1)));
+          const float* pair = acc + (chunk * kSpan + sixteen * 16) / 2 + i * 2;
+          const int at = my_col + chunk * kSpan + sixteen * 16 + i / 2 * 8;
+          packed[i] = ptx::pack<T>(fmaf(pair[0], p.scale, bias_at<T>(p.bias, at, p.n)),
+                                   fmaf(pair[1], p.scale, bias_at<T>(p.bias, at + 1, p.n)));
         }
         ptx::store_matrices(
             to + swizzled(warp * 16 + lane % 16, sixteen * 2 + lane / 16), packed[0], packed[1],
@@ -217,11 +197,12 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
         }
       } else {
         ptx::named_barrier(1 + warpgroup, 128);
+        uint16_t* const out = static_cast<uint16_t*>(p.out_data);
         for (int i = warp * 16; i < warp * 16 + 16 && row + i < p.m; ++i)
 #pragma unroll
-          for (int j = lane; j < kSlab; j += 32)
+          for (int j = lane; j < kSpan; j += 32)
             if (col + j < p.n)
-              p.out_data[(row + i) * p.out_pitch + col + j] =
+              out[(row + i) * p.out_pitch + col + j] =
                   ptx::load_shared_16(to + swizzled(i, j / 8) + j % 8 * 2);
       }
     }
@@ -237,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t memory = ptx::shared_memory();
   const Barriers<V> barriers{memory};
   const int rank = V::kCluster == 1 ? 0 : int(ptx::cluster_rank());
-  const Schedule schedule(p.m, p.n, V::kBlockN, V::kCluster);
+  const Schedule schedule(p.m, p.n, Steps(p.r, p.k).total, p.slab_steps, V::kBlockN, V::kCluster);
   const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
   const int warpgroup = threadIdx.x / 128;
 
@@ -271,8 +252,13 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 cudaError_t find_encode(Encode* encode) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
       "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
   *encode = reinterpret_cast<Encode>(found);
   return error != cudaSuccess                          ? error
          : result == cudaDriverEntryPointSuccess && found ? cudaSuccess
@@ -295,30 +281,30 @@ using Kernel = void (*)(Params);
 
 struct Entry {
   int block_n, cluster;
-  bool contiguous_n, dropout;
+  Form form;
+  bool dropout;
   int shared;
   Kernel kernel;
 };
 
 template <typename V>
 constexpr Entry entry() {
-  return {V::kBlockN, V::kCluster, V::kContiguousN, V::kDropout, V::bytes, two_segment_kernel<V>};
+  return {V::kBlockN, V::kCluster, V::kForm, V::kDropout, V::bytes, two_segment_kernel<V>};
 }
 
-// 128 x 256 for the large products; 128 x 128 where N is small: P, Q, narrow layers.
+// 128 x 256 for the large products; 128 x 128 where N is small (P, Q, narrow layers) and for dA and dB.
 template <typename T>
 constexpr Entry kEntries[] = {
-    entry<Variant<T, 256, 4, 1, false, false>>(), entry<Variant<T, 256, 4, 2, false, false>>(),
-    entry<Variant<T, 256, 4, 1, true, false>>(),  entry<Variant<T, 256, 4, 2, true, false>>(),
-    entry<Variant<T, 256, 4, 1, true, true>>(),   entry<Variant<T, 128, 6, 1, false, false>>(),
-    entry<Variant<T, 128, 6, 1, true, false>>(),
+    entry<Variant<T, 256, 4, 1, Form::nt>>(),       entry<Variant<T, 256, 4, 2, Form::nt>>(),
+    entry<Variant<T, 256, 4, 1, Form::nn>>(),       entry<Variant<T, 256, 4, 2, Form::nn>>(),
+    entry<Variant<T, 256, 4, 1, Form::nn, true>>(), entry<Variant<T, 128, 6, 1, Form::nt>>(),
+    entry<Variant<T, 128, 6, 1, Form::nn>>(),       entry<Variant<T, 128, 6, 1, Form::tn>>(),
 };
 
 const Entry* find_entry(const TwoSegmentArgs& a) {
-  const bool dropout = a.threshold > 0;
   for (const Entry& e : a.dtype == DType::bf16 ? kEntries<bf16> : kEntries<fp16>)
-    if (e.block_n == a.block_n && e.cluster == a.cluster && e.contiguous_n == a.contiguous_n &&
-        e.dropout == dropout)
+    if (e.block_n == a.block_n && e.cluster == a.cluster && e.form == a.form &&
+        e.dropout == (a.dropout.threshold > 0))
       return &e;
   return nullptr;
 }
@@ -327,42 +313,47 @@ const Entry* find_entry(const TwoSegmentArgs& a) {
 
 cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   const Entry* const e = find_entry(a);
-  if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0)
+  const bool partial = a.form == Form::tn;
+  if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0 ||
+      (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)) || (a.dropout.threshold > 0 && a.r < 1))
     return cudaErrorInvalidValue;
-  const Schedule schedule(a.m, a.n, e->block_n, e->cluster);
+  const int steps = Steps(a.r, a.k).total, slab_steps = partial ? a.slab_steps : steps;
+  const Schedule schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster);
   const int64_t most = INT32_MAX - 2 * kBlockM;  // coordinates are 32-bit, past the last tile too
   if (std::max({a.m, a.n, a.k, a.r, schedule.units()}) > most) return cudaErrorInvalidConfiguration;
 
   Params p{};
-  p.out_data = static_cast<uint16_t*>(a.out.data);
+  p.out_data = a.out.data;
   p.out_pitch = a.out.row;
-  p.bias = a.bias;
-  p.bias_is_float = a.bias_dtype == DType::f32;
+  p.slab_steps = slab_steps;
   p.m = int(a.m), p.n = int(a.n), p.k = int(a.k), p.r = int(a.r);
   p.scale = a.scale;
-  p.seed = a.seed;
-  p.threshold = a.threshold;
-  p.keep_scale = a.keep_scale;
+  p.bias = a.bias;
+  p.dropout = a.dropout;
 
   Encode encode;
   if (const cudaError_t error = find_encode(&encode)) return error;
   const auto map = [&](CUtensorMap* to, const Matrix& t, int64_t rows, int64_t cols, int box_rows) {
     return make_map(encode, a.dtype, map_spec(t.data, rows, cols, t.row, box_rows), to);
   };
-  // W and B: rows of K (boxes of 64 x a block's share of the tile), or of N (boxes of 64 x 64).
-  const auto map_right = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
-    return a.contiguous_n ? map(to, t, depth, a.n, kBlockK)
-                          : map(to, t, a.n, depth, e->block_n / e->cluster);
+  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x 64.
+  const auto map_left = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
+    return a.form == Form::tn ? map(to, t, depth, a.m, kBlockK) : map(to, t, a.m, depth, kBlockM);
   };
-  if (const cudaError_t error = map(&p.left, a.x, a.m, a.k, kBlockM)) return error;
+  const auto map_right = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
+    return a.form == Form::nt ? map(to, t, a.n, depth, e->block_n / e->cluster)
+                              : map(to, t, depth, a.n, kBlockK);
+  };
+  if (const cudaError_t error = map_left(&p.left, a.x, a.k)) return error;
   if (const cudaError_t error = map_right(&p.right, a.w, a.k)) return error;
   if (a.r > 0) {
-    if (const cudaError_t error = map(&p.low_left, a.p, a.m, a.r, kBlockM)) return error;
+    if (const cudaError_t error = map_left(&p.low_left, a.p, a.r)) return error;
     if (const cudaError_t error = map_right(&p.low_right, a.b, a.r)) return error;
   }
-  p.stores_by_tma = has_map(map_spec(a.out.data, a.m, a.n, a.out.row, kBlockM / kConsumers));
+  const int out_rows = kBlockM / kConsumers;
+  p.stores_by_tma = !partial && has_map(map_spec(a.out.data, a.m, a.n, a.out.row, out_rows));
   if (p.stores_by_tma)
-    if (const cudaError_t error = map(&p.out, a.out, a.m, a.n, kBlockM / kConsumers)) return error;
+    if (const cudaError_t error = map(&p.out, a.out, a.m, a.n, out_rows)) return error;
 
   int device, processors;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
