@@ -88,10 +88,12 @@ const std::map<std::string, relora::Form> kForms = {
 
 using Launcher = cudaError_t (*)(const relora::TwoSegmentArgs&, cudaStream_t);
 const std::map<std::string, Launcher> kTwoSegment = {
-#if RELORA_SM90A
+#if RELORA_SM80
+    {"sm80", relora::two_segment_sm80},
+#endif
+#if RELORA_SM90
     {"sm90", relora::two_segment_sm90},
 #endif
-    {"sm80", relora::two_segment_sm80},
 };
 
 // (pointer to an int64 on the device or 0, threshold of 65536, scale of what is kept)

@@ -167,10 +167,13 @@ def arch_flags(names: list[str]) -> list[str]:
 
 
 def source_archs(source: Path, names: list[str]) -> list[str]:
-    """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has."""
-    if not source.stem.endswith("_sm90"):
-        return names
-    return ["90a"] if {"90", "90a"} & set(names) else []
+    """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has, *_sm80.cu those
+    of sm_80 and newer. Where nothing is left the file is left out."""
+    if source.stem.endswith("_sm90"):
+        return ["90a"] if {"90", "90a"} & set(names) else []
+    if source.stem.endswith("_sm80"):
+        return [name for name in names if int(name.rstrip("af")) >= 80]
+    return names
 
 
 # ---- The build ----------------------------------------------------------------------------------
@@ -197,7 +200,9 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
         f"#define RELORA_{name} " + ", ".join(f'"{value}"' for value in values) + "\n"
         for name, values in info.items()
     )
-    text += f"#define RELORA_SM90A {int(bool(source_archs(Path('_sm90'), names)))}\n"
+    for stem in ("_sm80", "_sm90"):
+        wanted = source_archs(Path(stem), names)
+        text += f"#define RELORA{stem.upper()} {int(bool(wanted))}\n"
     header = work / "build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)

@@ -99,11 +99,6 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
       }
     }
   }
-  if (kDropout && steps.low == steps.total)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      mask(acc[i], a.dropout, work.row + row + i * 16 + lane / 4, work.col + col, lane);
-
   // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
   const int my_row = row + lane / 4, my_col = col + lane % 4 * 2;
   if constexpr (kForm == Form::tn) {

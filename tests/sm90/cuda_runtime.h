@@ -22,6 +22,7 @@ struct dim3 {
 };
 
 struct float2 { float x, y; };
+struct uint4 { unsigned x, y, z, w; };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

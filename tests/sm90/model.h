@@ -13,6 +13,7 @@
 
 #include <ucontext.h>
 
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <deque>
@@ -36,6 +37,8 @@ constexpr int kWarp = 32, kWarpgroup = 128;
 struct Barrier { int64_t expected, pending, bytes; uint32_t phase; };
 struct Rendezvous { int arrived = 0, round = 0; };  // __syncthreads and the like
 
+using Lane = std::array<uint32_t, 6>;  // what a lane shows the others of its warp
+
 struct Block;
 struct Thread {
   ucontext_t context;
@@ -46,6 +49,8 @@ struct Thread {
   std::function<bool()> ready;  // what it waits for; empty: nothing
   std::deque<std::vector<std::function<void()>>> products;  // committed groups of wgmma
   std::vector<std::function<void()>> open_products;
+  std::deque<std::vector<std::function<void()>>> copies;  // committed groups of cp.async
+  std::vector<std::function<void()>> open_copies;
   std::deque<std::shared_ptr<int>> stores;  // by committed group, how many have not read yet
   std::shared_ptr<int> open_stores;
   bool unfenced = false;  // wrote shared memory that TMA may not see yet
@@ -55,7 +60,7 @@ struct Block {
   std::vector<uint8_t> memory;
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
-  std::map<int, std::pair<Rendezvous, std::vector<uint32_t>>> warps;
+  std::map<int, std::pair<Rendezvous, std::vector<Lane>>> warps;
   std::vector<std::unique_ptr<Thread>> threads;
   unsigned rank, index;
   int cluster;
@@ -108,13 +113,13 @@ inline void meet(Rendezvous& r, int count) {
   until([&r, round] { return r.round != round; });
 }
 
-// A step of a warp in lockstep: every lane puts in a value, all see all of them.
-inline std::vector<uint32_t> exchange(uint32_t value) {
-  auto& [r, slots] = self().block->warps[self().index / kWarp];
-  slots.resize(kWarp);
-  slots[self().index % kWarp] = value;
+// A step of a warp in lockstep: every lane shows something, all see all of it.
+inline std::vector<Lane> exchange(Lane shown) {
+  auto& [r, lanes] = self().block->warps[self().index / kWarp];
+  lanes.resize(kWarp);
+  lanes[size_t(self().index % kWarp)] = shown;
   meet(r, kWarp);
-  const std::vector<uint32_t> all = slots;
+  std::vector<Lane> all = lanes;
   meet(r, kWarp);
   return all;
 }
@@ -167,6 +172,10 @@ inline void fiber_main() {
   machine->kernel();
   Thread& t = self();
   if (!t.products.empty() || !t.open_products.empty()) fail("exits with wgmmas not waited for");
+  if (!t.copies.empty() || !t.open_copies.empty()) {
+    for (auto& group : t.copies)
+      if (!group.empty()) fail("exits with copies not waited for");
+  }
   if (!t.stores.empty() || t.open_stores) fail("exits with stores not waited for");
   t.done = true;
   back_to_scheduler();
@@ -449,22 +458,90 @@ uint32_t pack(float low, float high) {
   return round_nearest<T>(low).bits | uint32_t(round_nearest<T>(high).bits) << 16;
 }
 inline void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
-  const std::vector<uint32_t> rows = model::exchange(row);
+  const std::vector<model::Lane> rows = model::exchange({row});
   const int lane = self().index % model::kWarp;
   const uint32_t parts[4] = {m0, m1, m2, m3};
   for (int i = 0; i < 4; ++i) {
-    if (rows[size_t(8 * i + lane / 4)] % 16) model::fail("a row of stmatrix is not aligned");
-    std::memcpy(model::at(*self().block, rows[size_t(8 * i + lane / 4)] + uint32_t(lane % 4) * 4, 4),
-                &parts[i], 4);
+    const uint32_t address = rows[size_t(8 * i + lane / 4)][0];
+    if (address % 16) model::fail("a row of stmatrix is not aligned");
+    std::memcpy(model::at(*self().block, address + uint32_t(lane % 4) * 4, 4), &parts[i], 4);
   }
   self().unfenced = true;
+}
+inline void store_shared_32(uint32_t address, uint32_t bits) {
+  std::memcpy(model::at(*self().block, address, 4), &bits, 4);
+}
+inline uint4 load_shared_128(uint32_t address) {
+  uint4 v;
+  if (address % 16) model::fail("a load of 16 bytes is not aligned");
+  std::memcpy(&v, model::at(*self().block, address, 16), 16);
+  return v;
 }
 inline uint16_t load_shared_16(uint32_t address) {
   uint16_t bits;
   std::memcpy(&bits, model::at(*self().block, address, 2), 2);
   return bits;
 }
-inline uint32_t shuffle(uint32_t value, int lane) { return model::exchange(value)[size_t(lane)]; }
+inline uint32_t shuffle(uint32_t value, int lane) { return model::exchange({value})[size_t(lane)][0]; }
+
+
+// ---- sm_80 -------------------------------------------------------------------------------------------
+
+inline void copy_16(uint32_t to, const void* from, int bytes) {
+  model::Block* const block = self().block;
+  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) model::fail("a copy that is not aligned");
+  const auto copy = [=] {
+    uint8_t* const shared = model::at(*block, to, 16);
+    std::memset(shared, 0, 16);
+    std::memcpy(shared, from, size_t(bytes));
+  };
+  if (machine->random() % 2) copy();
+  else self().open_copies.push_back(copy);
+}
+inline void copy_commit() {
+  self().copies.push_back(std::move(self().open_copies));
+  self().open_copies.clear();
+}
+template <int kPending>
+void copy_wait() {
+  auto& groups = self().copies;
+  while (groups.size() > size_t(kPending)) {
+    for (auto& copy : groups.front()) copy();
+    groups.pop_front();
+  }
+}
+
+template <bool kTranspose>
+void load_matrices(uint32_t (&m)[4], uint32_t row) {
+  const std::vector<model::Lane> rows = model::exchange({row});
+  const int lane = self().index % model::kWarp;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      const int line = kTranspose ? 2 * (lane % 4) + e : lane / 4;
+      const int at = kTranspose ? lane / 4 : 2 * (lane % 4) + e;
+      const uint32_t address = rows[size_t(8 * i + line)][0];
+      if (address % 16) model::fail("a row of ldmatrix is not aligned");
+      std::memcpy(&pair[e], model::at(*self().block, address + uint32_t(at) * 2, 2), 2);
+    }
+    m[i] = pair[0] | uint32_t(pair[1]) << 16;
+  }
+}
+
+template <typename T>
+void mma(float* d, const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  const auto all = model::exchange({left[0], left[1], left[2], left[3], right0, right1});
+  const auto value = [&](int lane, int reg, int e) {
+    return to_float(T{uint16_t(all[size_t(lane)][size_t(reg)] >> (16 * e))});
+  };
+  const int lane = self().index % model::kWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, col = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; ++k)
+      d[i] += value(row * 4 + k % 8 / 2, i / 2 + k / 8 * 2, k % 2) *
+              value(col * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+  }
+}
 
 }  // namespace relora::ptx
 
