@@ -39,6 +39,11 @@ struct Rendezvous { int arrived = 0, round = 0; };  // __syncthreads and the lik
 
 using Lane = std::array<uint32_t, 6>;  // what a lane shows the others of its warp
 
+struct Warp {
+  Rendezvous meeting;
+  std::array<Lane, kWarp> lanes[2];
+};
+
 struct Block;
 struct Thread {
   ucontext_t context;
@@ -60,7 +65,7 @@ struct Block {
   std::vector<uint8_t> memory;
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
-  std::map<int, std::pair<Rendezvous, std::vector<Lane>>> warps;
+  std::vector<Warp> warps;
   std::vector<std::unique_ptr<Thread>> threads;
   unsigned rank, index;
   int cluster;
@@ -113,21 +118,22 @@ inline void meet(Rendezvous& r, int count) {
   until([&r, round] { return r.round != round; });
 }
 
-// A step of a warp in lockstep: every lane shows something, all see all of it.
-inline std::vector<Lane> exchange(Lane shown) {
-  auto& [r, lanes] = self().block->warps[self().index / kWarp];
-  lanes.resize(kWarp);
+// A step of a warp in lockstep: every lane shows something, all see all of it. Two buffers in turn, since
+// no lane is more than one step ahead of another.
+inline const std::array<Lane, kWarp>& exchange(const Lane& shown) {
+  Warp& warp = self().block->warps[size_t(self().index / kWarp)];
+  auto& lanes = warp.lanes[warp.meeting.round % 2];
   lanes[size_t(self().index % kWarp)] = shown;
-  meet(r, kWarp);
-  std::vector<Lane> all = lanes;
-  meet(r, kWarp);
-  return all;
+  meet(warp.meeting, kWarp);
+  return lanes;
+}
+
+[[gnu::cold, gnu::noinline]] inline void fail_outside(uint32_t address) {
+  fail("shared memory address " + std::to_string(address) + " is outside");
 }
 
 inline uint8_t* at(Block& block, uint32_t address, uint32_t bytes) {
-  if (address < kBase || address + bytes > kBase + block.memory.size()) {
-    fail("shared memory address " + std::to_string(address) + " is outside");
-  }
+  if (address < kBase || address + bytes > kBase + block.memory.size()) fail_outside(address);
   return block.memory.data() + (address - kBase);
 }
 
@@ -258,6 +264,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
     m.blocks.push_back(std::make_unique<Block>());
     Block& block = *m.blocks.back();
     block.memory.assign(config.dynamicSmemBytes, 0xFF);
+    block.warps.resize(blockDim.x / kWarp);
     block.index = i;
     block.rank = i % unsigned(m.cluster_size);
     block.cluster = int(i / unsigned(m.cluster_size));
@@ -432,14 +439,17 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
   ++machine->wgmmas;
   self().open_products.push_back([=] {
     const model::Descriptor l = model::decode(left), r = model::decode(right);
-    for (int half = 0; half < 2; ++half) {
-      float a[16];
-      for (int k = 0; k < 16; ++k) a[k] = model::element<T>(*block, l, !kLeftK, row + 8 * half, k);
-      for (int i = half * 2; i < kCount; i += i % 2 ? 3 : 1) {
-        const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-        float sum = accumulate ? sums[i] : 0.f;
-        for (int k = 0; k < 16; ++k) sum += a[k] * model::element<T>(*block, r, !kRightK, col, k);
-        sums[i] = sum;
+    float a[2][16], b[16];
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k)
+        a[half][k] = model::element<T>(*block, l, !kLeftK, row + 8 * half, k);
+    for (int i = 0; i < kCount; i += i % 2 ? 3 : 1) {
+      const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+      for (int k = 0; k < 16; ++k) b[k] = model::element<T>(*block, r, !kRightK, col, k);
+      for (int half = 0; half < 2; ++half) {
+        float sum = accumulate ? sums[i + 2 * half] : 0.f;
+        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
+        sums[i + 2 * half] = sum;
       }
     }
   });
@@ -458,7 +468,7 @@ uint32_t pack(float low, float high) {
   return round_nearest<T>(low).bits | uint32_t(round_nearest<T>(high).bits) << 16;
 }
 inline void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
-  const std::vector<model::Lane> rows = model::exchange({row});
+  const auto& rows = model::exchange({row});
   const int lane = self().index % model::kWarp;
   const uint32_t parts[4] = {m0, m1, m2, m3};
   for (int i = 0; i < 4; ++i) {
@@ -513,7 +523,7 @@ void copy_wait() {
 
 template <bool kTranspose>
 void load_matrices(uint32_t (&m)[4], uint32_t row) {
-  const std::vector<model::Lane> rows = model::exchange({row});
+  const auto& rows = model::exchange({row});
   const int lane = self().index % model::kWarp;
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
@@ -530,7 +540,7 @@ void load_matrices(uint32_t (&m)[4], uint32_t row) {
 
 template <typename T>
 void mma(float* d, const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
-  const auto all = model::exchange({left[0], left[1], left[2], left[3], right0, right1});
+  const auto& all = model::exchange({left[0], left[1], left[2], left[3], right0, right1});
   const auto value = [&](int lane, int reg, int e) {
     return to_float(T{uint16_t(all[size_t(lane)][size_t(reg)] >> (16 * e))});
   };
