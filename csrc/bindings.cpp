@@ -129,12 +129,12 @@ void two_segment(const std::string& kernel, const std::string& form, const Tenso
                                     block_n,
                                     cluster};
   const Launcher launcher = code(kTwoSegment, "two_segment: kernel", kernel);
-  const std::string call =
-      "two_segment: " + kernel + " " + form + ", m = " + std::to_string(m) +
-      ", n = " + std::to_string(n) + ", k = " + std::to_string(k) + ", r = " + std::to_string(r) +
-      ", " + dtype + ", dropout of " + std::to_string(args.dropout.threshold) + " / 65536, tile of " +
-      std::to_string(block_n) + ", cluster of " + std::to_string(cluster) + ", device " +
-      std::to_string(device);
+  const std::string call = "two_segment: " + kernel + " " + form + ", m = " + std::to_string(m) +
+                           ", n = " + std::to_string(n) + ", k = " + std::to_string(k) +
+                           ", r = " + std::to_string(r) + ", " + dtype + ", dropout of " +
+                           std::to_string(args.dropout.threshold) + " / 65536, tile of " +
+                           std::to_string(block_n) + ", cluster of " + std::to_string(cluster) +
+                           ", device " + std::to_string(device);
   check(cudaSetDevice(device), call);
   check(launcher(args, reinterpret_cast<cudaStream_t>(stream)), call);
 }
@@ -153,8 +153,8 @@ void mask_rows(const Tensor& out, const Tensor& x, std::tuple<int64_t, int64_t> 
 void sum_slabs(const Tensor& out, const Tensor& in, std::tuple<int64_t, int64_t, int64_t> sizes,
                double scale, const std::string& dtype, int device, uintptr_t stream) {
   const auto [slabs, m, n] = sizes;
-  const std::string call = "sum_slabs: (" + std::to_string(slabs) + ", " + std::to_string(m) + ", " +
-                           std::to_string(n) + ") to " + dtype + ", device " +
+  const std::string call = "sum_slabs: (" + std::to_string(slabs) + ", " + std::to_string(m) +
+                           ", " + std::to_string(n) + ") to " + dtype + ", device " +
                            std::to_string(device);
   check(cudaSetDevice(device), call);
   check(relora::sum_slabs({matrix(out), matrix(in), slabs, m, n, float(scale),

@@ -73,8 +73,8 @@ struct TwoSegmentArgs {
   int block_n, cluster;  // the variant of sm_90: 256 and 1 or 2, or 128 and 1; elsewhere 128 and 1
 };
 
-// Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where an
-// operand's start or pitch is no multiple of 16 bytes, or there is no such variant.
+// Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where
+// an operand's start or pitch is no multiple of 16 bytes, or there is no such variant.
 cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a alone
 cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_80 and newer
 

@@ -1,6 +1,7 @@
-// PTX that the two-segment kernels need and C++ has no name for. Semantics: PTX ISA 8.x, chapters "mbarrier",
-// "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80. Addresses of shared memory are 32-bit.
-// (An include guard instead of #pragma once: the tests put a model of these functions in their place.)
+// PTX that the two-segment kernels need and C++ has no name for. Semantics: PTX ISA 8.x, chapters
+// "mbarrier", "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80. Addresses
+// of shared memory are 32-bit. (An include guard instead of #pragma once: the tests put a model of
+// these functions in their place.)
 #ifndef RELORA_PTX_CUH
 #define RELORA_PTX_CUH
 
@@ -18,7 +19,7 @@ __device__ __forceinline__ uint32_t shared_memory() {
   return uint32_t(__cvta_generic_to_shared(memory));
 }
 
-// ---- Registers, blocks, clusters -----------------------------------------------------------------
+// ---- Registers, blocks, clusters ---------------------------------------------------------------
 
 // Hand registers back to the pool, or take them from it; by a whole warpgroup.
 template <int kCount>
@@ -46,7 +47,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// ---- mbarrier: a phase ends when all arrivals and all announced bytes have come -------------------
+// ---- mbarrier: a phase ends when all arrivals and all announced bytes have come ----------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -77,31 +78,35 @@ __device__ __forceinline__ void arrive_remote(uint32_t barrier, uint32_t rank) {
       : "memory");
 }
 
-// Until the phase of this parity is over. Each try sleeps for a while by itself; a wait of many
-// seconds is a fault of the kernel, which ends in an error rather than in a hung GPU.
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  constexpr uint32_t kMostTries = 1u << 26;
-  for (uint32_t tries = 0;; ++tries) {
-    uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) return;
-    if (tries == kMostTries) __trap();
-  }
+__device__ __forceinline__ bool try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
 }
 
-// ---- TMA: one thread moves a whole box; coordinates in elements, contiguous dimension first --------
+// Until the phase of this parity is over. Each try sleeps for a while by itself. A wait of some ten
+// seconds is a fault of the kernel, which then ends in an error rather than in a hung GPU.
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  if (try_wait(barrier, parity)) return;
+  const long long start = clock64();
+  while (!try_wait(barrier, parity))
+    if (clock64() - start > 1ll << 34) __trap();
+}
+
+// ---- TMA: one thread moves a whole box; coordinates in elements, contiguous dimension first ----
 
 __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Global to shared memory; the barrier gets the bytes of the whole box, zeros beyond the edge included.
+// Global to shared memory; the barrier gets the bytes of the whole box, zeros beyond the edge
+// included.
 __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c0,
                                      int c1) {
   asm volatile(
@@ -123,9 +128,10 @@ __device__ __forceinline__ void load_multicast(const CUtensorMap* map, uint32_t 
 
 // Shared to global memory, clipped at the edge.
 __device__ __forceinline__ void store(const CUtensorMap* map, uint32_t from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(from), "r"(c0), "r"(c1)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(from), "r"(c0), "r"(c1)
+      : "memory");
 }
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -142,7 +148,7 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N out of shared memory, asynchronously ---------
+// ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N out of shared memory, asynchronously ------
 
 // Orders the accumulators' registers before the wgmmas that follow.
 __device__ __forceinline__ void wgmma_fence() {
@@ -158,7 +164,8 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler must not read accumulators before the wait above this line, of which it knows nothing.
+// The compiler must not read accumulators before the wait above this line, of which it knows
+// nothing.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #pragma unroll
@@ -181,7 +188,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #define RELORA_D64(i)                                                                      \
   RELORA_D8(i), RELORA_D8(i + 8), RELORA_D8(i + 16), RELORA_D8(i + 24), RELORA_D8(i + 32), \
       RELORA_D8(i + 40), RELORA_D8(i + 48), RELORA_D8(i + 56)
-// REGS: %0..; A, B, P, S, T: the operands after them: descriptors, whether to accumulate, transpositions.
+// REGS: %0..; A, B, P, S, T: the operands after them: descriptors, whether to accumulate,
+// transpositions.
 #define RELORA_WGMMA(N, TYPE, REGS, A, B, P, S, T, ...)                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                  \
                "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" REGS "}, " A \
@@ -189,8 +197,9 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
                : __VA_ARGS__                                                                   \
                : "l"(left), "l"(right), "r"(int(accumulate)), "n"(int(!kLeftK)), "n"(int(!kRightK)))
 
-// d (64, N) = left (64, 16) @ right (16, N) + (accumulate ? d : 0), either K-contiguous or not. Thread t of
-// the warpgroup holds in d[i] row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
+// d (64, N) = left (64, 16) @ right (16, N) + (accumulate ? d : 0), either K-contiguous or not.
+// Thread t of the warpgroup holds in d[i] row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i
+// / 4) + 2 (t % 4) + i % 2.
 template <typename T, bool kLeftK, bool kRightK, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right,
                                       bool accumulate) {
@@ -208,14 +217,16 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
     RELORA_WGMMA("128", "f16", RELORA_REGS_64, "%64", "%65", "%66", "%67", "%68", RELORA_D64(0));
 }
 
-// ---- sm_80: a warp copies, loads fragments and multiplies ------------------------------------------
+// ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
 
 // 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros.
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Until all but the latest kPending groups of this thread's copies are there.
 template <int kPending>
@@ -223,8 +234,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, rows addressed and held as in store_matrices; kTranspose: lane l
-// holds rows 2 (l % 4) and the next of column l / 4.
+// Four 8 x 8 matrices of 16-bit elements, rows addressed and held as in store_matrices; kTranspose:
+// lane l holds rows 2 (l % 4) and the next of column l / 4.
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
   if constexpr (kTranspose)
@@ -239,8 +250,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
                  : "memory");
 }
 
-// d (16, 8) += left (16, 16) @ right (16, 8). d as wgmma's; left in 8 x 8 parts (0, 0), (1, 0), (0, 1),
-// (1, 1) of (rows, k), right in parts 0 and 1 of k, each as load_matrices holds them with k along a row.
+// d (16, 8) += left (16, 16) @ right (16, 8). d as wgmma's; left in 8 x 8 parts (0, 0), (1, 0), (0,
+// 1), (1, 1) of (rows, k), right in parts 0 and 1 of k, each as load_matrices holds them with k
+// along a row.
 template <typename T>
 __device__ __forceinline__ void mma(float* d, const uint32_t (&left)[4], uint32_t right0,
                                     uint32_t right1) {
@@ -258,7 +270,7 @@ __device__ __forceinline__ void mma(float* d, const uint32_t (&left)[4], uint32_
         : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
 }
 
-// ---- Out of the accumulators ----------------------------------------------------------------------
+// ---- Out of the accumulators -------------------------------------------------------------------
 
 // Two values rounded to nearest even, the first in the low half.
 template <typename T>
@@ -276,12 +288,12 @@ __device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
   return both;
 }
 
-// A warp stores four 8 x 8 matrices of 16-bit elements: lanes 8 i to 8 i + 7 give the addresses of matrix
-// i's rows, lane l holds columns 2 (l % 4) and the next of row l / 4 of each.
+// A warp stores four 8 x 8 matrices of 16-bit elements: lanes 8 i to 8 i + 7 give the addresses of
+// matrix i's rows, lane l holds columns 2 (l % 4) and the next of row l / 4 of each.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2,
                                                uint32_t m3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0),
-               "r"(m1), "r"(m2), "r"(m3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                : "memory");
 }
 

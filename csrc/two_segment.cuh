@@ -1,5 +1,5 @@
-// What the two-segment kernels of every architecture do to their accumulators, which lie alike in wgmma
-// and mma.sync: four neighbouring lanes hold eight columns of a row, two each.
+// What the two-segment kernels of every architecture do to their accumulators, which lie alike in
+// wgmma and mma.sync: four neighbouring lanes hold eight columns of a row, two each.
 #pragma once
 
 #include "launch.h"
@@ -21,10 +21,12 @@ __device__ __forceinline__ void transpose_four(uint32_t (&w)[4], int lane) {
     }
 }
 
-// acc = kept ? acc * keep_scale : 0, for rows `row` and row + 8. One draw serves the eight columns that
-// four lanes hold, two each: every lane draws for one of four such blocks, then they exchange words.
+// acc = kept ? acc * keep_scale : 0, for rows `row` and row + 8. One draw serves the eight columns
+// that four lanes hold, two each: every lane draws for one of four such blocks, then they exchange
+// words.
 template <int kCount>
-__device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int col, int lane) {
+__device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int col,
+                                     int lane) {
   const uint64_t seed = uint64_t(*p.seed);
 #pragma unroll
   for (int half = 0; half < 2; ++half)

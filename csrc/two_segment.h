@@ -1,7 +1,8 @@
 // The two-segment product, out (M, N) = P (M, r) @ B + x (M, K) @ W: what can be decided without a
-// GPU. Which block computes which tile, which k-step reads which operand where, the ring's stages and
-// phases, where things lie in shared memory, what the tensor maps and the wgmma descriptors say.
-// No CUDA header, so the tests compile it for the host; kernels and launchers use these very functions.
+// GPU. Which block computes which tile, which k-step reads which operand where, the ring's stages
+// and phases, where things lie in shared memory, what the tensor maps and the wgmma descriptors
+// say. No CUDA header, so the tests compile it for the host; kernels and launchers use these very
+// functions.
 #pragma once
 
 #include "numerics.cuh"
@@ -9,7 +10,7 @@
 namespace relora::two_segment {
 
 constexpr int kBlockM = 128;           // rows of a tile: 64 for each consumer warpgroup
-constexpr int kBlockK = 64;            // k of a step: 128 bytes of a 16-bit operand, one swizzled row
+constexpr int kBlockK = 64;  // k of a step: 128 bytes of a 16-bit operand, one swizzled row
 constexpr int kSpan = 64;              // columns of an operand that is not K-contiguous: the same
 constexpr int kRowBytes = 128;         // a row of either in shared memory
 constexpr int kAtomBytes = 8 * kRowBytes;  // the swizzle repeats after eight rows
@@ -31,9 +32,9 @@ RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) 
 struct Work { int row, col, slab, from, to; };
 
 // A cluster of `cluster` blocks takes as many neighbouring tiles of rows in one tile of columns, so
-// that one copy of W serves all; unit u of the schedule belongs to cluster u mod the number of them.
-// Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2. Where
-// the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
+// that one copy of W serves all; unit u of the schedule belongs to cluster u mod the number of
+// them. Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2.
+// Where the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
 struct Schedule {
   int row_units, col_units, block_n, cluster, group, steps, slab_steps;
 
@@ -60,8 +61,8 @@ struct Schedule {
   }
 };
 
-// Where a box that starts at `start` is fetched from: no box starts outside its operand. What such a
-// box would hold is multiplied into rows or columns that are never stored.
+// Where a box that starts at `start` is fetched from: no box starts outside its operand. What such
+// a box would hold is multiplied into rows or columns that are never stored.
 RELORA_HD constexpr int box_start(int start, int extent) {
   return start < extent ? start : extent - 1;
 }
@@ -105,29 +106,33 @@ struct Layout {
       (kMostShared - kStages * stage_bytes - 16 * kStages) / (kConsumers * buffer_bytes);
   static constexpr int buffers = room < kBlockN / kSpan ? room : kBlockN / kSpan;
   static constexpr int output = kStages * stage_bytes;
-  static constexpr int full = output + kConsumers * buffers * buffer_bytes;  // barriers, 8 bytes each
+  static constexpr int full =
+      output + kConsumers * buffers * buffer_bytes;  // barriers, 8 bytes each
   static constexpr int empty = full + 8 * kStages;
   static constexpr int bytes = empty + 8 * kStages;
   static_assert(buffers >= 1 && bytes <= kMostShared);
 };
 
-// 128-byte swizzle: the 16-byte chunk's number is xored with the row's number mod 8, that is address
-// bits 4-6 with bits 7-9. TMA writes and reads so, wgmma reads so, the epilogue has to write so.
+// 128-byte swizzle: the 16-byte chunk's number is xored with the row's number mod 8, that is
+// address bits 4-6 with bits 7-9. TMA writes and reads so, wgmma reads so, the epilogue has to
+// write so.
 RELORA_HD constexpr int swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
-// ---- wgmma's descriptors of shared memory --------------------------------------------------------
+// ---- wgmma's descriptors of shared memory ------------------------------------------------------
 
-// Start address, leading and stride byte offsets in units of 16 bytes; bits 62-63 = 1: 128-byte swizzle.
-RELORA_HD constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+// Start address, leading and stride byte offsets in units of 16 bytes; bits 62-63 = 1: 128-byte
+// swizzle.
+RELORA_HD constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading,
+                                               uint32_t stride) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 |
          uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// K-contiguous: 64 k to a row, the stride goes to the next eight rows, there is nothing to lead to, and
-// 16 k further are 32 bytes. Else blocks of 64 columns, 64 k high: the stride goes to the next eight k,
-// the leading offset to the next block, and 16 k further are 16 rows.
+// K-contiguous: 64 k to a row, the stride goes to the next eight rows, there is nothing to lead to,
+// and 16 k further are 32 bytes. Else blocks of 64 columns, 64 k high: the stride goes to the next
+// eight k, the leading offset to the next block, and 16 k further are 16 rows.
 template <bool kContiguousK>
 RELORA_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
   return !kContiguousK ? matrix_descriptor(address + k * kRowBytes, kBlockK * kRowBytes, kAtomBytes)
@@ -148,8 +153,8 @@ inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, i
   return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
 
-// TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands have
-// no map either.
+// TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands
+// have no map either.
 inline bool has_map(const MapSpec& s) {
   return s.data && reinterpret_cast<uintptr_t>(s.data) % 16 == 0 && s.pitch % 16 == 0 &&
          s.pitch >= 2 * s.extent[0] && s.pitch < uint64_t(1) << 40 && s.extent[0] >= 1 &&

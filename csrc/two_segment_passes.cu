@@ -1,9 +1,11 @@
-// The passes over whole matrices around the two-segment product: dropout on x, and the sum of slabs.
+// The passes over whole matrices around the two-segment product: dropout on x, and the sum of
+// slabs.
 //
 //   mask_rows   out (m, k) = x where kept, else 0. The factor 1 / keep is the products' scale.
 //   sum_slabs   out (m, n) = scale * sum over slabs of in (slabs, m, n), float32, first slab first
 //
-// Bytes: 4 m k, and 4 m n (slabs + 1) at most. A thread has eight neighbouring columns, which share a draw.
+// Bytes: 4 m k, and 4 m n (slabs + 1) at most. A thread has eight neighbouring columns, which share
+// a draw.
 #include "launch.h"
 #include "numerics.cuh"
 
@@ -19,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) mask_kernel(const MaskArgs a) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= a.m * blocks) return;
   const int64_t row = at / blocks, block = at % blocks;
-  const uint16_t* const from = static_cast<const uint16_t*>(a.x.data) + row * a.x.row + block * kPer;
+  const uint16_t* const from =
+      static_cast<const uint16_t*>(a.x.data) + row * a.x.row + block * kPer;
   uint16_t* const to = static_cast<uint16_t*>(a.out.data) + row * a.out.row + block * kPer;
   const int count = int(a.k - block * kPer < kPer ? a.k - block * kPer : kPer);
   Eight eight;

@@ -1,9 +1,10 @@
-// The two-segment product of launch.h on sm_80 and newer, by cp.async, ldmatrix and mma.sync: Ampere, Ada,
-// consumer Blackwell, and whatever has no kernel of its own.
+// The two-segment product of launch.h on sm_80 and newer, by cp.async, ldmatrix and mma.sync:
+// Ampere, Ada, consumer Blackwell, and whatever has no kernel of its own.
 //
-// A block of eight warps computes a 128 x 128 tile, a warp 64 x 32 of it. Copies of the next k-steps run
-// while one is multiplied, first those of (P, B), then those of (x, W): the accumulators do not change
-// hands. The tile leaves through shared memory in rows of 16 bytes a thread.
+// A block of eight warps computes a 128 x 128 tile, a warp 64 x 32 of it. Copies of the next
+// k-steps run while one is multiplied, first those of (P, B), then those of (x, W): the
+// accumulators do not change hands. The tile leaves through shared memory in rows of 16 bytes a
+// thread.
 #include <algorithm>
 
 #include "launch.h"
@@ -22,11 +23,13 @@ constexpr int kOutPitch = kTile * 2 + 16;  // bytes; + 16 spreads the banks
 constexpr int kShared = kStages80 * kStageBytes;
 static_assert(kTile == kBlockM && kTile * kOutPitch <= kShared);
 
-// Byte of the 16-byte chunk that holds (i, k .. k + 7), or (i .. i + 7, k), of a tile. Rows of 64 bytes, k
-// along them, or of 256 bytes; chunks are xored so that eight rows of one column lie in eight banks.
+// Byte of the 16-byte chunk that holds (i, k .. k + 7), or (i .. i + 7, k), of a tile. Rows of 64
+// bytes, k along them, or of 256 bytes; chunks are xored so that eight rows of one column lie in
+// eight banks.
 template <bool kContiguousK>
 __device__ __forceinline__ uint32_t chunk_at(int i, int k) {
-  return kContiguousK ? i * 64 + (((k / 8) ^ (i / 2)) & 3) * 16 : k * 256 + ((i / 8) ^ (k & 7)) * 16;
+  return kContiguousK ? i * 64 + (((k / 8) ^ (i / 2)) & 3) * 16
+                      : k * 256 + ((i / 8) ^ (k & 7)) * 16;
 }
 
 // One tile of an operand, beyond its edges zeros: a thread copies two chunks.
@@ -40,7 +43,8 @@ __device__ __forceinline__ void fetch(uint32_t to, const Matrix& t, int i0, int 
     const int col = kContiguousK ? k0 + k : i0 + i, cols = kContiguousK ? depth : extent;
     const int count = row < rows && col < cols ? (cols - col < 8 ? cols - col : 8) : 0;
     const uint16_t* const data = static_cast<const uint16_t*>(t.data);
-    ptx::copy_16(to + chunk_at<kContiguousK>(i, k), count ? data + row * t.row + col : data, count * 2);
+    ptx::copy_16(to + chunk_at<kContiguousK>(i, k), count ? data + row * t.row + col : data,
+                 count * 2);
   }
 }
 
@@ -54,7 +58,7 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
   const Work work = schedule.work(int(blockIdx.x), 0);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp % 2 * 64, col = warp / 2 * 32;  // of the warp in the tile
-  const int part = lane / 8, line = lane % 8;          // of the 8 x 8 matrix whose row this lane addresses
+  const int part = lane / 8, line = lane % 8;  // of the 8 x 8 matrix whose row this lane addresses
 
   // Step s into its stage; past the end an empty group, so that groups count steps.
   const auto start = [&](int s) {
@@ -80,7 +84,8 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
     const uint32_t left = memory + s % kStages80 * kStageBytes, right = left + kTileBytes;
 #pragma unroll
     for (int k0 = 0; k0 < kDepth; k0 += 16) {
-      uint32_t b[2][4];  // 16 columns each: [(columns, k) in 8 x 8 parts (0, 0), (0, 1), (1, 0), (1, 1)]
+      uint32_t
+          b[2][4];  // 16 columns each: [(columns, k) in 8 x 8 parts (0, 0), (0, 1), (1, 0), (1, 1)]
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int at = col + j * 16 + part / 2 * 8, at_k = k0 + part % 2 * 8;
@@ -123,8 +128,9 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
       const int at = my_row + i * 16 + j / 2 % 2 * 8, across = my_col + j / 4 * 8;
       const float b0 = bias_at<T>(a.bias, work.col + across, n);
       const float b1 = bias_at<T>(a.bias, work.col + across + 1, n);
-      ptx::store_shared_32(memory + at * kOutPitch + across * 2,
-                           ptx::pack<T>(fmaf(acc[i][j], a.scale, b0), fmaf(acc[i][j + 1], a.scale, b1)));
+      ptx::store_shared_32(
+          memory + at * kOutPitch + across * 2,
+          ptx::pack<T>(fmaf(acc[i][j], a.scale, b0), fmaf(acc[i][j + 1], a.scale, b1)));
     }
   __syncthreads();
   const bool wide = a.out.row % 8 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;

@@ -1,14 +1,14 @@
-// out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear; with
-// r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB.
+// out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear;
+// with r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB.
 //
-// One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled by
-// TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor maps.
-// Two consumer warpgroups multiply 64 rows each with wgmma into one float32 accumulator, add the bias,
-// round once, and hand the tile to TMA to store while they go on with the next one. In a cluster of two
-// the blocks share each tile of W: either fetches half of it, for both.
+// One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled
+// by TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor
+// maps. Two consumer warpgroups multiply 64 rows each with wgmma into one float32 accumulator, add
+// the bias, round once, and hand the tile to TMA to store while they go on with the next one. In a
+// cluster of two the blocks share each tile of W: either fetches half of it, for both.
 //
-// FLOPs: 2 M N (K + r). Compiled for sm_90a alone. What decides indices, phases and descriptors is in
-// two_segment.h; what is an instruction in ptx.cuh.
+// FLOPs: 2 M N (K + r). Compiled for sm_90a alone. What decides indices, phases and descriptors is
+// in two_segment.h; what is an instruction in ptx.cuh.
 #include <algorithm>
 
 #include "launch.h"
@@ -33,9 +33,10 @@ struct Params {
   Dropout dropout;
 };
 
-// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands lie,
-// whether the low-rank sum is masked.
-template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_, bool kDropout_ = false>
+// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
+// lie, whether the low-rank sum is masked.
+template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_,
+          bool kDropout_ = false>
 struct Variant : Layout<kBlockN_, kStages_> {
   using T = T_;
   static constexpr int kBlockN = kBlockN_, kStages = kStages_, kCluster = kCluster_;
@@ -51,7 +52,7 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return memory + V::empty + 8 * stage; }
 };
 
-// ---- Producer ------------------------------------------------------------------------------------
+// ---- Producer ----------------------------------------------------------------------------------
 
 template <typename V>
 __device__ __forceinline__ void produce(const Params& p, const Schedule& schedule, uint32_t memory,
@@ -96,7 +97,7 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
   }
 }
 
-// ---- Consumers -----------------------------------------------------------------------------------
+// ---- Consumers ---------------------------------------------------------------------------------
 
 template <typename V>
 __device__ __forceinline__ void consume(const Params& p, const Schedule& schedule, uint32_t memory,
@@ -154,8 +155,8 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
 
     // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
     if constexpr (V::kForm == Form::tn) {
-      float* const out =
-          static_cast<float*>(p.out_data) + (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
+      float* const out = static_cast<float*>(p.out_data) +
+                         (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
 #pragma unroll
       for (int i = 0; i < V::kBlockN / 2; i += 2) {
         const int down = i / 2 % 2 * 8, across = i / 4 * 8;
@@ -210,7 +211,7 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
   if (thread == 0) ptx::store_wait_read<0>();  // shared memory has to outlive its readers
 }
 
-// ---- The kernel ----------------------------------------------------------------------------------
+// ---- The kernel --------------------------------------------------------------------------------
 
 template <typename V>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -241,15 +242,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::take_registers<kConsumerRegisters>();
     consume<V>(p, schedule, memory, first, stride, rank, warpgroup - 1, threadIdx.x % 128);
   }
-  if constexpr (V::kCluster > 1) ptx::cluster_sync();  // the other block still arrives at our barriers
+  if constexpr (V::kCluster > 1)
+    ptx::cluster_sync();  // the other block still arrives at our barriers
 }
 
-// ---- Launcher ------------------------------------------------------------------------------------
+// ---- Launcher ----------------------------------------------------------------------------------
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 // From the driver that is loaded: nothing links against it, so that the module imports without one.
-cudaError_t find_encode(Encode* encode) {
+// Null where it has none.
+Encode find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
@@ -259,10 +262,8 @@ cudaError_t find_encode(Encode* encode) {
   const cudaError_t error =
       cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-  *encode = reinterpret_cast<Encode>(found);
-  return error != cudaSuccess                          ? error
-         : result == cudaDriverEntryPointSuccess && found ? cudaSuccess
-                                                          : cudaErrorNotSupported;
+  const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return there ? reinterpret_cast<Encode>(found) : nullptr;
 }
 
 cudaError_t make_map(Encode encode, DType dtype, const MapSpec& spec, CUtensorMap* map) {
@@ -270,8 +271,9 @@ cudaError_t make_map(Encode encode, DType dtype, const MapSpec& spec, CUtensorMa
   const cuuint32_t steps[2] = {1, 1};
   const cuuint64_t extent[2] = {spec.extent[0], spec.extent[1]}, pitch[1] = {spec.pitch};
   const CUresult result = encode(
-      map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      2, spec.data, extent, pitch, spec.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      map,
+      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      spec.data, extent, pitch, spec.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // beyond the edge: zeros
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -292,7 +294,8 @@ constexpr Entry entry() {
   return {V::kBlockN, V::kCluster, V::kForm, V::kDropout, V::bytes, two_segment_kernel<V>};
 }
 
-// 128 x 256 for the large products; 128 x 128 where N is small (P, Q, narrow layers) and for dA and dB.
+// 128 x 256 for the large products; 128 x 128 where N is small (P, Q, narrow layers) and for dA and
+// dB.
 template <typename T>
 constexpr Entry kEntries[] = {
     entry<Variant<T, 256, 4, 1, Form::nt>>(),       entry<Variant<T, 256, 4, 2, Form::nt>>(),
@@ -315,7 +318,8 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   const Entry* const e = find_entry(a);
   const bool partial = a.form == Form::tn;
   if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0 ||
-      (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)) || (a.dropout.threshold > 0 && a.r < 1))
+      (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)) ||
+      (a.dropout.threshold > 0 && a.r < 1))
     return cudaErrorInvalidValue;
   const int steps = Steps(a.r, a.k).total, slab_steps = partial ? a.slab_steps : steps;
   const Schedule schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster);
@@ -331,12 +335,13 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   p.bias = a.bias;
   p.dropout = a.dropout;
 
-  Encode encode;
-  if (const cudaError_t error = find_encode(&encode)) return error;
+  static const Encode encode = find_encode();
+  if (!encode) return cudaErrorNotSupported;
   const auto map = [&](CUtensorMap* to, const Matrix& t, int64_t rows, int64_t cols, int box_rows) {
     return make_map(encode, a.dtype, map_spec(t.data, rows, cols, t.row, box_rows), to);
   };
-  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x 64.
+  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x
+  // 64.
   const auto map_left = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
     return a.form == Form::tn ? map(to, t, depth, a.m, kBlockK) : map(to, t, a.m, depth, kBlockM);
   };

@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import gemm_program
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -527,6 +528,22 @@ def test_reasons_in_words(shim, monkeypatch):
 def test_without_a_gpu_the_backend_says_so():
     x, weight = torch.zeros(4, 8).bfloat16(), torch.zeros(8, 8).bfloat16()
     assert launcher.why_not_forward(x, weight, None, None, 1.0, None, 0.0, None) is not None
+
+
+def test_the_program_for_gpus_finds_what_is_wrong(shim, monkeypatch):
+    """gemm_program.py's checks, on the model."""
+    monkeypatch.setattr(gemm_program, "DEVICE", "cpu")
+    for name in ("_kernel", "_variant"):
+        monkeypatch.setattr(launcher, name, getattr(launcher, name))  # it replaces them
+    variant = VARIANTS[shim.kernel][-1]
+    gemm_program.product(shim.kernel, variant, "nt", (7, 72, 40, 3), torch.float16)
+    gemm_program.product(shim.kernel, (variant[0], 1), "nn", (7, 72, 40, 3), torch.bfloat16, 0.3)
+    gemm_program.layer(9, 24, 40, 4, torch.bfloat16, torch.float32)
+    gemm_program.dropout_layer(0.3, (20, 24, 40, 4))
+    product = launcher._product
+    monkeypatch.setattr(launcher, "_product", lambda *a, **k: product(*a, **k).mul_(1.02))
+    with pytest.raises(AssertionError):
+        gemm_program.product(shim.kernel, variant, "nt", (7, 72, 40, 3), torch.float16)
 
 
 # ---- What nvcc makes of it ------------------------------------------------------------------------------

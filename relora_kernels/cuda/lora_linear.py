@@ -150,9 +150,9 @@ def _product(
 def _summed(x, w, scale: float, dtype) -> torch.Tensor:
     """scale * x (M, m)^T @ w (M, n) in `dtype`, summed in float32 over slabs of M."""
     (M, m), n = x.shape, w.shape[1]
-    out = x.new_zeros(m, n, dtype=dtype)
     if M == 0:
-        return out
+        return x.new_zeros(m, n, dtype=dtype)
+    out = x.new_empty(m, n, dtype=dtype)
     steps, tiles = -(-M // STEP), -(-m // TILE) * -(-n // TILE)
     slab_steps = -(-steps // max(1, min(_processors(x.device) // tiles, steps // 4)))
     slabs = -(-steps // slab_steps)

@@ -1,5 +1,6 @@
-// Stands in for CUDA's cuda_runtime.h and cuda.h, so that the host compiler turns csrc/two_segment_*.cu
-// into a CPU program. Put this folder first on the include path. model.h holds the machine.
+// Stands in for CUDA's cuda_runtime.h and cuda.h, so that the host compiler turns
+// csrc/two_segment_*.cu into a CPU program. Put this folder first on the include path. model.h
+// holds the machine.
 #pragma once
 #define CUDART_VERSION 13000
 

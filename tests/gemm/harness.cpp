@@ -1,5 +1,5 @@
-// The two-segment product on the CPU: a C interface for ctypes. Its sources are compiled as they are, with
-// model.h included before them.
+// The two-segment product on the CPU: a C interface for ctypes. Its sources are compiled as they
+// are, with model.h included before them.
 #include "model.h"
 
 #include "launch.h"

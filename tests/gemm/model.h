@@ -1,13 +1,13 @@
-// A model of what csrc/ptx.cuh names, for the host: the kernels' own source runs on it, block by block
-// and thread by thread.
+// A model of what csrc/ptx.cuh names, for the host: the kernels' own source runs on it, block by
+// block and thread by thread.
 //
-// Threads are fibers that run until they wait. What is asynchronous happens as late or as oddly as the
-// hardware may do it: a TMA load or store takes effect at a drawn moment after it was issued, a wgmma
-// only when its group is waited for, warps advance at drawn speeds. A stage that is overwritten early
-// or read early then holds the wrong numbers; a barrier that never completes is a deadlock, and is
-// reported. Shared memory starts out as NaN. Swizzle and descriptors are decoded as the PTX ISA
-// describes them ("Tensor swizzling modes", "Matrix descriptor format", canonical layouts), not by the
-// kernel's own functions.
+// Threads are fibers that run until they wait. What is asynchronous happens as late or as oddly as
+// the hardware may do it: a TMA load or store takes effect at a drawn moment after it was issued, a
+// wgmma only when its group is waited for, warps advance at drawn speeds. A stage that is
+// overwritten early or read early then holds the wrong numbers; a barrier that never completes is a
+// deadlock, and is reported. Shared memory starts out as NaN. Swizzle and descriptors are decoded
+// as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor format", canonical
+// layouts), not by the kernel's own functions.
 #define RELORA_PTX_CUH
 #pragma once
 
@@ -118,8 +118,8 @@ inline void meet(Rendezvous& r, int count) {
   until([&r, round] { return r.round != round; });
 }
 
-// A step of a warp in lockstep: every lane shows something, all see all of it. Two buffers in turn, since
-// no lane is more than one step ahead of another.
+// A step of a warp in lockstep: every lane shows something, all see all of it. Two buffers in turn,
+// since no lane is more than one step ahead of another.
 inline const std::array<Lane, kWarp>& exchange(const Lane& shown) {
   Warp& warp = self().block->warps[size_t(self().index / kWarp)];
   auto& lanes = warp.lanes[warp.meeting.round % 2];
@@ -139,7 +139,8 @@ inline uint8_t* at(Block& block, uint32_t address, uint32_t bytes) {
 
 inline Barrier& barrier(Block& block, uint32_t address) {
   const auto found = block.barriers.find(address);
-  if (found == block.barriers.end()) fail("no barrier was initialised at " + std::to_string(address));
+  if (found == block.barriers.end())
+    fail("no barrier was initialised at " + std::to_string(address));
   return found->second;
 }
 
@@ -172,7 +173,7 @@ void each_element(const Box& b, Block& block, uint32_t address, Move move) {
     }
 }
 
-// ---- The machine ---------------------------------------------------------------------------------
+// ---- The machine -------------------------------------------------------------------------------
 
 inline void fiber_main() {
   machine->kernel();
@@ -210,7 +211,8 @@ inline void run() {
   std::vector<Thread*> threads;
   for (auto& block : m.blocks)
     for (auto& thread : block->threads) threads.push_back(thread.get());
-  const unsigned laziness = m.random() % 4;  // how often a warp sits a round out, and a TMA waits
+  const unsigned laziness = m.random() % 4;            // how often a warp sits a round out
+  const unsigned delay = 1u << (m.random() % 4 * 3);  // of TMA, in turns of warps
   for (size_t left = threads.size(); left > 0;) {
     bool moved = false, sat_out = false;
     const size_t start = m.random() % threads.size() / kWarp * kWarp;
@@ -218,17 +220,17 @@ inline void run() {
     for (size_t i = 0; i < threads.size(); ++i) {
       Thread& t = *threads[(start + i) % threads.size()];
       if (t.index % kWarp == 0) skip = m.random() % 4 < laziness;
-      if (!m.in_flight.empty() && t.index % kWarp == 0 && m.random() % 4 >= laziness) {
+      if (!m.in_flight.empty() && t.index % kWarp == 0 && m.random() % delay == 0) {
         run_in_flight();
         moved = true;
       }
       if (!m.error.empty()) return;
       if (t.done) continue;
+      if (t.ready && !t.ready()) continue;
       if (skip) {
         sat_out = true;
         continue;
       }
-      if (t.ready && !t.ready()) continue;
       t.ready = nullptr;
       m.current = &t;
       threadIdx = dim3(unsigned(t.index));
@@ -283,23 +285,25 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
   return last_error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-// ---- wgmma -----------------------------------------------------------------------------------------
+// ---- wgmma -------------------------------------------------------------------------------------
 
 struct Descriptor { uint32_t start, leading, stride; };
 
 inline Descriptor decode(uint64_t d) {
   if (d >> 62 != 1 || (d >> 49 & 7) != 0) fail("a descriptor with another swizzle or base offset");
-  return {uint32_t(d & 0x3FFF) << 4, uint32_t(d >> 16 & 0x3FFF) << 4, uint32_t(d >> 32 & 0x3FFF) << 4};
+  return {uint32_t(d & 0x3FFF) << 4, uint32_t(d >> 16 & 0x3FFF) << 4,
+          uint32_t(d >> 32 & 0x3FFF) << 4};
 }
 
 // Element (i, k) of an operand, i along M or N. Canonical layouts for the 128-byte swizzle, 16-bit
-// elements: K-major, 8 rows of 128 bytes an atom, atoms `stride` apart; MN-major, 64 elements of i by
-// 8 of k an atom, `leading` apart in i and `stride` apart in k. The swizzle is one of addresses.
+// elements: K-major, 8 rows of 128 bytes an atom, atoms `stride` apart; MN-major, 64 elements of i
+// by 8 of k an atom, `leading` apart in i and `stride` apart in k. The swizzle is one of addresses.
 template <typename T>
 float element(Block& block, const Descriptor& d, bool mn_major, int i, int k) {
-  const uint32_t offset = mn_major ? uint32_t(i / 64) * d.leading + uint32_t(k / 8) * d.stride +
-                                         uint32_t(k % 8) * 128 + uint32_t(i % 64) * 2
-                                   : uint32_t(i / 8) * d.stride + uint32_t(i % 8) * 128 + uint32_t(k) * 2;
+  const uint32_t offset =
+      mn_major ? uint32_t(i / 64) * d.leading + uint32_t(k / 8) * d.stride + uint32_t(k % 8) * 128 +
+                     uint32_t(i % 64) * 2
+               : uint32_t(i / 8) * d.stride + uint32_t(i % 8) * 128 + uint32_t(k) * 2;
   T value;
   std::memcpy(&value, at(block, swizzle(d.start + offset), 2), 2);
   return relora::to_float(value);
@@ -307,7 +311,7 @@ float element(Block& block, const Descriptor& d, bool mn_major, int i, int k) {
 
 }  // namespace model
 
-// ---- The names of ptx.cuh ----------------------------------------------------------------------------
+// ---- The names of ptx.cuh ----------------------------------------------------------------------
 
 inline void __syncthreads() { model::meet(model::self().block->named[0], int(blockDim.x)); }
 
@@ -453,7 +457,8 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
       }
     }
   });
-  // The tensor cores may be as fast as they like, too: now and then everything issued is done at once.
+  // The tensor cores may be as fast as they like, too: now and then everything issued is done at
+  // once.
   if (machine->random() % 8) return;
   for (auto& group : self().products) {
     for (auto& product : group) product();
@@ -492,10 +497,11 @@ inline uint16_t load_shared_16(uint32_t address) {
   std::memcpy(&bits, model::at(*self().block, address, 2), 2);
   return bits;
 }
-inline uint32_t shuffle(uint32_t value, int lane) { return model::exchange({value})[size_t(lane)][0]; }
+inline uint32_t shuffle(uint32_t value, int lane) {
+  return model::exchange({value})[size_t(lane)][0];
+}
 
-
-// ---- sm_80 -------------------------------------------------------------------------------------------
+// ---- sm_80 -------------------------------------------------------------------------------------
 
 inline void copy_16(uint32_t to, const void* from, int bytes) {
   model::Block* const block = self().block;
@@ -555,13 +561,14 @@ void mma(float* d, const uint32_t (&left)[4], uint32_t right0, uint32_t right1) 
 
 }  // namespace relora::ptx
 
-// ---- The runtime API the launcher uses -----------------------------------------------------------------
+// ---- The runtime API the launcher uses ---------------------------------------------------------
 
-inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
-                                       const cuuint64_t* extent, const cuuint64_t* pitch,
-                                       const cuuint32_t* box, const cuuint32_t* steps,
-                                       CUtensorMapInterleave, CUtensorMapSwizzle,
-                                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
+                                       void* data, const cuuint64_t* extent,
+                                       const cuuint64_t* pitch, const cuuint32_t* box,
+                                       const cuuint32_t* steps, CUtensorMapInterleave,
+                                       CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                       CUtensorMapFloatOOBfill) {
   bool ok = rank == 2 && data && reinterpret_cast<uintptr_t>(data) % 16 == 0 && *pitch % 16 == 0 &&
             *pitch < uint64_t(1) << 40 && box[0] * 2 <= 128 && box[0] * 2 % 16 == 0;
   for (int i = 0; i < 2; ++i)

@@ -17,8 +17,8 @@ static const char* failed(const std::string& what) {
   return message.c_str();
 }
 
-// One producer and `consumers` consumers around a ring of kStages, in a drawn order. Barriers count phases
-// as mbarriers do: a wait for parity p passes once the phase of that parity is over.
+// One producer and `consumers` consumers around a ring of kStages, in a drawn order. Barriers count
+// phases as mbarriers do: a wait for parity p passes once the phase of that parity is over.
 template <int kStages>
 static const char* turn(int steps, int consumers, unsigned seed) {
   struct Barrier {
@@ -39,13 +39,15 @@ static const char* turn(int steps, int consumers, unsigned seed) {
     Ring<kStages>& mine = ring[who];
     const auto stage = size_t(mine.stage);
     const bool producer = who == 0;
-    if (at[who] == steps || !(producer ? empty[stage].over(mine.phase ^ 1) : full[stage].over(mine.phase))) {
+    if (at[who] == steps ||
+        !(producer ? empty[stage].over(mine.phase ^ 1) : full[stage].over(mine.phase))) {
       if (++idle > 10000 * consumers) return failed("deadlock");
       continue;
     }
     idle = 0;
     if (producer) {
-      if (content[stage] >= 0 && readers[stage] != consumers) return failed("overwritten before it was read");
+      if (content[stage] >= 0 && readers[stage] != consumers)
+        return failed("overwritten before it was read");
       content[stage] = at[who], readers[stage] = 0;
       full[stage].arrive();
     } else {
@@ -62,8 +64,8 @@ static const char* turn(int steps, int consumers, unsigned seed) {
 extern "C" {
 
 // Everything that `blocks` blocks compute and read. Null, or what is wrong.
-const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int block_n, int cluster,
-                 int blocks) {
+const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int block_n,
+                 int cluster, int blocks) {
   const Steps steps(r, k);
   const Schedule schedule(m, n, steps.total, slab_steps, block_n, cluster);
   const int64_t slabs = ceil_div(steps.total, slab_steps), cols = ceil_div(n, block_n);
@@ -73,7 +75,8 @@ const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int
     for (int64_t unit = block / cluster; unit < schedule.units(); unit += blocks / cluster) {
       const Work work = schedule.work(int(unit), block % cluster);
       if (work.row < 0 || work.row % kBlockM || work.col < 0 || work.col >= n || work.col % block_n)
-        return failed("a tile at (" + std::to_string(work.row) + ", " + std::to_string(work.col) + ")");
+        return failed("a tile at (" + std::to_string(work.row) + ", " + std::to_string(work.col) +
+                      ")");
       if (work.row >= m && (cluster == 1 || work.row >= m + kBlockM))
         return failed("rows of nothing but padding, without a partner that needs W");
       if (work.slab >= slabs || work.from >= work.to || work.to > steps.total)
@@ -90,7 +93,8 @@ const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int
   for (int s = 0; s < steps.total; ++s) {
     const Step step = steps.at(s);
     auto& segment = step.low ? low : base;
-    if (step.k < 0 || size_t(step.k) >= segment.size()) return failed("a k-step outside its segment");
+    if (step.k < 0 || size_t(step.k) >= segment.size())
+      return failed("a k-step outside its segment");
     for (size_t i = size_t(step.k); i < std::min(segment.size(), size_t(step.k + kBlockK)); ++i)
       ++segment[i];
     if (s && !steps.at(s - 1).low && step.low) return failed("the low-rank segment is not first");
@@ -112,13 +116,15 @@ const char* turn_ring(int stages, int steps, int consumers, unsigned seed) {
 }
 
 uint64_t descriptor(int contiguous_k, uint32_t address, int k) {
-  return contiguous_k ? operand_descriptor<true>(address, k) : operand_descriptor<false>(address, k);
+  return contiguous_k ? operand_descriptor<true>(address, k)
+                      : operand_descriptor<false>(address, k);
 }
 
 int swizzle(int row, int chunk) { return swizzled(row, chunk); }
 
 // extent[2], pitch, box[2], has_map
-void map_of(uintptr_t data, int64_t rows, int64_t cols, int64_t pitch, int box_rows, uint64_t out[6]) {
+void map_of(uintptr_t data, int64_t rows, int64_t cols, int64_t pitch, int box_rows,
+            uint64_t out[6]) {
   const MapSpec s = map_spec(reinterpret_cast<void*>(data), rows, cols, pitch, box_rows);
   const uint64_t all[6] = {s.extent[0], s.extent[1], s.pitch, s.box[0], s.box[1], has_map(s)};
   std::copy(all, all + 6, out);
