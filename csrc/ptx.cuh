@@ -19,7 +19,7 @@ __device__ __forceinline__ uint32_t shared_memory() {
   return uint32_t(__cvta_generic_to_shared(memory));
 }
 
-// ---- Registers, blocks, clusters ---------------------------------------------------------------
+// ---- Blocks and clusters -----------------------------------------------------------------------
 
 // Hand registers back to the pool, or take them from it; by a whole warpgroup.
 template <int kCount>

@@ -19,8 +19,9 @@ constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kGroupRows = 8;  // tiles of rows that share a pass over W, for L2
 constexpr int kMostShared = 232448;  // bytes a block may use on sm_90
 
-// setmaxnreg: what the producer gives up the consumers take, out of 168 a thread at the launch.
-constexpr int kLaunchRegisters = 168, kProducerRegisters = 40, kConsumerRegisters = 232;
+// setmaxnreg: what the producer gives up the consumers take, out of 168 a thread at the launch. The
+// compiler spills a few with 40 for the producer, or without the exchange.
+constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * kLaunchRegisters);
 
@@ -152,6 +153,23 @@ struct MapSpec {
 inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
   return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
+
+// Rows that start anywhere: of eight rows the first, the second, ... make matrices of their own, whose
+// pitch is a multiple of 16 bytes. Each is described from the 16-byte boundary before its first
+// element, and read from column `shift` on.
+struct Eighth { MapSpec spec; int shift; };
+
+inline Eighth eighth_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int which) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data) + uintptr_t(which * pitch * 2);
+  const int shift = int(start % 16 / 2);
+  return {map_spec(reinterpret_cast<void*>(start - start % 16), ceil_div(rows - which, 8),
+                   cols + shift, pitch * 8, 8),
+          shift};
+}
+
+// Read so, 64 rows lie in shared memory eighth by eighth: row i is row eighths_row(i) of the matrix, and
+// the other way round.
+RELORA_HD constexpr int eighths_row(int i) { return i % 8 * 8 + i / 8; }
 
 // TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands
 // have no map either.

@@ -21,8 +21,16 @@ namespace {
 
 using namespace two_segment;
 
+// An operand's tensor map, or those of its eighths and four bits for the shift of each.
+struct Operand {
+  CUtensorMap maps[8];
+  uint32_t shifts;
+};
+
 struct Params {
-  CUtensorMap low_left, low_right, left, right, out;
+  Operand low_left, left, right;  // right in eighths: tn alone
+  CUtensorMap low_right, out;
+  bool eighths;        // x, and p or w with it: rows that start at other than multiples of 16 bytes
   bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
   void* out_data;
   int64_t out_pitch;
@@ -65,8 +73,8 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
     const Work work = schedule.work(unit, rank);
     for (int s = work.from; s < work.to; ++s, ring.advance()) {
       const Step step = steps.at(s);
-      const CUtensorMap* left_map = step.low ? &p.low_left : &p.left;
-      const CUtensorMap* right_map = step.low ? &p.low_right : &p.right;
+      const Operand& left_operand = step.low ? p.low_left : p.left;
+      const CUtensorMap* const right_map = step.low ? &p.low_right : p.right.maps;
       const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
       const uint32_t full = barriers.full(ring.stage);
       const auto load_right = [&](int column, int c0, int c1) {
@@ -77,17 +85,33 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
           ptx::load_multicast(right_map, to, full, c0, c1, (1 << V::kCluster) - 1);
       };
 
+      // 64 rows by 64 columns, eighth by eighth. Rows beyond the edge are zeros, as they have to be
+      // where they are k.
+      const auto load_eighths = [&](const Operand& operand, uint32_t to, int col, int row) {
+        for (int i = 0; i < 8; ++i)
+          ptx::load(operand.maps + i, to + i * kAtomBytes, full,
+                    col + int(operand.shifts >> (4 * i) & 7), row / 8);
+      };
+
       ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
       ptx::arrive_expect(full, V::stage_bytes);
-      if constexpr (V::kLeftK) {
-        ptx::load(left_map, left, full, step.k, box_start(work.row, p.m));
+      if (p.eighths) {
+        for (int i = 0; i < kBlockM; i += kSpan)
+          load_eighths(left_operand, left + i * kRowBytes,
+                       V::kLeftK ? step.k : box_start(work.row + i, p.m),
+                       V::kLeftK ? work.row + i : step.k);
+      } else if constexpr (V::kLeftK) {
+        ptx::load(left_operand.maps, left, full, step.k, box_start(work.row, p.m));
       } else {
 #pragma unroll
         for (int i = 0; i < kBlockM; i += kSpan)
-          ptx::load(left_map, left + i * kRowBytes, full, box_start(work.row + i, p.m), step.k);
+          ptx::load(left_operand.maps, left + i * kRowBytes, full, box_start(work.row + i, p.m), step.k);
       }
       if constexpr (V::kRightK) {
         load_right(rank * kShare, step.k, box_start(work.col + rank * kShare, p.n));
+      } else if (V::kForm == Form::tn && p.eighths) {
+        for (int i = 0; i < kShare; i += kSpan)
+          load_eighths(p.right, right + i * kRowBytes, box_start(work.col + i, p.n), step.k);
       } else {
 #pragma unroll
         for (int i = rank * kShare; i < (rank + 1) * kShare; i += kSpan)
@@ -144,17 +168,20 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
   for (int unit = first; unit < schedule.units(); unit += stride) {
     const Work work = schedule.work(unit, rank);
     const int row = work.row + warpgroup * (kBlockM / kConsumers);
-    const int my_row = row + warp * 16 + lane / 4, my_col = work.col + lane % 4 * 2;
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
-      mask(acc, p.dropout, my_row, work.col, lane);
+      const int line = warp * 16 + lane / 4;
+      mask(acc, p.dropout, row + (p.eighths ? eighths_row(line) : line), p.eighths ? 1 : 8, work.col,
+           lane);
       multiply(steps.low, steps.total, true);
     } else {
       multiply(work.from, work.to, false);
     }
 
     // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
+    const int my_col = work.col + lane % 4 * 2;
     if constexpr (V::kForm == Form::tn) {
+      const int my_row = row + warp * 16 + lane / 4;
       float* const out = static_cast<float*>(p.out_data) +
                          (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
 #pragma unroll
@@ -185,9 +212,10 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
           packed[i] = ptx::pack<T>(fmaf(pair[0], p.scale, bias_at<T>(p.bias, at, p.n)),
                                    fmaf(pair[1], p.scale, bias_at<T>(p.bias, at + 1, p.n)));
         }
+        const int line = warp * 16 + lane % 16;  // of the accumulators
         ptx::store_matrices(
-            to + swizzled(warp * 16 + lane % 16, sixteen * 2 + lane / 16), packed[0], packed[1],
-            packed[2], packed[3]);
+            to + swizzled(p.eighths ? eighths_row(line) : line, sixteen * 2 + lane / 16), packed[0],
+            packed[1], packed[2], packed[3]);
       }
       if (p.stores_by_tma) {
         ptx::fence_async_shared();
@@ -337,28 +365,42 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
 
   static const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
-  const auto map = [&](CUtensorMap* to, const Matrix& t, int64_t rows, int64_t cols, int box_rows) {
-    return make_map(encode, a.dtype, map_spec(t.data, rows, cols, t.row, box_rows), to);
+  const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
+    return make_map(encode, a.dtype, spec, to);
   };
-  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x
-  // 64.
-  const auto map_left = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
-    return a.form == Form::tn ? map(to, t, depth, a.m, kBlockK) : map(to, t, a.m, depth, kBlockM);
+  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x 64.
+  const auto left_spec = [&](const Matrix& t, int64_t depth) {
+    return partial ? map_spec(t.data, depth, a.m, t.row, kBlockK)
+                   : map_spec(t.data, a.m, depth, t.row, kBlockM);
   };
-  const auto map_right = [&](CUtensorMap* to, const Matrix& t, int64_t depth) {
-    return a.form == Form::nt ? map(to, t, a.n, depth, e->block_n / e->cluster)
-                              : map(to, t, depth, a.n, kBlockK);
+  const auto right_spec = [&](const Matrix& t, int64_t depth) {
+    return a.form == Form::nt ? map_spec(t.data, a.n, depth, t.row, e->block_n / e->cluster)
+                              : map_spec(t.data, depth, a.n, t.row, kBlockK);
   };
-  if (const cudaError_t error = map_left(&p.left, a.x, a.k)) return error;
-  if (const cudaError_t error = map_right(&p.right, a.w, a.k)) return error;
+  p.eighths = !has_map(left_spec(a.x, a.k)) || (partial && !has_map(right_spec(a.w, a.k)));
+  const auto operand = [&](Operand* to, const Matrix& t, const MapSpec& whole) {
+    if (!p.eighths) return map(to->maps, whole);
+    if (t.row < int64_t(whole.extent[0])) return cudaErrorInvalidValue;  // rows overlap
+    for (int i = 0; i < 8; ++i) {
+      const Eighth eighth = eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
+      to->shifts |= uint32_t(eighth.shift) << (4 * i);
+      if (const cudaError_t error = map(to->maps + i, eighth.spec)) return error;
+    }
+    return cudaSuccess;
+  };
+  if (const cudaError_t error = operand(&p.left, a.x, left_spec(a.x, a.k))) return error;
   if (a.r > 0) {
-    if (const cudaError_t error = map_left(&p.low_left, a.p, a.r)) return error;
-    if (const cudaError_t error = map_right(&p.low_right, a.b, a.r)) return error;
+    if (const cudaError_t error = operand(&p.low_left, a.p, left_spec(a.p, a.r))) return error;
+    if (const cudaError_t error = map(&p.low_right, right_spec(a.b, a.r))) return error;
   }
+  if (const cudaError_t error = partial ? operand(&p.right, a.w, right_spec(a.w, a.k))
+                                        : map(p.right.maps, right_spec(a.w, a.k)))
+    return error;
   const int out_rows = kBlockM / kConsumers;
   p.stores_by_tma = !partial && has_map(map_spec(a.out.data, a.m, a.n, a.out.row, out_rows));
   if (p.stores_by_tma)
-    if (const cudaError_t error = map(&p.out, a.out, a.m, a.n, out_rows)) return error;
+    if (const cudaError_t error = map(&p.out, map_spec(a.out.data, a.m, a.n, a.out.row, out_rows)))
+      return error;
 
   int device, processors;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;

@@ -288,16 +288,19 @@ def shim(request, model, monkeypatch):
     return shim
 
 
-def padded(rows, cols, dtype, pitch=None):
-    """A drawn matrix with 16-byte pitch, NaN beside it."""
-    buffer = torch.full((rows, pitch or -(-cols // 8) * 8 + 8), torch.nan, dtype=dtype)
-    buffer[:, :cols] = torch.randn(rows, cols)
-    return buffer[:, :cols]
+def padded(rows, cols, dtype, pitch=None, start=0):
+    """A drawn matrix with 16-byte pitch or this one, NaN beside it."""
+    pitch = pitch or -(-cols // 8) * 8 + 8
+    buffer = torch.full((start + rows * pitch,), torch.nan, dtype=dtype)
+    matrix = buffer[start:].view(rows, pitch)[:, :cols]
+    return matrix.copy_(torch.randn(rows, cols))
 
 
-def product_case(shim, form, m, n, k, r, dtype, variant, bias=None, scale=1.0, pitch=None, p=0.0):
-    """(result, exact, eager) of one launch, and what lies beside the result."""
-    x = padded(m, k, dtype)
+def product_case(
+    shim, form, m, n, k, r, dtype, variant, bias=None, scale=1.0, pitch=None, p=0.0, anywhere=False
+):
+    """(result, exact, eager) of one launch. `anywhere`: where rows of x start."""
+    x = padded(m, k, dtype, k + 3, 5) if anywhere else padded(m, k, dtype)
     w, b = (padded(*((n, d) if form == "nt" else (d, n)), dtype) for d in (k, max(r, 1)))
     low = padded(m, max(r, 1), dtype)
     seed = torch.tensor(1234567)
@@ -337,12 +340,14 @@ VARIANTS = {"sm90": [(128, 1), (256, 1), (256, 2)], "sm80": [(128, 1)]}
         (70, 300, 130, 3, {"bias": torch.bfloat16, "scale": -0.75}),
         (140, 515, 64, 0, {"pitch": 515}),  # an output that TMA cannot store
         (513, 128, 40, 130, {"processors": 1}),  # every tile by the same block
+        (141, 300, 131, 66, {"anywhere": True}),  # x in eighths
+        (8, 40, 61, 3, {"anywhere": True}),
     ],
 )
 def test_product_on_the_model(shim, form, m, n, k, r, options):
     shim.processors = options.get("processors", 4)
     for number, variant in enumerate(VARIANTS[shim.kernel]):
-        if variant[1] > shim.processors:
+        if variant[1] > shim.processors or options.get("anywhere") and shim.kernel == "sm80":
             continue
         dtype = (torch.bfloat16, torch.float16)[(number + m) % 2]
         bias = torch.randn(n).to(options["bias"]) if "bias" in options else None
@@ -350,7 +355,7 @@ def test_product_on_the_model(shim, form, m, n, k, r, options):
             dtype = bias.dtype
         got, exact, eager = product_case(
             shim, form, m, n, k, r, dtype, variant, bias, options.get("scale", 1.0),
-            options.get("pitch"),
+            options.get("pitch"), 0.0, options.get("anywhere", False),
         )  # fmt: skip
         assert_as_good_as(got, eager, exact, 2, dtype)
 
@@ -359,7 +364,8 @@ def test_product_on_the_model(shim, form, m, n, k, r, options):
 def test_dropout_masks_the_low_rank_segment_alone(shim, p):
     variant = VARIANTS[shim.kernel][min(1, len(VARIANTS[shim.kernel]) - 1)]
     for dtype in (torch.bfloat16, torch.float16):
-        case = product_case(shim, "nn", 150, 300, 70, 65, dtype, variant, p=p)
+        anywhere = shim.kernel == "sm90" and dtype == torch.float16
+        case = product_case(shim, "nn", 150, 300, 70, 65, dtype, variant, p=p, anywhere=anywhere)
         assert_as_good_as(case[0], case[2], case[1], 2, dtype)
 
 
@@ -413,7 +419,7 @@ def test_forward_and_gradients(shim, rows, in_features, out_features, r, dtype, 
 
 def test_sums_over_slabs_are_added_in_order(shim):
     shim.processors = 8
-    x, w = padded(1100, 20, torch.bfloat16), padded(1100, 30, torch.bfloat16)
+    x, w = padded(1100, 20, torch.bfloat16), padded(1100, 31, torch.bfloat16)
     got = launcher._summed(x, w, 0.5, torch.float32)
     exact = 0.5 * (x.double().T @ w.double())
     assert shim.launches[0][1][0] == "tn" and (got - exact).abs().max() <= 1e-5 * exact.abs().max()
@@ -422,10 +428,11 @@ def test_sums_over_slabs_are_added_in_order(shim):
     assert torch.equal(launcher._summed(x, w, 0.5, torch.bfloat16), got.bfloat16())
 
 
-def test_dropout_forward_and_backward(shim):
+@pytest.mark.parametrize("in_features, out_features", [(72, 56), (71, 53)])
+def test_dropout_forward_and_backward(shim, in_features, out_features):
     """Against eager with the masked input, of which the reference's Philox draws the mask."""
-    x, weight, lora_A, lora_B, bias = operands(90, 72, 56, 9, torch.bfloat16)
-    dy, seed, p = torch.randn(90, 56).bfloat16(), 11, 0.4
+    x, weight, lora_A, lora_B, bias = operands(90, in_features, out_features, 9, torch.bfloat16)
+    dy, seed, p = torch.randn(90, out_features).bfloat16(), 11, 0.4
     wanted = (x, lora_A, lora_B, bias)
     with use_backend("cuda"):
         y = lora_linear(x, weight, lora_A, lora_B, 0.5, bias, p, seed)
@@ -494,17 +501,17 @@ def test_the_variant_fills_the_machine():
 
 def test_what_the_launchers_refuse(shim):
     x = torch.zeros(8, 16).bfloat16()
-    good = dict(form="nt", x=x, w=x, sizes=(8, 8, 16, 0), dropout=(0, 0, 1.0), variant=(128, 1))
+    good = dict(form="nt", x=x, w=x, sizes=(7, 7, 16, 0), dropout=(0, 0, 1.0), variant=(128, 1))
     for changes in (
-        dict(x=torch.zeros(8, 17).bfloat16()),
+        dict(x=torch.zeros(7, 17).bfloat16()),
         dict(w=torch.zeros(130).bfloat16()[1:129].view(8, 16)),
-        dict(sizes=(0, 8, 16, 0)),
-        dict(sizes=(8, 8, 0, 0)),
+        dict(sizes=(0, 7, 16, 0)),
+        dict(sizes=(7, 7, 0, 0)),
         dict(variant=(192, 1)),
         dict(variant=(128, 2)),
         dict(dropout=(x.data_ptr(), 5, 1.0)),  # no low-rank segment to drop from
         dict(form="tn", slab_steps=0),
-        dict(sizes=(8, 2**31 - 1, 16, 0)),
+        dict(sizes=(7, 2**31 - 1, 16, 0)),
     ):
         case = {**good, **changes}
         with pytest.raises(RuntimeError, match="cudaError (1|9): $"):

@@ -7,8 +7,9 @@
 dbias is torch's sum. No atomics: the results are bitwise repeatable. On sm_90 the products are TMA and
 wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
 
-The kernels read rows that start at multiples of 16 bytes. Operands of another pitch, such as in or out =
-5461, are copied to a padded one at each call; results of any pitch are written directly.
+Rows of x and dy may start anywhere on sm_90, as with in or out = 5461, and results of any pitch are
+written directly. Other operands whose rows do not start at multiples of 16 bytes (weight with in = 5461,
+and on sm_80 x and dy) are copied to a padded pitch at each call.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
     dropout = _dropout(dropout_p, seed)
     a, b = _rows(lora_A, x.dtype), _rows(lora_B, x.dtype)
-    x = _rows(x)
+    x = _left(x)
     p = _product("nt", _masked(x, dropout), a, scale=scaling * dropout[2], padded=True)
     y = _product("nt", x, _rows(weight), p, b, bias=bias)
     return y, p.contiguous()
@@ -97,14 +98,14 @@ def backward(
     if need_dbias:
         dbias = dy.sum(0, dtype=torch.float32)
     if need_dx or need_dA or need_dB:
-        dy = _rows(dy)
+        dy = _left(dy)
     if need_dx or need_dA:
         q = _product("nn", dy, _rows(lora_B, dy.dtype), scale=scaling, padded=True)
     if need_dx:
         a = _rows(lora_A, dy.dtype)
         dx = _product("nn", dy, _rows(weight), q, a, dropout=dropout)
     if need_dA:
-        dlora_A = _summed(q, _masked(_rows(x), dropout), dropout[2], lora_A.dtype)
+        dlora_A = _summed(q, _masked(_left(x), dropout), dropout[2], lora_A.dtype)
     if need_dB:
         dlora_B = _summed(dy, _rows(p), 1.0, lora_B.dtype)
     return dx, dlora_A, dlora_B, dbias
@@ -242,6 +243,12 @@ def _dropout(p: float, seed) -> tuple:
 
 def _padded(cols: int) -> int:
     return -(-cols // PER_16_BYTES) * PER_16_BYTES
+
+
+def _left(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy that the kernels can read as x, dy or an operand of a sum over rows."""
+    anywhere = _kernel(t.device) == "sm90" and len(t) >= 8 and t.stride(0) >= t.shape[1]
+    return t if anywhere and t.stride(1) == 1 and t.shape[1] > 0 else _rows(t)
 
 
 def _rows(t: torch.Tensor, dtype=None) -> torch.Tensor:
