@@ -101,10 +101,6 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 
 // ---- TMA: one thread moves a whole box; coordinates in elements, contiguous dimension first ----
 
-__device__ __forceinline__ void prefetch(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Global to shared memory; the barrier gets the bytes of the whole box, zeros beyond the edge
 // included.
 __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c0,

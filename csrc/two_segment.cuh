@@ -21,9 +21,9 @@ __device__ __forceinline__ void transpose_four(uint32_t (&w)[4], int lane) {
     }
 }
 
-// acc = kept ? acc * keep_scale : 0, for rows `row` and, 8 further down in the accumulators, row + down. One draw serves the eight columns
-// that four lanes hold, two each: every lane draws for one of four such blocks, then they exchange
-// words.
+// acc = kept ? acc * keep_scale : 0, for rows `row` and, 8 further down in the accumulators, row +
+// down. One draw serves the eight columns that four lanes hold, two each: every lane draws for one
+// of four such blocks, then they exchange words.
 template <int kCount>
 __device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int down,
                                      int col, int lane) {

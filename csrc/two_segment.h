@@ -154,9 +154,9 @@ inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, i
   return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
 
-// Rows that start anywhere: of eight rows the first, the second, ... make matrices of their own, whose
-// pitch is a multiple of 16 bytes. Each is described from the 16-byte boundary before its first
-// element, and read from column `shift` on.
+// Rows that start anywhere: of eight rows the first, the second, ... make matrices of their own,
+// whose pitch is a multiple of 16 bytes. Each is described from the 16-byte boundary before its
+// first element, and read from column `shift` on.
 struct Eighth { MapSpec spec; int shift; };
 
 inline Eighth eighth_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int which) {
@@ -167,8 +167,8 @@ inline Eighth eighth_spec(void* data, int64_t rows, int64_t cols, int64_t pitch,
           shift};
 }
 
-// Read so, 64 rows lie in shared memory eighth by eighth: row i is row eighths_row(i) of the matrix, and
-// the other way round.
+// Read so, 64 rows lie in shared memory eighth by eighth: row i is row eighths_row(i) of the
+// matrix, and the other way round.
 RELORA_HD constexpr int eighths_row(int i) { return i % 8 * 8 + i / 8; }
 
 // TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands

@@ -40,6 +40,7 @@ struct Params {
   Bias bias;
   Dropout dropout;
 };
+static_assert(sizeof(Params) <= 4096);  // what a kernel may be given before CUDA 12.1
 
 // What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
 // lie, whether the low-rank sum is masked.
@@ -105,7 +106,8 @@ __device__ __forceinline__ void produce(const Params& p, const Schedule& schedul
       } else {
 #pragma unroll
         for (int i = 0; i < kBlockM; i += kSpan)
-          ptx::load(left_operand.maps, left + i * kRowBytes, full, box_start(work.row + i, p.m), step.k);
+          ptx::load(left_operand.maps, left + i * kRowBytes, full, box_start(work.row + i, p.m),
+                    step.k);
       }
       if constexpr (V::kRightK) {
         load_right(rank * kShare, step.k, box_start(work.col + rank * kShare, p.n));
@@ -171,8 +173,8 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
       const int line = warp * 16 + lane / 4;
-      mask(acc, p.dropout, row + (p.eighths ? eighths_row(line) : line), p.eighths ? 1 : 8, work.col,
-           lane);
+      mask(acc, p.dropout, row + (p.eighths ? eighths_row(line) : line), p.eighths ? 1 : 8,
+           work.col, lane);
       multiply(steps.low, steps.total, true);
     } else {
       multiply(work.from, work.to, false);
@@ -368,7 +370,8 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
     return make_map(encode, a.dtype, spec, to);
   };
-  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64 x 64.
+  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64
+  // x 64.
   const auto left_spec = [&](const Matrix& t, int64_t depth) {
     return partial ? map_spec(t.data, depth, a.m, t.row, kBlockK)
                    : map_spec(t.data, a.m, depth, t.row, kBlockM);
@@ -382,7 +385,8 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
     if (!p.eighths) return map(to->maps, whole);
     if (t.row < int64_t(whole.extent[0])) return cudaErrorInvalidValue;  // rows overlap
     for (int i = 0; i < 8; ++i) {
-      const Eighth eighth = eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
+      const Eighth eighth =
+          eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
       to->shifts |= uint32_t(eighth.shift) << (4 * i);
       if (const cudaError_t error = map(to->maps + i, eighth.spec)) return error;
     }

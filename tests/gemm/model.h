@@ -367,7 +367,6 @@ inline void wait(uint32_t barrier, uint32_t parity) {
   model::until([b, parity] { return b->phase != parity; });
 }
 
-inline void prefetch(const CUtensorMap*) {}
 inline void load_multicast(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c0, int c1,
                            uint16_t blocks) {
   const model::Box box{*map, {c0, c1}};
