@@ -27,11 +27,12 @@ SHAPES = [  # m, n, k, r
 ]
 
 
-def drawn(rows, cols, dtype):
-    """16-byte pitch, NaN beside the values."""
-    buffer = torch.full((rows, -(-cols // 8) * 8 + 8), torch.nan, dtype=dtype, device=DEVICE)
-    buffer[:, :cols] = torch.randn(rows, cols, device=DEVICE) * cols**-0.5
-    return buffer[:, :cols]
+def drawn(rows, cols, dtype, pitch=None):
+    """16-byte pitch or this one, NaN beside the values."""
+    pitch = pitch or -(-cols // 8) * 8 + 8
+    buffer = torch.full((rows * pitch + 1,), torch.nan, dtype=dtype, device=DEVICE)
+    matrix = buffer[pitch % 2 :][: rows * pitch].view(rows, pitch)[:, :cols]
+    return matrix.copy_(torch.randn(rows, cols, device=DEVICE) * cols**-0.5)
 
 
 def force(kernel, variant):
@@ -39,11 +40,11 @@ def force(kernel, variant):
     launcher._variant = lambda *_: {"block_n": variant[0], "cluster": variant[1]}
 
 
-def product(kernel, variant, form, shape, dtype, p=0.0):
+def product(kernel, variant, form, shape, dtype, p=0.0, x_pitch=None):
     """One launch, against fp64; three times, bit for bit the same."""
     force(kernel, variant)
     m, n, k, r = shape
-    x, low = drawn(m, k, dtype), drawn(m, r, dtype)
+    x, low = drawn(m, k, dtype, x_pitch), drawn(m, r, dtype)
     w, b = (drawn(*((n, d) if form == "nt" else (d, n)), dtype) for d in (k, r))
     bias = torch.randn(n, device=DEVICE)
     dropout = launcher._dropout(p, torch.tensor(7, device=DEVICE))
@@ -112,6 +113,9 @@ def cases() -> dict:
         for p, shape in itertools.product((0.1, 1.0), SHAPES[1:5]):
             name = f"{kernel} dropout {p} {'x'.join(map(str, shape))}"
             found[name] = (product, kernel, variant, "nn", shape, bf16, p)
+    for variant, form, shape in itertools.product(VARIANTS["sm90"], ("nt", "nn"), SHAPES[3:5]):
+        name = f"sm90 {variant[0]}x{variant[1]} {form} odd pitch {'x'.join(map(str, shape))}"
+        found[name] = (product, "sm90", variant, form, shape, bf16, 0.0, shape[2] // 2 * 2 + 3)
     for rows, i, o, r, lora_dtype in (
         (1, 8, 8, 1, bf16),
         (7, 4096, 4096, 128, torch.float32),

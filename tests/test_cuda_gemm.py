@@ -486,6 +486,21 @@ def test_hostile_layouts(shim):
     assert x.grad.shape == (0, 40) and not A.grad.any() and not B.grad.any()
 
 
+def test_odd_pitch_is_read_in_place_where_tma_is(shim):
+    x = torch.randn(40, 61).bfloat16()
+    assert (launcher._left(x) is x) == (shim.kernel == "sm90")
+    for other in (
+        x[:7],
+        x.expand(2, 40, 61)[:, 0].T,
+        x[:, ::2],
+        x[:1].expand(9, 61),
+    ):  # copied anywhere
+        copy = launcher._left(other)
+        assert torch.equal(copy, other) and copy.stride(0) % 8 == 0 and copy.stride(1) == 1
+    aligned = torch.randn(9, 16).bfloat16()[:, 8:]
+    assert launcher._left(aligned) is aligned and launcher._rows(aligned) is aligned
+
+
 def test_the_variant_fills_the_machine():
     processors = launcher._processors
     try:
@@ -544,6 +559,8 @@ def test_the_program_for_gpus_finds_what_is_wrong(shim, monkeypatch):
         monkeypatch.setattr(launcher, name, getattr(launcher, name))  # it replaces them
     variant = VARIANTS[shim.kernel][-1]
     gemm_program.product(shim.kernel, variant, "nt", (7, 72, 40, 3), torch.float16)
+    if shim.kernel == "sm90":
+        gemm_program.product(shim.kernel, variant, "nn", (9, 40, 70, 3), torch.float16, 0.0, 73)
     gemm_program.product(shim.kernel, (variant[0], 1), "nn", (7, 72, 40, 3), torch.bfloat16, 0.3)
     gemm_program.layer(9, 24, 40, 4, torch.bfloat16, torch.float32)
     gemm_program.dropout_layer(0.3, (20, 24, 40, 4))
