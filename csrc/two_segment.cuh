@@ -45,9 +45,27 @@ __device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int
 
 template <typename T>
 __device__ __forceinline__ float bias_at(const Bias& bias, int col, int n) {
-  if (!bias.data || col >= n) return 0.f;
+  if (col >= n) return 0.f;
   return bias.dtype == DType::f32 ? static_cast<const float*>(bias.data)[col]
                                   : to_float(static_cast<const T*>(bias.data)[col]);
+}
+
+// acc = acc * scale + bias; the first of this lane's columns is `col`. Apart from the loop that
+// stores, which without a bias would go over a branch for every element.
+template <typename T, int kCount>
+__device__ __forceinline__ void finish(float (&acc)[kCount], float scale, const Bias& bias, int col,
+                                       int n) {
+  if (bias.data) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float b0 = bias_at<T>(bias, col + i * 2, n), b1 = bias_at<T>(bias, col + i * 2 + 1, n);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[i + j] = fmaf(acc[i + j], scale, j % 2 ? b1 : b0);
+    }
+  } else if (scale != 1.f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) acc[i] *= scale;
+  }
 }
 
 }  // namespace relora

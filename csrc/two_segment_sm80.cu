@@ -122,16 +122,15 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
   ptx::copy_wait<0>();
   __syncthreads();  // the ring is free
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i) {
+    finish<T>(acc[i], a.scale, a.bias, work.col + my_col, n);
 #pragma unroll
     for (int j = 0; j < 16; j += 2) {
       const int at = my_row + i * 16 + j / 2 % 2 * 8, across = my_col + j / 4 * 8;
-      const float b0 = bias_at<T>(a.bias, work.col + across, n);
-      const float b1 = bias_at<T>(a.bias, work.col + across + 1, n);
-      ptx::store_shared_32(
-          memory + at * kOutPitch + across * 2,
-          ptx::pack<T>(fmaf(acc[i][j], a.scale, b0), fmaf(acc[i][j + 1], a.scale, b1)));
+      ptx::store_shared_32(memory + at * kOutPitch + across * 2,
+                           ptx::pack<T>(acc[i][j], acc[i][j + 1]));
     }
+  }
   __syncthreads();
   const bool wide = a.out.row % 8 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;
   for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads80) {

@@ -196,6 +196,7 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
     }
     // The output: 64 columns at a time through shared memory.
     if (row >= p.m) continue;
+    finish<T>(acc, p.scale, p.bias, my_col, p.n);
 #pragma unroll
     for (int chunk = 0; chunk < V::kBlockN / kSpan; ++chunk) {
       const int col = work.col + chunk * kSpan;
@@ -210,9 +211,7 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // columns 8 (i / 2) on, rows 8 (i % 2) on
           const float* pair = acc + (chunk * kSpan + sixteen * 16) / 2 + i * 2;
-          const int at = my_col + chunk * kSpan + sixteen * 16 + i / 2 * 8;
-          packed[i] = ptx::pack<T>(fmaf(pair[0], p.scale, bias_at<T>(p.bias, at, p.n)),
-                                   fmaf(pair[1], p.scale, bias_at<T>(p.bias, at + 1, p.n)));
+          packed[i] = ptx::pack<T>(pair[0], pair[1]);
         }
         const int line = warp * 16 + lane % 16;  // of the accumulators
         ptx::store_matrices(
