@@ -1,16 +1,21 @@
-"""Timing that waits for the GPU, and the device beside each figure."""
+"""Timing that waits for the GPU; the device, its rates and the commit beside the figures."""
 
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
+sys.path.insert(0, str(Path(__file__).parent))  # pytest runs in importlib mode
+
+import common  # noqa: E402
+
+from relora_kernels import measure  # noqa: E402
 
 
 def synchronised() -> float:
-    if GPU:
-        torch.cuda.synchronize()
+    measure.synchronise(common.DEVICE)
     return time.perf_counter()
 
 
@@ -19,6 +24,14 @@ def pytest_collection_modifyitems(items) -> None:
         item.add_marker(pytest.mark.benchmark(timer=synchronised))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rates() -> dict[str, float]:
+    """The floors' rates, measured before anything else of the same run."""
+    return measure.rates(common.DEVICE)
+
+
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
-    machine_info["torch"] = torch.__version__
-    machine_info["device"] = torch.cuda.get_device_name() if GPU else "CPU"
+    machine_info.update(common.machine())
+    if not torch.cuda.is_available():
+        processor = machine_info["cpu"].get("brand_raw") or machine_info["machine"]
+        machine_info["device"] = f"CPU ({processor})"

@@ -16,12 +16,6 @@ namespace py = pybind11;
 
 namespace {
 
-using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, strides in elements
-
-relora::Matrix matrix(const Tensor& t) {
-  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
-}
-
 const std::map<std::string, relora::DType> kDTypes = {
     {"float32", relora::DType::f32},
     {"bfloat16", relora::DType::bf16},
@@ -49,36 +43,103 @@ void check(cudaError_t error, const std::string& call) {
                            cudaGetErrorString(error));
 }
 
-void merge(const Tensor& weight, const Tensor& residual, const Tensor& lora_A, const Tensor& lora_B,
-           std::tuple<int64_t, int64_t, int64_t> sizes, const std::string& weight_dtype,
-           const std::string& factor_dtype, const std::string& rounding, double scaling,
-           uint64_t seed, int64_t first_row, int device, uintptr_t stream) {
-  const auto [n, k, r] = sizes;
-  const relora::MergeArgs args{matrix(weight),
-                               matrix(residual),
-                               matrix(lora_A),
-                               matrix(lora_B),
-                               n,
-                               k,
-                               r,
-                               code(kDTypes, "merge: dtype of weight", weight_dtype),
-                               code(kDTypes, "merge: dtype of lora_A and lora_B", factor_dtype),
-                               code(kRoundings, "merge: rounding", rounding),
-                               float(scaling),
-                               seed,
-                               first_row};
-  if (args.rounding == relora::Rounding::compensated && !args.residual.data && n && k)
-    throw py::value_error("merge: rounding='compensated': expected a residual, got none");
-  const std::string call = "merge: weight (" + std::to_string(n) + ", " + std::to_string(k) + ") " +
-                           weight_dtype + ", r = " + std::to_string(r) + ", " + factor_dtype +
-                           " factors, rounding='" + rounding + "', device " +
-                           std::to_string(device);
+// ---- merge.cu: layers as MergeLayers, one behind the other in a writable buffer -----------------
+
+void merge(const py::buffer& layers, const std::string& weight_dtype,
+           const std::string& factor_dtype, const std::string& restart_dtype,
+           const std::string& rounding, uintptr_t table, int device, uintptr_t stream) {
+  const py::buffer_info info = layers.request(true);
+  const int64_t bytes = info.size * info.itemsize, each = sizeof(relora::MergeLayer);
+  if (info.ndim != 1 || info.strides[0] != info.itemsize || bytes % each)
+    throw py::value_error("merge: expected layers of " + std::to_string(each) +
+                          " bytes in one contiguous buffer, got " + std::to_string(bytes));
+  const auto first = static_cast<relora::MergeLayer*>(info.ptr);
+  const auto last = first + bytes / each;
+  const auto given = code(kRoundings, "merge: rounding", rounding);
+  std::string call = "merge: " + std::to_string(last - first) + " layers, " + weight_dtype +
+                     " weight, " + factor_dtype + " factors, rounding='" + rounding +
+                     "', device " + std::to_string(device) + ", (out, in, r) =";
+  for (auto layer = first; layer != last && layer != first + 3; ++layer)
+    call += " (" + std::to_string(layer->n) + ", " + std::to_string(layer->k) + ", " +
+            std::to_string(layer->r) + ")";
+  if (last - first > 3) call += " ...";
+  for (auto layer = first; layer != last; ++layer)
+    if (given == relora::Rounding::compensated && !layer->residual.data && layer->n && layer->k)
+      throw py::value_error(call + ": rounding='compensated': expected a residual, got none");
+  if (last - first > relora::kInlineLayers && !table)
+    throw py::value_error(call + ": expected a table in device memory, got none");
   // The static runtime keeps a current device of its own, apart from torch's.
   check(cudaSetDevice(device), call);
-  check(relora::merge(args, reinterpret_cast<cudaStream_t>(stream)), call);
+  check(relora::merge(first, int(last - first),
+                      code(kDTypes, "merge: dtype of weight", weight_dtype),
+                      code(kDTypes, "merge: dtype of lora_A and lora_B", factor_dtype),
+                      code(kDTypes, "merge: dtype of what restarts", restart_dtype), given,
+                      reinterpret_cast<relora::MergeLayer*>(table),
+                      reinterpret_cast<cudaStream_t>(stream)),
+        call);
+}
+
+// ---- prune.cu: tensors as rows of seven int64 (PruneTensor) in any buffer -----------------------
+
+std::pair<const relora::PruneTensor*, int64_t> prune_tensors(const py::buffer_info& rows) {
+  constexpr int64_t each = sizeof(relora::PruneTensor) / sizeof(int64_t);
+  if (rows.itemsize != 8 || rows.ndim != 1 || rows.strides[0] != 8 || rows.size % each)
+    throw py::value_error("prune: expected rows of " + std::to_string(each) +
+                          " int64 in one contiguous buffer, got " + std::to_string(rows.size) +
+                          " items of " + std::to_string(rows.itemsize) + " bytes");
+  return {static_cast<const relora::PruneTensor*>(rows.ptr), rows.size / each};
+}
+
+template <typename Call>
+void on_device(const char* name, int device, Call&& call) {
+  check(cudaSetDevice(device), name);
+  check(call(), name);
+}
+
+int64_t prune_workspace(const py::buffer& rows) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  return relora::prune_workspace(tensors, count);
+}
+
+void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int device,
+           uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("prune", device, [&, tensors = tensors, count = count] {
+    return relora::prune(tensors, count, ratio, reinterpret_cast<void*>(workspace),
+                         reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void prune_random(const py::buffer& rows, uint64_t threshold, int device, uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("prune_random", device, [&, tensors = tensors, count = count] {
+    return relora::prune_random(tensors, count, threshold, reinterpret_cast<cudaStream_t>(stream));
+  });
+}
+
+void magnitude_counts(const py::buffer& rows, uintptr_t prefixes, int shift, int bits,
+                      uintptr_t counts, uintptr_t lowest, uintptr_t highest, int device,
+                      uintptr_t stream) {
+  const py::buffer_info info = rows.request();
+  const auto [tensors, count] = prune_tensors(info);
+  on_device("magnitude_counts", device, [&, tensors = tensors, count = count] {
+    return relora::magnitude_counts(
+        tensors, count, reinterpret_cast<const int64_t*>(prefixes), shift, bits,
+        reinterpret_cast<int64_t*>(counts), reinterpret_cast<int64_t*>(lowest),
+        reinterpret_cast<int64_t*>(highest), reinterpret_cast<cudaStream_t>(stream));
+  });
 }
 
 // ---- The two-segment product -------------------------------------------------------------------
+
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, strides in elements
+
+relora::Matrix matrix(const Tensor& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
 
 const std::map<std::string, relora::Form> kForms = {
     {"nt", relora::Form::nt},
@@ -179,10 +240,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("nvcc_version") = RELORA_NVCC_VERSION;
   m.attr("cudart_version") = CUDART_VERSION;  // 1000 * major + 10 * minor
   m.def("driver_version", &driver_version);
-  m.def("merge", &merge, py::arg("weight"), py::arg("residual"), py::arg("lora_A"),
-        py::arg("lora_B"), py::arg("sizes"), py::arg("weight_dtype"), py::arg("factor_dtype"),
-        py::arg("rounding"), py::arg("scaling"), py::arg("seed"), py::arg("first_row"),
+  m.attr("merge_layer_bytes") = sizeof(relora::MergeLayer);
+  m.attr("merge_inline_layers") = relora::kInlineLayers;
+  m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
+        py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
+        py::arg("stream"));
+  m.def("prune_workspace", &prune_workspace, py::arg("rows"));
+  m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));
+  m.def("prune_random", &prune_random, py::arg("rows"), py::arg("threshold"), py::arg("device"),
+        py::arg("stream"));
+  m.def("magnitude_counts", &magnitude_counts, py::arg("rows"), py::arg("prefixes"),
+        py::arg("shift"), py::arg("bits"), py::arg("counts"), py::arg("lowest"),
+        py::arg("highest"), py::arg("device"), py::arg("stream"));
   m.attr("two_segment_kernels") = [] {
     std::vector<std::string> names;
     for (const auto& [name, unused] : kTwoSegment) names.push_back(name);

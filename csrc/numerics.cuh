@@ -1,10 +1,11 @@
 // Numbers, for the device and for the host: random bits keyed by logical element, bf16 and fp16
-// conversions, round-to-nearest-even and stochastic rounding. Needs no CUDA header, so the tests
-// compile it with the host compiler and go through every 16-bit pattern.
+// conversions, round-to-nearest-even and stochastic rounding, magnitude keys, quantiles. Needs no
+// CUDA header, so the tests compile it with the host compiler and go through every 16-bit pattern.
 //
 // The contract is relora_kernels/reference/philox.py's: the same bits for the same element.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -72,6 +73,11 @@ RELORA_HD uint32_t bits16(const Words& words, int lane) {
   return (words.w[lane >> 1] >> (16 * (lane & 1))) & 0xFFFFu;
 }
 RELORA_HD uint32_t bits32(const Words& words, int lane) { return words.w[lane]; }
+
+// U(-bound, bound) for step = fl32(bound * 2^-23): 24 bits, one rounding.
+RELORA_HD float uniform(uint32_t word, float step) {
+  return float(int32_t(word >> 8) - (1 << 23)) * step;
+}
 
 // ---- To fp32: exact ----------------------------------------------------------------------------
 
@@ -154,6 +160,83 @@ RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
   const uint32_t whole = uint32_t(units);
   const uint32_t up = float(rand16) < (units - float(whole)) * 65536.0f;
   return {uint16_t(sign | (whole + up))};
+}
+
+// ---- Magnitudes and quantiles -------------------------------------------------------------------
+// A magnitude's key is its bits without the sign: an unsigned integer that orders as |v| does, with
+// infinity above every number and NaN above infinity.
+
+constexpr uint32_t kDropAll = 0xFFFFFFFFu;  // a threshold that no key exceeds
+
+RELORA_HD uint32_t magnitude_key(uint32_t bits) { return bits & 0x7FFFFFFFu; }
+RELORA_HD uint32_t magnitude_key(uint16_t bits) { return bits & 0x7FFFu; }
+
+template <typename T>
+struct Keys;
+template <>
+struct Keys<float> {
+  static constexpr uint32_t infinity = 0x7F800000u;
+  static RELORA_HD float value(uint32_t key) { return bits_float(key); }
+  static RELORA_HD uint32_t nearest(float v) { return magnitude_key(float_bits(v)); }
+};
+template <>
+struct Keys<bf16> {
+  static constexpr uint32_t infinity = 0x7F80u;
+  static RELORA_HD float value(uint32_t key) { return to_float(bf16{uint16_t(key)}); }
+  static RELORA_HD uint32_t nearest(float v) { return magnitude_key(round_nearest<bf16>(v).bits); }
+};
+template <>
+struct Keys<fp16> {
+  static constexpr uint32_t infinity = 0x7C00u;
+  static RELORA_HD float value(uint32_t key) { return to_float(fp16{uint16_t(key)}); }
+  static RELORA_HD uint32_t nearest(float v) { return magnitude_key(round_nearest<fp16>(v).bits); }
+};
+
+// The quantile lies between order statistics `low` and `low + 1` (from 0), at fraction `weight`.
+struct Rank {
+  int64_t low;
+  float weight;
+};
+
+// Products that the compiler may not contract into an fma with what follows.
+RELORA_HD float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+RELORA_HD double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// torch.quantile's rank: in float32 up to 2^24 elements, in float64 above.
+RELORA_HD Rank quantile_rank(int64_t n, double ratio) {
+  if (n > int64_t(1) << 24) {
+    const double rank = product(ratio, double(n - 1));
+    const int64_t low = int64_t(rank) < n - 1 ? int64_t(rank) : n - 1;
+    return {low, low < n - 1 ? float(rank - double(low)) : 0.f};
+  }
+  const float rank = product(float(ratio), float(n - 1));
+  const int64_t low = int64_t(rank) < n - 1 ? int64_t(rank) : n - 1;
+  return {low, low < n - 1 ? rank - float(low) : 0.f};
+}
+
+// torch.lerp, with the fused multiply-adds that it has: without them one quantile in fifty differs.
+RELORA_HD float interpolate(float a, float b, float weight) {
+  return weight < 0.5f ? fmaf(weight, b - a, a) : fmaf(-(b - a), 1.0f - weight, b);
+}
+
+// Elements whose keys are at most this are dropped. `low` and `high`: keys of the order statistics.
+template <typename T>
+RELORA_HD uint32_t threshold_key(uint32_t low, uint32_t high, float weight) {
+  const float threshold =
+      interpolate(Keys<T>::value(low), Keys<T>::value(weight == 0.f ? low : high), weight);
+  return threshold != threshold ? kDropAll : Keys<T>::nearest(threshold);
 }
 
 }  // namespace relora

@@ -1,17 +1,29 @@
-"""python -m relora_kernels: what is built, what this machine has, which backend each op takes."""
+"""python -m relora_kernels: what is built, what this machine has, which backend each op takes, by what
+evidence. python -m relora_kernels tune: measure here, for `auto` to choose by (see --help)."""
 
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
 import relora_kernels
-from relora_kernels import backend, cuda
+from relora_kernels import backend, cuda, evidence, tune
 from relora_kernels.ops import lora_linear, merge, prune
 
 
-def main() -> None:
+def main() -> int:
+    if sys.argv[1:2] == ["tune"]:
+        return tune.main(sys.argv[2:])
+    if sys.argv[1:]:
+        print(f"expected nothing or 'tune', got {' '.join(sys.argv[1:])}", file=sys.stderr)
+        return 2
+    describe()
+    return 0
+
+
+def describe() -> None:
     print(f"relora_kernels {relora_kernels.__version__} in {relora_kernels.__path__[0]}")
     print(f"  python    {platform.python_version()}")
     print(f"  torch     {torch.__version__} (CUDA {torch.version.cuda or 'none'})")
@@ -29,6 +41,24 @@ def main() -> None:
         print(f"\nwhat 'auto' takes for tensors on {device}:")
         for op, implementations, why_not, args in _calls(device):
             _print_choice(op, implementations, why_not, args)
+        if device.type == "cuda":
+            _print_evidence(evidence.identity(device))
+
+
+def _print_evidence(here: dict[str, str]) -> None:
+    """What was measured on this device, which goes before the order above."""
+    found = evidence.sources(here)
+    if not found:
+        print(f"  evidence: none on record for {evidence.section_name(here)}; so the order above")
+        print("            holds at every shape until `python -m relora_kernels tune` is run")
+    for source in found:
+        if source.refused:
+            print(f"  evidence: {source.kind} {source.path} is ignored: {source.refused}")
+            continue
+        print(f"  evidence: {source.kind} {source.path}, made {source.date}, goes first:")
+        for entry in source.entries:
+            its_class = ", ".join(map(str, entry["class"]))
+            print(f"    {entry['op']:22} {its_class:40} {', '.join(entry['order'])}")
 
 
 def _print_choice(op: str, implementations: dict, why_not: str, args) -> None:
@@ -36,7 +66,8 @@ def _print_choice(op: str, implementations: dict, why_not: str, args) -> None:
         name: backend.reason_against(name, op, implementations, why_not, args)
         for name in [*implementations, *(b for b in backend.BACKENDS if b not in implementations)]
     }
-    taken = next(name for name, reason in reasons.items() if reason is None)
+    on_record = [name for name in evidence.order(op, args) if reasons.get(name, "") is None]
+    taken = [*on_record, *(name for name, reason in reasons.items() if reason is None)][0]
     print(f"  {op:24} {taken}")
     for name, reason in reasons.items():
         if name != taken:
@@ -57,6 +88,15 @@ def _calls(device: torch.device):
     )  # fmt: skip
     yield "merge_", merge.IMPLEMENTATIONS, "why_not", (*factors, 1.0, "compensated", residual, 0, 0)
     yield "prune_", pruning, "why_not", ([lora_A], 0.9, [lora_B])
+    drawn = prune.RANDOM_IMPLEMENTATIONS
+    yield "prune_random_", drawn, "why_not_random", ([lora_A], 0.9, [lora_B], [0], [0])
+    prefixes = torch.zeros(1, dtype=torch.int64, device=device)
+    yield (
+        "magnitude_counts",
+        prune.COUNTS_IMPLEMENTATIONS,
+        "why_not_counts",
+        ([lora_A], prefixes, 20, 11),
+    )
 
 
 def _named_backend() -> str:
@@ -83,4 +123,4 @@ def _kernels() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,10 +2,11 @@
 
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
-in words. `auto` takes the first of the op's order that can; a named backend that cannot raises.
+in words. `auto` takes the first that can, of those on record for this kind of call on this device, fastest
+first (evidence.py), then of the op's order; a named backend that cannot raises.
 
-The order holds evidence: the reference, which on a GPU runs on cuBLAS, comes first until a kernel is on
-record, on that device, as right and as faster. Until then kernels serve by name.
+The order holds what needs no record: the reference, which on a GPU runs on cuBLAS, comes first. A kernel
+that is not on record, on that device, as right and as faster serves by name alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,21 @@ import importlib.util
 import os
 import sys
 
+from relora_kernels import evidence
+
 BACKENDS = ("reference", "triton", "triton_tma", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
-# One [name] for each use_backend block that is open. The last counts, over the environment variable.
-_named: list[list[str]] = []
+
+class _Block:
+    """A use_backend block; equal to itself alone, so that `remove` finds it in one step of any thread."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
+# The blocks that are open. The last counts, over the environment variable.
+_named: list[_Block] = []
 
 
 class BackendUnavailable(RuntimeError):
@@ -29,14 +40,16 @@ class BackendUnavailable(RuntimeError):
 
 def current_backend() -> str:
     """`auto` or the name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`."""
-    if _named:
-        return _named[-1][0]
+    for block in _named[-1:]:
+        return block.name
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def is_named(name: str) -> bool:
     """Whether use_backend or the environment asks for this backend."""
-    return name == (_named[-1][0] if _named else os.environ.get(ENVIRONMENT_VARIABLE))
+    for block in _named[-1:]:
+        return name == block.name
+    return name == os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextlib.contextmanager
@@ -50,12 +63,12 @@ def use_backend(name: str):
     Raises ValueError for any other name. An op that `name` cannot serve raises BackendUnavailable
     when it is called; nothing falls back.
     """
-    mine = [_checked(name, "use_backend")]
+    mine = _Block(_checked(name, "use_backend"))
     _named.append(mine)
     try:
         yield
     finally:
-        _named[:] = [entry for entry in _named if entry is not mine]
+        _named.remove(mine)
 
 
 def _checked(name: str, where: str) -> str:
@@ -92,6 +105,10 @@ def reason_against(name: str, op: str, implementations: dict, why_not: str, args
 
 
 def _first_that_can(op: str, implementations: dict, why_not: str, args):
+    for name in evidence.order(op, args):
+        module = implementations.get(name)  # None: on record, and not installed any more
+        if module is not None and getattr(module, why_not)(*args) is None:
+            return module
     reasons = []
     for name, module in implementations.items():
         reason = getattr(module, why_not)(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,10 +11,17 @@ from torch import nn
 from relora_kernels import sharding
 from relora_kernels.ops import checks
 from relora_kernels.ops.lora_linear import lora_linear
-from relora_kernels.ops.merge import check_backend, check_finite, merge_checked
+from relora_kernels.ops.merge import (
+    Restart,
+    check_backend,
+    check_finite,
+    merge_and_restart,
+    merge_checked,
+)
 from relora_kernels.reference import philox
 
 _NARROW = (torch.bfloat16, torch.float16)
+STAGED_BYTES = 256 * 2**20  # on the device at a time, for merges only
 
 
 class FusedReLoRaLinear(nn.Linear):
@@ -170,7 +178,7 @@ class FusedReLoRaLinear(nn.Linear):
         """Draw A anew, zero B, start the trained scale at 1. W is left alone."""
         if self.lora_A.device.type == "meta":
             return
-        bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+        bound = self._bound
         if self.name or int(self.merge_count) > 0:
             seed = philox.derive_seed("A", self.seed, self.name, int(self.merge_count))
             philox.uniform_(*sharding.local_rows(self.lora_A), bound, seed)
@@ -220,16 +228,7 @@ class FusedReLoRaLinear(nn.Linear):
         RuntimeError while gradients of A or B are pending, and FloatingPointError if the update is
         not finite; nothing is changed then.
         """
-        self.check_merge()
-        check_finite([self.update()])
-        self.merge_after_checks()
-
-    @torch.no_grad()
-    def merge_after_checks(self) -> None:
-        """merge() for callers that have run check_merge and `check_finite` on all their layers."""
-        self._add_update()
-        self.merge_count += 1
-        self.reset_lora_parameters()
+        merge_layers([self])
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -259,10 +258,13 @@ class FusedReLoRaLinear(nn.Linear):
         linear.weight, linear.bias = nn.Parameter(merged), self.bias
         return linear.train(self.training)
 
-    def _add_update(self) -> None:
-        """The merge itself, on this rank's rows of W and B where they are sharded."""
+    def _restart(self) -> tuple[Restart, torch.Tensor | None]:
+        """This rank's part of the merge, and the residual in host memory that it will replace.
+
+        Nothing of the layer is changed, but what the merge needs is allocated.
+        """
         rounding = self.rounding
-        weight, first_row = sharding.local_rows(self.weight)
+        weight, first_row = sharding.local_rows(self.weight.detach())
         residual = None
         if rounding == "compensated" and weight.dtype in _NARROW:
             residual = self.weight_residual
@@ -270,14 +272,37 @@ class FusedReLoRaLinear(nn.Linear):
                 residual = self._host_residual()
             elif len(residual) != len(weight):  # made before W was sharded
                 residual = residual[first_row : first_row + len(weight)].clone()
-        lora_B, _ = sharding.local_rows(self.lora_B)
-        seed = philox.derive_seed("W", self.seed, self.name, int(self.merge_count))
-        merge_checked(
-            weight, sharding.whole(self.lora_A), lora_B, self.scaling, rounding, residual, seed,
-            first_row,
-        )  # fmt: skip
-        if residual is not None:  # kept only now: a refused merge leaves nothing behind
+        count = int(self.merge_count)
+        restart_A, restart_row = sharding.local_rows(self.lora_A.detach())
+        return Restart(
+            weight=weight,
+            lora_A=sharding.whole(self.lora_A.detach()),
+            lora_B=sharding.local_rows(self.lora_B.detach())[0],
+            scaling=self.scaling,
+            rounding=rounding,
+            residual=None if residual is None else residual.to(weight.device, non_blocking=True),
+            seed=philox.derive_seed("W", self.seed, self.name, count),
+            first_row=first_row,
+            restart_A=restart_A,
+            merge_count=self.merge_count,
+            bound=self._bound,
+            restart_seed=philox.derive_seed("A", self.seed, self.name, count + 1),
+            restart_row=restart_row,
+        ), residual
+
+    @property
+    def _bound(self) -> float:
+        """Of A's draw."""
+        return 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+
+    def _merged(self, restart: Restart, residual: torch.Tensor | None) -> None:
+        """What remains to be done once the layer's merge is enqueued."""
+        if residual is not None:
+            if restart.residual is not residual:
+                residual.copy_(restart.residual)
             self.weight_residual = residual
+        if self.lora_scaling is not None:
+            self.lora_scaling.fill_(1.0)
 
     def _host_residual(self) -> torch.Tensor:
         """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at
@@ -337,3 +362,42 @@ class FusedReLoRaLinear(nn.Linear):
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}, merge_rounding={self.rounding}"
         )
+
+
+@torch.no_grad()
+def merge_layers(layers: Sequence[FusedReLoRaLinear]) -> None:
+    """FusedReLoRaLinear.merge for many layers: all checks of all of them first, then one launch for as
+    many as fit into STAGED_BYTES of gathered factors and of residuals brought from host memory.
+
+    Where it raises, nothing is changed (a check), or each layer has been merged, restarted and counted,
+    or is untouched (out of memory, say): a second call does not merge a layer twice.
+    """
+    for layer in layers:
+        layer.check_merge()
+    check_finite([layer.update() for layer in layers])
+    waiting, staged = [], 0
+    for layer in layers:
+        waiting.append((layer, int(layer.merge_count), *layer._restart()))
+        staged += _staged_bytes(*waiting[-1][2:])
+        if staged >= STAGED_BYTES:
+            _merge_waiting(waiting)
+            waiting, staged = [], 0
+    if waiting:
+        _merge_waiting(waiting)
+
+
+def _staged_bytes(restart: Restart, residual: torch.Tensor | None) -> int:
+    staged = 0 if restart.residual is residual else restart.residual.nbytes
+    gathered = restart.lora_A.data_ptr() != restart.restart_A.data_ptr()
+    return staged + (restart.lora_A.nbytes if gathered else 0)
+
+
+def _merge_waiting(waiting) -> None:
+    try:
+        merge_and_restart([restart for _, _, restart, _ in waiting])
+    except BaseException:
+        waiting = [entry for entry in waiting if int(entry[0].merge_count) != entry[1]]
+        raise
+    finally:
+        for layer, _, restart, residual in waiting:
+            layer._merged(restart, residual)

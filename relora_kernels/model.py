@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from relora_kernels import sharding
-from relora_kernels.layer import FusedReLoRaLinear
+from relora_kernels.layer import FusedReLoRaLinear, merge_layers
 from relora_kernels.ops import checks
 from relora_kernels.ops.merge import check_finite
 
@@ -149,10 +149,7 @@ def merge_and_reinit(model: nn.Module) -> int:
     layers = relora_layers(model)
     for path, layer in layers:
         layer.name = layer.name or _plain_path(path)
-        layer.check_merge()
-    check_finite([layer.update() for _, layer in layers])
-    for _, layer in layers:
-        layer.merge_after_checks()
+    merge_layers([layer for _, layer in layers])
     return len(layers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -9,9 +10,9 @@ import torch
 
 from relora_kernels import sharding
 from relora_kernels.ops import checks
-from relora_kernels.ops.prune import prune_
+from relora_kernels.ops.prune import prune_, prune_random_
 from relora_kernels.reference import philox
-from relora_kernels.reference.prune import prune_random_
+from relora_kernels.sharded_prune import prune_sharded_
 
 MODES = ("magnitude", "random", "zero")
 
@@ -92,27 +93,16 @@ def _prune_paired(first, seconds, mode, ratio, seed) -> None:
 
 def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
     tensors = [t for _, t in moments]
-    if any(sharding.is_sharded(t) for t in tensors):
-        _prune_gathered(moments, mode, ratio, seed, paired_with or [])
-    elif mode == "magnitude":
-        prune_(tensors, ratio, paired_with)
-    else:
-        seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
-        prune_random_(tensors, ratio, paired_with, seeds)
-
-
-def _prune_gathered(moments, mode, ratio, seed, partners) -> None:
-    """Sharded moments, one pair at a time: gathered, pruned as a whole, this rank's rows kept.
-
-    The factors are small, so the result can be the unsharded one exactly at little cost.
-    """
-    for n, (i, moment) in enumerate(moments):
-        pair = [moment, *partners[n : n + 1]]
-        copies = [sharding.whole(t).clone() for t in pair]
-        _prune([(i, copies[0])], mode, ratio, seed, copies[1:] or None)
-        for t, copy in zip(pair, copies):
-            local, first = sharding.local_rows(t)
-            local.copy_(copy[first : first + len(local)])
+    if mode == "magnitude":
+        prune = prune_sharded_ if any(map(sharding.is_sharded, tensors)) else prune_
+        prune(tensors, ratio, paired_with)
+        return
+    seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
+    local = [sharding.local_rows(t) for t in tensors]
+    partners = [sharding.local_rows(t)[0] for t in paired_with or []]
+    # A row of the whole tensor holds as many elements as one of the shard.
+    first = [row * math.prod(t.shape[1:]) for t, (_, row) in zip(tensors, local)]
+    prune_random_([rows for rows, _ in local], ratio, partners, seeds, first)
 
 
 def adam_states(optimizer, params) -> list[tuple[int, dict]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from relora_kernels import ranks, sharding
 from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, reset_optimizer
@@ -96,7 +97,10 @@ class JaggedLR(LRScheduler):
             )
         self.restart_every, self.restart_warmup_steps = restart_every, restart_warmup_steps
         self.anneal_steps, self.total_steps = anneal_steps, total_steps
-        self.restarts_done = 0  # by ReLoRaSchedule; here because it is saved with the step count
+        # By ReLoRaSchedule; here because they are saved with the step count. `restarting` is None, or
+        # each layer's merge count when the restart began that has not come to its end.
+        self.restarts_done = 0
+        self.restarting: dict[str, int] | None = None
         super().__init__(optimizer, last_epoch)
 
     def restarts_due(self, step: int) -> int:
@@ -179,6 +183,10 @@ class ReLoRaSchedule:
     With a trainer that steps schedulers itself, hand it `lr_scheduler` and call `restart_if_due`
     after each step (ReLoRaCallback does). Restarts are counted by lr_scheduler.last_epoch alone.
 
+    With torch.distributed, call it on every rank of the default group, all of which hold this model
+    (DDP, or FSDP2's fully_shard): each call sends a few integers, so that ranks which have drifted
+    apart, or hold other factors, end with an error rather than with a wrong model.
+
     Args:
         model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.
         base_schedule, restart_every, restart_warmup_steps, anneal_steps, total_steps: see JaggedLR.
@@ -186,7 +194,7 @@ class ReLoRaSchedule:
             reset_mode None leaves the moments alone.
 
     Raises ValueError if the LoRA parameters are not the optimizer's, TypeError if its state holds no
-    Adam moments. Warns if independent masks meet a restart warm-up under 50 steps.
+    Adam moments or it is DeepSpeed's. Warns if independent masks meet a restart warm-up under 50 steps.
     """
 
     def __init__(
@@ -218,8 +226,10 @@ class ReLoRaSchedule:
                 UserWarning,
                 stacklevel=2,
             )
+        refuse_deepspeed("ReLoRaSchedule", model, optimizer)
         adam_states(optimizer, list(lora_parameters(model)))
         self.seed = relora_layers(model)[0][1].seed
+        self._place = None  # the ranks' last comparison of step and restart, under way
         self.model, self.optimizer = model, optimizer
         self.reset_mode, self.reset_ratio = reset_mode, reset_ratio
         self.paired, self.reset_step = paired, reset_step
@@ -240,15 +250,20 @@ class ReLoRaSchedule:
     def restart_if_due(self) -> bool:
         """Merge, draw A anew and reset the moments if the learning rate has come to a restart.
 
-        True if it did. Raises as merge_and_reinit and reset_optimizer do; the restart then stays due.
+        True if it did. Raises as merge_and_reinit and reset_optimizer do, and RuntimeError where ranks
+        disagree. After an error, an interrupt included, the restart stays due, and the next call does
+        what is left of it: no layer is merged twice. `state_dict` carries that over a resume.
         """
-        due = self.lr_scheduler.restarts_due(self.lr_scheduler.last_epoch)
+        scheduler = self.lr_scheduler
+        due = scheduler.restarts_due(scheduler.last_epoch)
+        self._compare_places(due)
         if due <= self.cycle:
             return False
         params = list(lora_parameters(self.model))
         adam_states(self.optimizer, params)  # refuse before the merge, not after it
-        merge_and_reinit(self.model)
+        self._merge()
         if self.reset_mode is not None:
+            # Pruning what this restart has pruned already changes nothing: a repeat is harmless.
             reset_optimizer(
                 self.optimizer,
                 params,
@@ -258,8 +273,71 @@ class ReLoRaSchedule:
                 self.reset_step,
                 seed=philox.derive_seed(self.seed, "reset", due),
             )
-        self.lr_scheduler.restarts_done = due
+        scheduler.restarts_done, scheduler.restarting = due, None
         return True
+
+    def _merge(self) -> None:
+        """Every layer that this restart has not merged yet."""
+        layers, scheduler = dict(relora_layers(self.model)), self.lr_scheduler
+        counts = {path: int(layer.merge_count) for path, layer in layers.items()}
+        before = scheduler.restarting or {}
+        merged = {path for path in counts if counts[path] == before.get(path, -2) + 1}
+        untouched = {path for path in counts if counts[path] == before.get(path)}
+        if not merged or len(merged) + len(untouched) < len(counts):
+            self._compare_factors(layers)
+            scheduler.restarting = counts  # nothing done yet, or a mark of another course of events
+            merge_and_reinit(self.model)  # refuses before it changes anything
+            return
+        sharding.reshard(self.model)
+        for path in untouched:
+            layers[path].merge()
+
+    def _compare_places(self, due: int) -> None:
+        """RuntimeError if ranks are at different steps or restarts.
+
+        The answer of one call is read at the next, which makes no GPU wait, but at once before a
+        restart: a rank that is early then finds the others' answer rather than waits for them.
+        """
+        if ranks.count() == 1:
+            return
+        place = (self.lr_scheduler.last_epoch, self.cycle, due)
+        last, self._place = self._place, ranks.start_maximum([*place, *(-x for x in place)])
+        answers = [last] if last else []
+        if due > self.cycle or not last:
+            answers.append(self._place)
+        for answer in answers:
+            values = answer()
+            for name, most, least in zip(
+                ("step", "restarts done", "restarts due"), values, values[3:]
+            ):
+                if most != -least:
+                    raise RuntimeError(
+                        f"ReLoRaSchedule: expected all ranks at one {name}, got {-least} to {most} "
+                        f"(rank {ranks.index()} is at step {place[0]}): step the schedule on every "
+                        f"rank alike, and resume all ranks from one checkpoint"
+                    )
+
+    def _compare_factors(self, layers: dict) -> None:
+        """RuntimeError if the ranks' factors, or what A's next draw depends on, differ."""
+        if ranks.count() == 1:
+            return
+        keys, found = [], []
+        for path, layer in layers.items():
+            draw = philox.derive_seed(layer.seed, layer.name, int(layer.merge_count))
+            values = {"seed, name or merge count": draw % 2**62}
+            for key in ("lora_A", "lora_B"):
+                parameter = getattr(layer, key)
+                values[key] = 0 if sharding.is_sharded(parameter) else _bits(parameter)
+            keys += [f"{path}: {key}" for key in values]
+            found += values.values()
+        for key, values in zip(keys, zip(*ranks.gather(found))):
+            if len(set(values)) > 1:
+                others = [rank for rank, value in enumerate(values) if value != values[0]]
+                raise RuntimeError(
+                    f"ReLoRaSchedule: expected the same factors on all ranks, got another {key} on "
+                    f"ranks {others} than on rank 0; nothing was merged. Give all ranks one seed, and "
+                    f"train in DistributedDataParallel or fully_shard"
+                )
 
     def state_dict(self) -> dict:
         """Plain numbers: step, restarts done and learning rates."""
@@ -267,6 +345,26 @@ class ReLoRaSchedule:
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.lr_scheduler.load_state_dict(state_dict)
+
+
+def refuse_deepspeed(where: str, *objects) -> None:
+    """TypeError for DeepSpeed's engines and optimizers, also inside Accelerate's."""
+    for thing in objects:
+        while thing is not None:
+            if type(thing).__module__.partition(".")[0] == "deepspeed":
+                raise TypeError(
+                    f"{where}: expected a torch optimizer and model, got DeepSpeed's "
+                    f"{type(thing).__name__}, whose flat copies of the parameters a merge cannot "
+                    f"reach; use DistributedDataParallel, or torch.distributed.fsdp.fully_shard "
+                    f"(relora-train --sharding full)"
+                )
+            thing = getattr(thing, "optimizer", None)
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's bit patterns: equal for equal tensors, NaN included."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
 
 
 def _require(where: str, condition: bool, expected: str, got) -> None:

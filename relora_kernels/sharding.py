@@ -18,18 +18,25 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(this rank's rows, a view; the logical number of the first of them)."""
+def row_dimension(tensor: torch.Tensor) -> int | None:
+    """The mesh dimension over which `tensor` is cut into rows; None for a plain or replicated tensor."""
     if not is_sharded(tensor):
-        return tensor, 0
+        return None
     sharded = [dim for dim, p in enumerate(tensor.placements) if not p.is_replicate()]
     if len(sharded) > 1 or any(not tensor.placements[dim].is_shard(0) for dim in sharded):
         raise ValueError(
             f"expected a parameter sharded by rows over one mesh dimension, as "
             f"torch.distributed.fsdp.fully_shard does by default, got {tensor.placements}"
         )
-    first = 0
-    for dim in sharded:
+    return sharded[0] if sharded else None
+
+
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(this rank's rows, a view; the logical number of the first of them)."""
+    if not is_sharded(tensor):
+        return tensor, 0
+    dim, first = row_dimension(tensor), 0
+    if dim is not None:
         rows_a_rank = -(-tensor.shape[0] // tensor.device_mesh.size(dim))  # torch.chunk's rule
         first = min(tensor.device_mesh.get_local_rank(dim) * rows_a_rank, tensor.shape[0])
     return tensor.to_local(), first

@@ -10,9 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, merge_and_reinit
+from relora_kernels import (
+    ReLoRaConfig,
+    ReLoRaSchedule,
+    apply_relora,
+    merge_and_reinit,
+    reset_optimizer,
+)
 from relora_kernels.model import relora_layers
 from relora_kernels.sharding import local_rows, whole
 
@@ -83,6 +91,73 @@ def merge_agrees(rounding) -> None:
             assert torch.equal(b.weight_residual, a.weight_residual[first : first + len(rows)])
 
 
+def moments_of_every_kind(dtype) -> list[torch.Tensor]:
+    """Uneven rows, fewer rows than ranks (empty shards), ties, a NaN on one rank, infinities, zeros."""
+    torch.manual_seed(3)
+    shapes = [(7, 5), (37, 11), (1, 40), (2, 3), (5,), (64, 33), (12, 1)]
+    found = [torch.randn(shape).to(dtype) for shape in shapes]
+    found += [t.round() for t in found[:3]] + [torch.full((9, 4), -2.5).to(dtype)]
+    with_nan, with_inf, small = (torch.randn(13, 6).to(dtype) for _ in range(3))
+    with_nan[-1, 2] = torch.nan
+    with_inf[::3] = torch.inf
+    return [*found, with_nan, with_inf, small * 1e-40, small * 0.0, small.new_empty(0, 3)]
+
+
+def meshes():
+    """(mesh, placements): rows over all ranks; with four also rows over two, twice."""
+    world = dist.get_world_size()
+    yield init_device_mesh("cpu", (world,)), [Shard(0)]
+    if world == 4:
+        yield init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]
+        yield init_device_mesh("cpu", (2, 2)), [Shard(0), Replicate()]
+
+
+def adam_of(moments, place):
+    """(optimizer, parameters) with these first moments; the second ones are of another dtype."""
+    params = [nn.Parameter(place(torch.zeros_like(m))) for m in moments]
+    optimizer = torch.optim.AdamW(params)
+    for i, (p, m) in enumerate(zip(params, moments)):
+        second = torch.rand(m.shape, generator=torch.Generator().manual_seed(i)) + 1
+        state = {
+            "step": torch.tensor(3.0),
+            "exp_avg": place(m.clone()),
+            "exp_avg_sq": place(second),
+        }
+        optimizer.state[p] = state
+    return optimizer, params
+
+
+def pruning_agrees() -> None:
+    """Bit for bit, without gathering a moment, in a few collectives for the whole list."""
+    collectives = []
+    all_reduce, full_tensor = dist.all_reduce, DTensor.full_tensor
+    dist.all_reduce = lambda *args, **kwargs: collectives.append(1) or all_reduce(*args, **kwargs)
+    for mesh, placements in meshes():
+        for dtype, rounds in (
+            (torch.float32, 4), (torch.bfloat16, 3), (torch.float16, 3), (torch.float64, 7),
+        ):  # fmt: skip
+            moments = moments_of_every_kind(dtype)
+            for mode, ratio in (("magnitude", 0.9), ("magnitude", 0.31), ("random", 0.6)):
+                alone, params = adam_of(moments, lambda t: t)
+                reset_optimizer(alone, params, mode, ratio, seed=5)
+                sharded, rows = adam_of(moments, lambda t: distribute_tensor(t, mesh, placements))
+                collectives.clear()
+                DTensor.full_tensor = None
+                reset_optimizer(sharded, rows, mode, ratio, seed=5)
+                DTensor.full_tensor = full_tensor
+                assert len(collectives) == (rounds if mode == "magnitude" else 0)
+                for p, row in zip(params, rows):
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        ours, expected = sharded.state[row][key].full_tensor(), alone.state[p][key]
+                        assert same_bits(ours, expected), (dtype, mode, ratio, expected.shape)
+    dist.all_reduce = all_reduce
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
 def checkpoint_agrees() -> None:
     """The residual is gathered and cut as the weight is, through full and sharded state_dicts."""
     source, target = shard(build(torch.bfloat16)), shard(build(torch.bfloat16))
@@ -120,6 +195,7 @@ def main() -> None:
         training_agrees(mode)
     for rounding in ("nearest", "stochastic", "compensated"):
         merge_agrees(rounding)
+    pruning_agrees()
     checkpoint_agrees()
     refusal_agrees()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees")

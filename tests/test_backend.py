@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,8 @@ def test_environment_variable(monkeypatch):
         assert current_backend() == "auto"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(
-        ValueError, match="RELORA_KERNELS_BACKEND.*auto, reference, triton, cuda; got 'fastest'"
+        ValueError,
+        match="RELORA_KERNELS_BACKEND.*auto, reference, triton, triton_tma, cuda; got 'fastest'",
     ):
         current_backend()
 
@@ -166,3 +169,30 @@ def test_blocks_that_overlap_end_cleanly(monkeypatch):
     assert current_backend() == "cuda"
     second.__exit__(None, None, None)
     assert current_backend() == "auto"
+
+
+def test_blocks_of_many_threads_lose_none(monkeypatch):
+    """Leaving a block drops that one alone, whatever other threads enter and leave meanwhile."""
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    interval, wrong, end = sys.getswitchinterval(), [], time.monotonic() + 0.5
+
+    def enter_and_leave():
+        try:
+            while time.monotonic() < end:
+                with use_backend("reference"):
+                    if current_backend() != "reference":
+                        wrong.append("lost")
+                current_backend()
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and current_backend() == "auto"

@@ -299,14 +299,18 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
     module = cuda_build.compile_module(nvcc, tmp_path)
     use = (
         "import _C; print(_C.archs, _C.ptx, _C.nvcc_version, _C.cudart_version)\n"
-        "nothing = (0, 0, 0)\n"
-        "call = lambda **changes: _C.merge(**{**dict(weight=nothing, residual=nothing,\n"
-        "    lora_A=nothing, lora_B=nothing, sizes=(5, 7, 3), weight_dtype='bfloat16',\n"
-        "    factor_dtype='float32', rounding='nearest', scaling=1.0, seed=2**64 - 1, first_row=0, device=0,\n"
-        "    stream=0), **changes})\n"
-        "for changes in ({}, dict(rounding='up'), dict(rounding='compensated')):\n"
+        "import struct\n"
+        "layer = struct.pack('18q4q2Q2q2f4I', *[0] * 18, 5, 7, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0)\n"
+        "assert len(layer) == _C.merge_layer_bytes\n"
+        "def call(layers=bytearray(layer), **changes):\n"
+        "    _C.merge(**{**dict(layers=layers, weight_dtype='bfloat16',\n"
+        "        factor_dtype='float32', restart_dtype='float32', rounding='nearest', table=0,\n"
+        "        device=0, stream=0), **changes})\n"
+        "for changes in ({}, dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
+        "                dict(layers=bytearray(9))):\n"
         "    try: call(**changes)\n"
         "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)\n"
+        "nothing = (0, 0, 0)\n"
         "call = lambda **changes: _C.two_segment(**{**dict(kernel='sm80', form='nt', out=nothing,\n"
         "    p=nothing, b=nothing, x=nothing, w=nothing, bias=0, sizes=(5, 7, 3, 2), dtype='bfloat16',\n"
         "    bias_dtype='float32', scale=1.0, dropout=(0, 9, 1.0), slab_steps=1, block_n=128, cluster=1,\n"
@@ -323,12 +327,19 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    built, launch, code, residual, product, kernel, form = done.stdout.splitlines()
+    built, launch, code, residual, table, torn, product, kernel, form = done.stdout.splitlines()
     assert built.startswith("['80'] ['80'] ")
-    shapes = "merge: weight (5, 7) bfloat16, r = 3, float32 factors, rounding='nearest', device 0: "
+    shapes = (
+        "merge: 1 layers, bfloat16 weight, float32 factors, rounding='nearest', device 0, "
+        "(out, in, r) = (5, 7, 3): "
+    )
     assert launch.startswith(f"RuntimeError {shapes}cudaError")
     assert code.startswith("ValueError merge: rounding: expected ") and code.endswith("got up")
-    assert residual.startswith("ValueError merge: rounding='compensated': expected a residual")
+    assert residual.endswith("rounding='compensated': expected a residual, got none")
+    assert table.endswith(
+        "(5, 7, 3) (5, 7, 3) (5, 7, 3) ...: expected a table in device memory, got none"
+    )
+    assert torn.startswith("ValueError merge: expected layers of ") and torn.endswith("got 9")
     shapes = "two_segment: sm80 nt, m = 5, n = 7, k = 3, r = 2, bfloat16, dropout of 9 / 65536, "
     assert product.startswith(
         f"RuntimeError {shapes}tile of 128, cluster of 1, device 0: cudaError"

@@ -1,54 +1,18 @@
-"""The CUDA sources without a GPU: numerics.cuh and merge.cu compiled by the host compiler, and what
-nvcc makes of them. The merge tests run on a GPU as well where there is one."""
+"""The CUDA sources without a GPU: numerics.cuh and merge.cu compiled by the host compiler. The merge
+tests run on a GPU as well where there is one."""
 
-import contextlib
 import ctypes
 import mmap
-import re
-import shutil
-import subprocess
-import sys
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from simt_build import TESTS, assert_same_bits, host_library, put_in_place
 
 from relora_kernels import cuda
 from relora_kernels.cuda import merge as launcher
 from relora_kernels.reference import merge as reference
 from relora_kernels.reference import philox
-
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-sys.path.insert(0, str(CSRC))
-import cuda_build  # noqa: E402
-
-HOST_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -shared -ffp-contract=off -fno-strict-aliasing "
-    "-fsanitize=undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-unknown-pragmas -Werror"
-).split()
-
-
-def host_library(source: str, folder: Path, *includes: Path) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA sources for the host")
-    out = folder / f"{source}.so"
-    flags = [*HOST_FLAGS, *(f"-I{path}" for path in includes), f"-I{CSRC}"]
-    done = subprocess.run(
-        [compiler, *flags, str(TESTS / "simt" / source), "-o", str(out)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(out))
-
-
-def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
 
 # ---- numerics.cuh -------------------------------------------------------------------------------
 
@@ -81,13 +45,6 @@ def narrow(numerics, kind, values, rand16=None):
         pointer(values), pointer(rand16), ctypes.c_int64(values.size), pointer(out)
     )
     return torch.from_numpy(out).view(HALF_TYPES[kind])
-
-
-def assert_same_bits(actual, expected):
-    """Bitwise, but any NaN equals any NaN."""
-    assert torch.equal(actual.isnan(), expected.isnan())
-    number = ~expected.isnan()
-    assert torch.equal(bits_of(actual)[number], bits_of(expected)[number])
 
 
 @pytest.mark.parametrize("kind", HALF_TYPES)
@@ -177,21 +134,6 @@ def test_random_bits_equal_the_reference(numerics, width, seed):
 # ---- merge.cu -----------------------------------------------------------------------------------
 
 
-class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("col", ctypes.c_int64)]
-
-
-class MergeArgs(ctypes.Structure):
-    _fields_ = [
-        *((name, Matrix) for name in ("weight", "residual", "lora_A", "lora_B")),
-        *((name, ctypes.c_int64) for name in "nkr"),
-        *((name, ctypes.c_int) for name in ("weight_dtype", "factor_dtype", "rounding")),
-        ("scaling", ctypes.c_float),
-        ("seed", ctypes.c_uint64),
-        ("first_row", ctypes.c_int64),
-    ]
-
-
 CODES = {  # launch.h's enums
     "dtype": ("float32", "bfloat16", "float16"),
     "rounding": ("nearest", "stochastic", "compensated"),
@@ -202,28 +144,25 @@ class Shim:
     """relora_kernels._C's stand-in: the same kernels, on the CPU."""
 
     def __init__(self, library):
-        self.library, self.order, self.blocks = library, 0, 0
+        self.library, self.order, self.blocks, self.calls = library, 0, 0, 0
+        self.merge_layer_bytes = library.simt_merge_layer_bytes()
+        self.merge_inline_layers = library.simt_merge_inline_layers()
 
     def merge(
-        self, weight, residual, lora_A, lora_B, sizes, weight_dtype, factor_dtype, rounding,
-        scaling, seed, first_row, device, stream,
-    ):  # fmt: skip
-        args = MergeArgs(
-            Matrix(*weight),
-            Matrix(*residual),
-            Matrix(*lora_A),
-            Matrix(*lora_B),
-            *sizes,
-            CODES["dtype"].index(weight_dtype),
-            CODES["dtype"].index(factor_dtype),
-            CODES["rounding"].index(rounding),
-            scaling,
-            seed,
-            first_row,
-        )
+        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, table, device, stream
+    ):
+        assert len(layers) % self.merge_layer_bytes == 0
         blocks = ctypes.c_long()
-        error = self.library.simt_merge(ctypes.byref(args), self.order, ctypes.byref(blocks))
-        self.blocks = blocks.value
+        error = self.library.simt_merge(
+            (ctypes.c_char * len(layers)).from_buffer(layers),
+            len(layers) // self.merge_layer_bytes,
+            *(CODES["dtype"].index(name) for name in (weight_dtype, factor_dtype, restart_dtype)),
+            CODES["rounding"].index(rounding),
+            ctypes.c_void_p(table),
+            self.order,
+            ctypes.byref(blocks),
+        )
+        self.blocks, self.calls = blocks.value, self.calls + 1
         if error:
             raise RuntimeError(f"cudaError {error}")
 
@@ -237,9 +176,7 @@ def shim_library(tmp_path_factory):
 def shim(shim_library, monkeypatch):
     """The launcher of relora_kernels/cuda/merge.py, with the shim below it."""
     shim = Shim(shim_library)
-    monkeypatch.setattr(launcher, "extension", lambda: (shim, None))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    put_in_place(monkeypatch, launcher, shim)
     return shim
 
 
@@ -283,8 +220,9 @@ def drawn_case(number: int, device: str):
     def pick(values):
         return values[rng.integers(len(values))]
 
-    n, k = (pick([1, 3, 8, 17, 64, 127, 128, 129, 136, 200]) for _ in range(2))
-    r = pick([1, 2, 15, 16, 17, 31, 40])
+    n = pick([1, 3, 8, 17, 64, 127, 128, 129, 136])
+    k = pick([1, 8, 17, 64, 127, 128, 136, 200, 259, 272])
+    r = pick([1, 7, 8, 16, 17, 24, 33, 130])  # 130: more stages than lora_B has slots, if float32
     dtype, factor_dtype = WEIGHT_DTYPES[number % 3], WEIGHT_DTYPES[number // 3 % 3]
     rounding = CODES["rounding"][number // 9 % 3]
     scale = pick([1.0, 1.0, 1e-3, 1e-6, 2e4])
@@ -308,6 +246,68 @@ def drawn_case(number: int, device: str):
         seed=int(rng.integers(-(2**63), 2**63)),
         first_row=int(pick([0, 3, 2**31 - 60])),
     )
+
+
+# ---- Lists of layers, and the restart behind them -----------------------------------------------
+
+
+def drawn_list(number: int, layers: int, device: str = "cpu"):
+    """(merges, restarts) as merge_many_ takes them; every third layer does not restart its factors."""
+    cases = [drawn_case(27 * i + number, device) for i in range(layers)]
+    merges, restarts = [], []
+    for i, case in enumerate(cases):
+        merges.append(tuple(v.matrix if isinstance(v, Guarded) else v for v in case.values()))
+        lora_A, lora_B = case["lora_A"].matrix, case["lora_B"].matrix
+        first_row = 0
+        if i % 5 == 4:  # as if A had been gathered, and the last rows of it were this rank's
+            first_row = len(lora_A) // 2
+            lora_A = lora_A[first_row:].clone()
+        count = torch.tensor(i, device=device)
+        restarts.append((lora_A, lora_B, count, 0.3 / (i + 1), 2**62 - 7 * i, first_row))
+    return cases, merges, [None if i % 3 == 2 else r for i, r in enumerate(restarts)]
+
+
+def merges_as_the_reference(number, layers, device="cpu"):
+    """The same list by both; everything written is equal bit for bit."""
+    theirs, ours = (drawn_list(number, layers, device) for _ in range(2))
+    reference.merge_many_(*theirs[1:])
+    launcher.merge_many_(*ours[1:])
+    for i, (a, b) in enumerate(zip(ours[0], theirs[0])):
+        for name in ("weight", "residual", "lora_A", "lora_B"):
+            if a[name] is not None:
+                assert_same_bits(a[name].buffer, b[name].buffer)
+        if ours[2][i] is not None:
+            assert_same_bits(ours[2][i][0], theirs[2][i][0])
+            assert ours[2][i][2] == theirs[2][i][2] == i + 1
+            assert not ours[2][i][1].any() and (ours[2][i][0].abs() <= 0.3 / (i + 1)).all()
+
+
+@pytest.mark.parametrize("number", range(0, 27, 4))
+@pytest.mark.parametrize("layers", [3, 18])  # 18: more than a launch's arguments hold
+def test_a_list_is_merged_and_restarted_bitwise_as_the_reference(shim, number, layers):
+    shim.order = number
+    merges_as_the_reference(number, layers)
+    assert shim.blocks > 0
+
+
+def test_a_list_of_one_kind_is_one_call(shim):
+    merges = [
+        (torch.randn(9, 40).bfloat16(), torch.randn(2, 40), torch.randn(9, 2), 1.0, "nearest", None, 0, 0)
+        for _ in range(20)
+    ]  # fmt: skip
+    launcher.merge_many_(merges)
+    assert shim.calls == 1
+
+
+def test_a_large_rank_restarts_whole(shim):
+    """More blocks than one, the last of them partly idle."""
+    n, k, r = 130, 1001, 33
+    A, B, count = torch.full((r, k), torch.nan), torch.ones(n, r), torch.tensor(0)
+    weight = torch.randn(n, k)
+    merge = (weight, torch.zeros(r, k), B, 1.0, "nearest", None, 0, 0)
+    launcher.merge_many_([merge], [(A, B, count, 0.25, 5, 2**31 - 9)])
+    expected = philox.uniform_(torch.empty(r, k), 2**31 - 9, 0.25, 5)
+    assert torch.equal(A, expected) and not B.any() and count == 1
 
 
 def launch(function, case):
@@ -370,12 +370,14 @@ def test_merge_keeps_infinities_and_nans_where_they_are(shim, dtype, rounding):
     assert_same_bits(weight, expected)
 
 
-def test_an_infinite_row_of_lora_B_reaches_its_own_row_alone(shim):
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_an_infinite_row_of_lora_B_reaches_its_own_row_alone(shim, dtype):
     """The zeros that pad the last stage must multiply zeros, not a neighbour's infinity."""
-    weight, A, B = torch.zeros(130, 20), torch.ones(17, 20), torch.zeros(130, 17)
+    weight, A, B = torch.zeros(130, 20).to(dtype), torch.ones(17, 20), torch.zeros(130, 17)
     B[128, 16] = torch.inf
     launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
-    assert weight[128].isinf().all() and (weight[:128] == 0).all() and (weight[129:] == 0).all()
+    assert not weight[128].isfinite().any()  # split in two for a float32 W, inf is NaN
+    assert (weight[:128] == 0).all() and (weight[129:] == 0).all()
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
@@ -405,10 +407,11 @@ def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
 
 
 def test_more_tiles_than_a_grid_holds_is_an_error(shim):
-    args = MergeArgs(n=2**23, k=2**23, r=1)  # 2^32 tiles
-    blocks = ctypes.c_long()
-    assert shim.library.simt_merge(ctypes.byref(args), 0, ctypes.byref(blocks)) == 9
-    assert blocks.value == 0
+    weight = torch.empty(1).as_strided((2**26, 2**26), (0, 0))  # 2^38 tiles
+    A, B = weight[:1], weight[:, :1]
+    with pytest.raises(RuntimeError, match="cudaError 9"):
+        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
+    assert shim.blocks == 0
 
 
 def test_version_counters_move_for_what_is_written(shim):
@@ -418,51 +421,3 @@ def test_version_counters_move_for_what_is_written(shim):
     launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
     moved = [t._version - v for t, v in zip((weight, residual, A, B), versions)]
     assert moved == [1, 1, 0, 0]
-
-
-# ---- What nvcc makes of it ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nvcc():
-    found = cuda_build.find_nvcc()
-    if found is None:
-        pytest.skip("no nvcc on this machine")
-    return found
-
-
-def sources():
-    """All but those for sm_90a alone, which test_cuda_gemm.py compiles."""
-    return sorted(path for path in CSRC.glob("*.cu") if not path.stem.endswith("_sm90"))
-
-
-@pytest.mark.parametrize("source", sources(), ids=lambda path: path.name)
-def test_kernels_compile_for_every_arch_without_spills(nvcc, source, tmp_path):
-    names = [arch for arch in cuda_build.DEFAULT_ARCHS if arch in cuda_build.archs(nvcc)]
-    report = cuda_build.run(
-        nvcc,
-        *cuda_build.COMPILE_FLAGS,
-        "--threads=2",
-        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
-        *(f"-gencode=arch=compute_{name},code=sm_{name}" for name in names),
-        "-c",
-        source,
-        "-o",
-        tmp_path / "kernels.o",
-    )
-    kernels = re.findall(r"Compiling entry function '\w+' for 'sm_(\w+)'", report)
-    assert set(kernels) == set(names)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
-    assert len(frames) == len(kernels)
-    assert set(frames) == {("0", "0", "0")}, report
-
-
-def test_merge_moves_16_bytes_at_a_time(nvcc, tmp_path):
-    ptx = tmp_path / "merge.ptx"
-    flags = [*cuda_build.COMPILE_FLAGS, "-arch=compute_80"]
-    cuda_build.run(nvcc, *flags, "-ptx", CSRC / "merge.cu", "-o", ptx)
-    kernels = re.split(r"\.visible \.entry|\.entry", ptx.read_text())[1:]
-    assert len(kernels) == 8
-    for kernel in kernels:
-        assert re.search(r"ld\.global\.v4\.\w+", kernel) and re.search(r"st\.global\.v4\.", kernel)
-        assert "fma.rn.f32" in kernel

@@ -17,6 +17,7 @@ from relora_kernels import (
     use_backend,
 )
 from relora_kernels.model import relora_layers
+from relora_kernels.reference import merge as reference_merge
 
 
 class Block(nn.Module):
@@ -265,6 +266,7 @@ def test_there_is_one_merge_fault_9(monkeypatch):
     train(model)
     before = {p: m.weight.clone() for p, m in relora_layers(model)}
     calls = []
+    monkeypatch.setattr(layers, "merge_and_restart", lambda restarts: calls.extend(restarts))
     monkeypatch.setattr(layers, "merge_checked", lambda *args, **kwargs: calls.append(args))
     relora_layers(model)[0][1].merge()
     merge_and_reinit(model)
@@ -372,3 +374,84 @@ def test_bad_patterns_are_refused(pattern):
         ReLoRaConfig(target_modules=pattern)
     with pytest.raises(TypeError, match="ReLoRaConfig, got Model and dict"):
         apply_relora(Model(), {"r": 4})
+
+
+def states(model):
+    return {path: copy.deepcopy(layer.state_dict()) for path, layer in relora_layers(model)}
+
+
+def assert_states(model, expected: dict):
+    for path, layer in relora_layers(model):
+        got = layer.state_dict()
+        assert got.keys() == expected[path].keys(), path
+        for key, value in got.items():
+            assert torch.equal(value, expected[path][key]), (path, key)
+
+
+@pytest.mark.parametrize("stage", ["before the third write", "in the third draw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_failure_half_way_leaves_each_layer_merged_or_untouched(monkeypatch, stage, dtype):
+    """Out of memory at the third layer, say; the call that follows merges no layer a second time."""
+    config = ReLoRaConfig(r=4, weight_dtype=dtype)
+    model = apply_relora(Model(), config)
+    for _, layer in relora_layers(model):
+        layer.lora_B.data.normal_()
+    twin = copy.deepcopy(model)
+    before = states(model)
+    merge_and_reinit(twin)
+    once = states(twin)
+
+    module, name = {
+        "before the third write": (reference_merge, "merge_"),
+        "in the third draw": (reference_merge.philox, "uniform_"),
+    }[stage]
+    original, calls = getattr(module, name), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("injected")
+        return original(*args)
+
+    monkeypatch.setattr(module, name, failing)
+    if name == "merge_":  # bound as the default of merge_many_
+        monkeypatch.setattr(reference_merge.merge_many_, "__defaults__", (None, failing))
+    with use_backend("reference"), pytest.raises(torch.OutOfMemoryError, match="injected"):
+        merge_and_reinit(model)
+    paths_ = [path for path, _ in relora_layers(model)]
+    assert_states(model, {p: (once if i < 2 else before)[p] for i, p in enumerate(paths_)})
+    monkeypatch.undo()
+
+    def total(layer):
+        residual = layer.weight_residual
+        return layer.weight.double() + (0 if residual is None else residual.double())
+
+    # The two that were done have B = 0 now: merged again, W and its residual hold what they held.
+    merge_and_reinit(model)
+    for path, layer in relora_layers(model):
+        assert layer.merge_count == (2 if path in paths_[:2] else 1)
+        twin_layer = twin.get_submodule(path)
+        torch.testing.assert_close(total(layer), total(twin_layer), rtol=1e-6, atol=1e-7)
+
+
+def test_residuals_are_staged_in_chunks(monkeypatch):
+    from relora_kernels import layer as layers
+
+    model = apply_relora(Model(), ReLoRaConfig(r=4, weight_dtype=torch.bfloat16))
+    for _, layer in relora_layers(model):
+        layer.lora_B.data.normal_()
+    twin = copy.deepcopy(model)
+    merge_and_reinit(twin)
+    chunks = []
+
+    def counted(restarts):
+        chunks.append(len(restarts))
+        merge_and_restart(restarts)
+
+    merge_and_restart = layers.merge_and_restart
+    monkeypatch.setattr(layers, "merge_and_restart", counted)
+    monkeypatch.setattr(layers, "_staged_bytes", lambda restart, residual: residual.nbytes)
+    monkeypatch.setattr(layers, "STAGED_BYTES", 1500)  # 512, 512, 1024 and 1024 bytes a block
+    merge_and_reinit(model)
+    assert chunks == [3, 2, 2, 1]
+    assert_states(model, states(twin))

@@ -108,6 +108,28 @@ def test_kernels_move_version_counters(backend, device):
     assert t._version > before[0] and partner._version > before[1]
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the triton package")
+def test_more_tensors_than_a_grid_has_rows(monkeypatch, device):
+    """CUDA takes at most 65535 blocks in the grid's y, which counts tensors."""
+    from relora_kernels._triton import prune as kernels
+
+    assert kernels.MOST_TENSORS <= 65535
+    monkeypatch.setattr(kernels, "MOST_TENSORS", 2)
+    sizes, group = [], kernels._prune_group
+    monkeypatch.setattr(
+        kernels,
+        "_prune_group",
+        lambda pairs, *rest: (sizes.append(len(pairs)), group(pairs, *rest)),
+    )
+    tensors = [torch.randn(n, device=device) for n in (3, 40, 41, 100, 7)]
+    want = [expected(t, 0.7) for t in tensors]
+    with use_backend("triton"):
+        prune_(tensors, 0.7)
+    assert sizes == [2, 2, 1]
+    for got, wanted in zip(tensors, want):
+        assert torch.equal(got, wanted)
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),
@@ -198,7 +220,11 @@ def test_float64_uses_its_own_precision():
 
 def test_opcheck_and_compile():
     tensors, partners = [torch.randn(9, 3), torch.randn(20)], [torch.rand(9, 3), torch.rand(20)]
-    torch.library.opcheck(torch.ops.relora_kernels._prune_.default, (tensors, 0.5, partners))
+    ops = torch.ops.relora_kernels
+    torch.library.opcheck(ops._prune_.default, (tensors, 0.5, partners))
+    torch.library.opcheck(ops._prune_random_.default, (tensors, 0.5, partners, [1, 2], [0, 5]))
+    prefixes = torch.zeros(2, dtype=torch.int64)
+    torch.library.opcheck(ops._magnitude_counts.default, (tensors, prefixes, 20, 11))
 
     def step(t):
         t = t * 2
@@ -207,6 +233,55 @@ def test_opcheck_and_compile():
 
     x = torch.randn(100)
     assert torch.equal(torch.compile(step, fullgraph=True)(x), step(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_random_kernels_draw_the_references_bits(backend, dtype, device):
+    shapes = [(1,), (7, 9), (2500,), (0,), (4, 3)]
+    tensors = [torch.randn(s, device=device).to(dtype) for s in shapes]
+    tensors[4] = torch.randn(3, 4, device=device).to(dtype).T  # not contiguous
+    for other in (None, torch.bfloat16, torch.float32):
+        partners = [] if other is None else [torch.ones_like(t, dtype=other) for t in tensors]
+        for ratio in (0.0, 0.6, 1.0):
+            results = []
+            for name in ("reference", backend):
+                mine = [t.clone() for t in tensors], [p.clone() for p in partners]
+                with use_backend(name):
+                    keys = [-1, 2**62, 3, 4, 5], [2**34 - 1, 6, 1, 0, 2**40 + 3]
+                    op.prune_random_(mine[0], ratio, mine[1], *keys)
+                results.append([*mine[0], *mine[1]])
+            for a, b in zip(*results):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_histograms_of_kernels_equal_the_reference(backend, dtype, device):
+    generator = torch.Generator().manual_seed(4)
+    tensors = [t.to(dtype).to(device) for n in (1, 3000) for t in kinds(n, generator).values()]
+    tensors += [torch.empty(0, dtype=dtype, device=device)]
+    tensors[3][0] = torch.nan
+    keys = [reference.magnitude_keys(t)[-1:].sum().item() for t in tensors]
+    digits = [(20, 11), (10, 10), (0, 10)] if dtype == torch.float32 else [(7, 8), (0, 7)]
+    for shift, bits in [*digits, (0, 0)]:
+        prefixes = torch.tensor([key >> (shift + bits) for key in keys], device=device)
+        results = []
+        for name in ("reference", backend):
+            with use_backend(name):
+                call = torch.ops.relora_kernels._magnitude_counts
+                results.append(call(tensors, prefixes, shift, bits))
+        for a, b in zip(*results, strict=True):
+            assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b)
+
+
+def test_histograms_by_hand():
+    t = torch.tensor([1.0, -1.0, 1.5, 2.0, -0.0, torch.nan]).bfloat16()
+    counts, lowest, highest = reference.magnitude_counts([t], torch.tensor([0x3F80 >> 7]), 0, 7)
+    assert counts[0, 0] == 2 and counts[0, 0x40] == 1 and counts.sum() == 3
+    assert lowest == 0x4000 and highest > 0x7F80  # 2.0 and the NaN
+    none = reference.magnitude_counts([t[:0]], torch.tensor([0]), 0, 0)
+    assert [int(x) for x in none] == [0, reference.NONE_ABOVE, -1]
 
 
 def test_random_pruning_is_keyed_by_element():

@@ -14,6 +14,7 @@ from relora_kernels import (
     cosine_with_warmup,
     lora_parameters,
 )
+from relora_kernels import schedule as schedule_module
 from relora_kernels.model import relora_layers
 
 
@@ -137,7 +138,7 @@ def small_run(restart_every=4, total=14, state=None, model=None, steps=None, **k
         schedule.load_state_dict(state["schedule"])
         optimizer.load_state_dict(state["optimizer"])
     log = []
-    for step in range(schedule.lr_scheduler.last_epoch, steps or total):
+    for step in range(schedule.lr_scheduler.last_epoch, total if steps is None else steps):
         generator = torch.Generator().manual_seed(step)
         rate = optimizer.param_groups[0]["lr"]
         model(torch.randn(4, 8, generator=generator)).square().mean().backward()
@@ -291,3 +292,98 @@ def test_values_that_mean_nothing_are_refused():
         JaggedLR(None, lambda t: 1.0, 10, 1)
     with pytest.raises(ValueError, match="restart_every = 10 as constructed, got None"):
         JaggedLR(some_optimizer(), lambda t: 1.0, 10, 1).load_state_dict({"last_epoch": 3})
+
+
+# --- restarts that are cut short -----------------------------------------------------------------
+
+
+def three_layers():
+    torch.manual_seed(2)
+    return torch.nn.Sequential(*(FusedReLoRaLinear(8, 8, r=2, name=str(i)) for i in range(3)))
+
+
+def fail_at(patch, place, error):
+    """The restart raises `error` between the first two layers' merges, before its reset, or after."""
+    reset = schedule_module.reset_optimizer
+
+    def merge_one_layer(model):
+        model[0].merge()
+        raise error
+
+    def fail_without_reset(*args, **kwargs):
+        raise error
+
+    def fail_after_reset(*args, **kwargs):
+        reset(*args, **kwargs)
+        raise error
+
+    name, function = {
+        "before any merge": ("merge_and_reinit", fail_without_reset),
+        "between two merges": ("merge_and_reinit", merge_one_layer),
+        "before the reset": ("reset_optimizer", fail_without_reset),
+        "after the reset": ("reset_optimizer", fail_after_reset),
+    }[place]
+    patch.setattr(schedule_module, name, function)
+
+
+PLACES = ["before any merge", "between two merges", "before the reset", "after the reset"]
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "random", "zero"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError()])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_restart_cut_short_is_completed_and_never_repeated_case39(
+    monkeypatch, mode, error, place
+):
+    """In the same process, and from a state_dict saved in between."""
+    expected, *_ = small_run(model=three_layers(), steps=6, total=100, reset_mode=mode)
+    for through_state in (False, True):
+        model, schedule, optimizer, _ = small_run(
+            model=three_layers(), steps=3, total=100, reset_mode=mode
+        )
+        generator = torch.Generator().manual_seed(3)
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with monkeypatch.context() as patch:
+            fail_at(patch, place, error)
+            with pytest.raises(type(error)):
+                schedule.step()
+        assert schedule.cycle == 0 and schedule.lr_scheduler.restarting is not None
+        if through_state:
+            state = json.loads(json.dumps(schedule.state_dict()))
+            moments = optimizer.state_dict()
+            saved, model = model.state_dict(), three_layers()
+            model.load_state_dict(saved)
+            _, schedule, optimizer, _ = small_run(
+                model=model, steps=0, total=100, reset_mode=mode,
+                state={"schedule": state, "optimizer": moments},
+            )  # fmt: skip
+        assert schedule.restart_if_due() and not schedule.restart_if_due()
+        assert [int(layer.merge_count) for layer in model] == [1, 1, 1]
+        for step in (4, 5):
+            generator = torch.Generator().manual_seed(step)
+            model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected.state_dict()[key]), key
+
+
+def test_the_mark_of_another_course_is_not_believed():
+    """A model loaded from an earlier state merges whole, whatever a failed restart has left."""
+    model, schedule, _, _ = small_run(model=three_layers(), steps=3, total=100)
+    schedule.lr_scheduler.restarting = {str(i): 5 for i in range(3)}
+    schedule.lr_scheduler.step()
+    assert schedule.restart_if_due()
+    assert [int(layer.merge_count) for layer in model] == [1, 1, 1]
+    assert schedule.lr_scheduler.restarting is None
+
+
+def test_deepspeed_is_refused_by_name():
+    engine = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1"})()
+    wrapped = type("AcceleratedOptimizer", (), {"optimizer": engine})()
+    for optimizer in (engine, wrapped):
+        with pytest.raises(TypeError, match="DeepSpeedZeroOptimizer.*fully_shard"):
+            ReLoRaSchedule(three_layers(), optimizer, lambda t: 1.0, 4, 2)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check_against_fp64, operands, results
 
-from relora_kernels import FusedReLoRaLinear, backend, lora_linear, use_backend
+from relora_kernels import FusedReLoRaLinear, backend, lora_linear, prune_, use_backend
 from relora_kernels.ops import lora_linear as linear_op
 from relora_kernels.reference import lora_linear as reference
 
@@ -200,6 +200,82 @@ def test_float64_is_refused_by_name():
     x, weight, lora_A, lora_B, _ = operands(4, 8, 6, 2, torch.float64)
     with pytest.raises(backend.BackendUnavailable, match="float64"):
         lora_linear(x, weight, lora_A, lora_B, 0.5)
+
+
+@pytest.mark.parametrize("backend_name", ["triton", "triton_tma"])
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 8, 0), (0, 8, 5), (0, 0, 0)])
+def test_gradients_without_rows_or_columns(backend_name, shape, nan_filled):
+    rows, in_features, out_features = shape
+    tensors = operands(rows, in_features or 1, out_features, 2, torch.float16, device=DEVICE)
+    x, weight, lora_A, lora_B, bias = tensors
+    if in_features == 0:
+        x, weight, lora_A = (t.detach()[:, :0].requires_grad_(t is not weight) for t in tensors[:3])
+    with use_backend(backend_name):
+        y = lora_linear(x, weight, lora_A, lora_B, 0.5, bias, 0.5, 1)
+        y.sum().backward()
+    torch.testing.assert_close(y, bias.expand(rows, -1) if in_features == 0 else y.nan_to_num())
+    for t in (x, lora_A, lora_B, bias):
+        assert t.grad.shape == t.shape and t.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("r", [1, 8, 24, 100, 128])
+def test_small_ranks_do_not_narrow_the_loads_of_x_and_weight(r):
+    """One loop loads both segments; Triton sees a pitch as aligned where 16 divides it."""
+    pitches = []
+
+    def recorded(p, b, *rest):
+        pitches.extend([p.stride(0), p.shape[1], b.shape[1 if rest[2] else 0]])
+        return kernels._two_segment(p, b, *rest)
+
+    x, weight, lora_A, lora_B, _ = operands(70, 48, 32, r, torch.float16, device=DEVICE)
+    arguments = (x, weight, lora_A, lora_B)
+    _, p = kernels.forward(*arguments, 1.0, None, 0.0, None, two_segment=recorded)
+    dy = torch.ones(70, 32, device=DEVICE).half()
+    needs = (True,) * 4
+    kernels.backward(dy, *arguments, p, 1.0, 0.0, None, *needs, two_segment=recorded)
+    assert p.shape == (70, r) and p.is_contiguous()
+    assert pitches and all(n % 16 == 0 for n in pitches), pitches
+
+
+def test_tiles_of_what_cannot_be_loaded_sixteen_bytes_at_a_time(monkeypatch):
+    odd, config = [], kernels.two_segment_config
+
+    def recorded(M, dropout_p, x, is_odd):
+        odd.append(is_odd)
+        return config(M, dropout_p, x, is_odd)
+
+    monkeypatch.setattr(kernels, "two_segment_config", recorded)
+    for in_features, out_features, want in (
+        (48, 32, [False, False]),
+        (5461, 32, [True, True]),
+        (48, 41, [False, True]),  # y's rows are N (41) long, dx's loop goes over them
+    ):
+        x, weight, lora_A, lora_B, _ = operands(
+            70, in_features, out_features, 16, torch.bfloat16, device=DEVICE
+        )
+        odd.clear()
+        lora_linear(x, weight, lora_A, lora_B, 1.0).sum().backward()
+        assert odd == want, (in_features, out_features)
+    for dtype in DTYPES:
+        x = torch.empty(1, dtype=dtype, device=DEVICE)
+        assert config(128, 0.0, x, True)["BLOCK_N"] < 256
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU waits for nothing")
+def test_nothing_waits_for_the_device():
+    tensors = operands(64, 64, 64, 8, torch.bfloat16, device=DEVICE)
+    moments = [torch.randn(1000, device=DEVICE), torch.randn(77, device=DEVICE)]
+
+    def step():
+        lora_linear(*tensors[:4], 1.0, tensors[4], 0.25, 5).sum().backward()
+        prune_([t.clone() for t in moments], 0.9)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class TestTma:

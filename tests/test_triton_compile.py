@@ -32,28 +32,30 @@ def test_compiles_for_every_target(tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         halves = pool.map(compiled_for, (["80", "90"], ["100", "120"]), [tmp_path] * 2)
         rows = [row for half in halves for row in half]
-    assert {row["arch"] for row in rows} == set(TENSOR_CORE) and len(
-        rows
-    ) == 4 * 45 + 3 * 4  # TMA from sm_90 on
+    assert {row["arch"] for row in rows} == set(TENSOR_CORE)
+    assert len(rows) == 4 * 70 + 3 * 10  # TMA from sm_90 on
     for row in rows:
+        odd = " odd" in row["kernel"]
         # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours.
-        assert row["spills"] <= (4 if row["arch"] in (100, 120) else 0), row
+        few_spills = row["arch"] in (100, 120) or (odd and row["arch"] == 80)
+        assert row["spills"] <= (4 if few_spills else 0), row
         assert row["shared"] <= row["most_shared"], row
         assert all(op.startswith(TENSOR_CORE[row["arch"]]) for op in row["tensor_core"]), row
         elsewhere = row["kernel"].startswith(("reduce", "prune")) or row["kernel"].endswith("fp32")
         assert row["tensor_core"] or elsewhere, row
         if row["kernel"].startswith("prune"):
-            # The two passes over whole tensors; the others go over the few elements that are left.
-            first_pass, second_pass = "count first" in row["kernel"], "partition" in row["kernel"]
-            assert "LDG.E.128" in row["global"] or not (first_pass or second_pass), row
-            assert "STG.E.128" in row["global"] or not second_pass, row
+            # The passes over whole tensors; the others go over the few elements that are left.
+            pass_name = " ".join(row["kernel"].split()[1:-1])
+            reads = pass_name in ("count first", "digits", "partition", "random")
+            assert "LDG.E.128" in row["global"] or not reads, row
+            assert "STG.E.128" in row["global"] or pass_name not in ("partition", "random"), row
             continue
-        assert "STG.E.128" in row["global"], row
+        assert odd or "STG.E.128" in row["global"], row
         if "_tma" in row["kernel"]:
             assert row["tma"] == ["UTMALDG"], row
             continue
         loads = [op for op in row["global"] if op.startswith("LDG") and op.endswith(".128")]
-        assert loads, row  # LDG or LDGSTS
+        assert odd or loads, row  # LDG or LDGSTS
         if row["kernel"].startswith("merge"):
             # W is read and written sixteen bytes at a time, and in no other way.
             plain = [op for op in row["global"] if op.startswith(("LDG.", "STG."))]

@@ -15,7 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from relora_kernels._triton import lora_linear, lora_linear_tma, merge, prune
+from relora_kernels._triton import (
+    lora_linear,
+    lora_linear_tma,
+    magnitude_counts,
+    merge,
+    prune,
+    prune_random,
+)
 
 TARGETS = (80, 90, 100, 120)
 SHARED = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
@@ -54,7 +61,7 @@ def variants(arch: int):
 
 
 def linear_variants(arch: int, dtype: str):
-    """Every tile of lora_linear's tables; of float32's low_rank the largest alone."""
+    """Every tile of lora_linear's tables."""
     size, tail = {"bf16": (2, ""), "fp32": (4, " fp32")}[dtype]
     names = "x_ptr a_ptr p_ptr out_ptr b_ptr w_ptr bias_ptr left_ptr right_ptr".split()
     types = dict.fromkeys(names, f"*{dtype}") | {"seed_ptr": "*i64"}
@@ -63,12 +70,21 @@ def linear_variants(arch: int, dtype: str):
 
     big = lora_linear.TWO_SEGMENT[size].items()
     big = next(config for least, config in big if SHARED[arch] >= least)
+    dropout, few = lora_linear.TWO_SEGMENT_DROPOUT[size], lora_linear.TWO_SEGMENT_FEW_ROWS[size]
     for name, forward, config in (
         ("y", True, big),
         ("dx", False, big),
-        ("dx dropout", False, lora_linear.TWO_SEGMENT_DROPOUT[size]),
-        ("y few rows", True, lora_linear.TWO_SEGMENT_FEW_ROWS[size]),
+        ("dx dropout", False, dropout),
+        ("y few rows", True, few),
+        ("dx few rows", False, few),
+        ("dx few rows dropout", False, few),
+        ("y odd", True, big),
+        ("dx odd", False, big),
+        ("dx dropout odd", False, dropout),
+        ("y few rows odd", True, few),
     ):
+        if name.endswith("odd"):
+            config = config | lora_linear.TWO_SEGMENT_ODD[size]
         constants = {
             "W_IS_N_BY_K": forward, "HAS_BIAS": forward, "DROPOUT": "dropout" in name,
             "GROUP_M": lora_linear.GROUP_M, **common, **config,
@@ -82,7 +98,7 @@ def linear_variants(arch: int, dtype: str):
             yield kernel, f"two_segment_tma {name}{tail}", types | tiles, constants
 
     for name, forward in (("P", True), ("Q", False), ("P dropout", True)):
-        for r in (16, 32, 64, 128) if dtype == "bf16" else (128,):
+        for r in (16, 32, 64, lora_linear.LOW_RANK_MOST_R):
             constants = {"A_IS_R_BY_K": forward, "DROPOUT": "dropout" in name, "BLOCK_R": r}
             constants |= common | lora_linear.LOW_RANK[size]
             yield lora_linear.low_rank_kernel, f"low_rank {name} r={r}{tail}", types, constants
@@ -97,9 +113,8 @@ def linear_variants(arch: int, dtype: str):
 
 
 def prune_variants():
-    types = {f"{n}_ptr": "*i64" for n in ("table", "state", "hist", "list")} | {
-        "weight_ptr": "*fp32"
-    }
+    buffers = ("table", "state", "hist", "list", "counts", "lowest", "highest")
+    types = {f"{n}_ptr": "*i64" for n in buffers} | {"weight_ptr": "*fp32", "threshold": "i64"}
     sweep, select = ({"num_stages": 3, **config} for config in (prune.SWEEP, prune.SELECT))
     for dtype, digits in (("fp32", prune.DIGITS[4]), ("bf16", prune.DIGITS[2])):
         bits, kind = digits[-1], {"DTYPE": dtype}
@@ -114,12 +129,18 @@ def prune_variants():
             ("select last", prune.select_kernel, later | {"LAST": True} | select),
             ("partition", prune.partition_kernel, pair | {"SHIFT": first["SHIFT"]} | sweep),
             ("finish", prune.finish_kernel, pair | sweep),
+            ("random", prune_random.random_kernel, pair | sweep),
+            ("digits", magnitude_counts.counts_kernel, first | {"BINS": 2048} | sweep),
         ):
-            yield kernel, f"prune {name} {dtype}", types, constants | kind
+            constants = {
+                k: v for k, v in (constants | kind).items() if k in kernel.arg_names or k.islower()
+            }
+            yield kernel, f"prune {name} {dtype}", types, constants
 
 
-def compiled(kernel, types: dict, constants: dict, arch: int):
-    """With every pointer, size and pitch divisible by 16, as the launchers find them in models."""
+def compiled(kernel, types: dict, constants: dict, arch: int, odd: bool = False):
+    """With every pointer, size and pitch divisible by 16, as the launchers find them in models; `odd`:
+    the pointers alone."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -131,6 +152,7 @@ def compiled(kernel, types: dict, constants: dict, arch: int):
         i for i, n in enumerate(names)
         if n not in (*constants, "scaling", "scale", "keep_scale", "seed", "threshold")
         and not types.get(n, "").startswith("tensordesc")
+        and (not odd or types.get(n, "").startswith("*"))
     ]  # fmt: skip
     source = ASTSource(
         fn=kernel,
@@ -168,7 +190,7 @@ def inspect(cubin: bytes) -> dict:
 def rows(archs):
     for arch in archs:
         for kernel, name, types, constants in (*variants(arch), *prune_variants()):
-            binary = compiled(kernel, types, constants, arch)
+            binary = compiled(kernel, types, constants, arch, " odd" in name)
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
             yield row | {"most_shared": SHARED[arch]} | inspect(binary.asm["cubin"])
 
@@ -178,9 +200,12 @@ def print_table(found) -> None:
 
     print("# What the compiler makes of the Triton kernels\n")
     print(
-        f"Triton {triton.__version__}, by `python tests/triton_aot.py --table`; no GPU is needed. Sizes"
+        f"Triton {triton.__version__}, by `python tests/triton_aot.py --table`; no GPU is needed."
     )
-    print("and pitches divisible by 16. Global accesses: bits of the widest load and store.\n")
+    print(
+        "Sizes and pitches divisible by 16, but in the rows called odd. Global accesses: bits of the"
+    )
+    print("widest load and store.\n")
     print("| kernel | sm | registers | spills | shared, bytes | tensor cores | load | store |")
     print("|---|---|---|---|---|---|---|---|")
     for row in found:

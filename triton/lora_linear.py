@@ -41,6 +41,10 @@ TWO_SEGMENT_FEW_ROWS = {
     2: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     4: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
+# Where neighbours in a row cannot be loaded 16 bytes at a time: pointers for each element fill the
+# registers, and the loads are not pipelined. 128 x 256 spills up to 426 registers then.
+TWO_SEGMENT_ODD = {2: {"BLOCK_N": 128, "BLOCK_K": 32}, 4: {"BLOCK_N": 64}}
+MULTIPLE = 16  # elements: of sizes and pitches, Triton sees no smaller power of two
 SPLIT = {
     2: {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_L": 64, "BLOCK_R": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
@@ -258,15 +262,15 @@ def interpreted() -> bool:
     return not isinstance(low_rank_kernel, triton.JITFunction)
 
 
-def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=None):
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_segment=None):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: another launcher of it."""
-    two_segment = two_segment or _two_segment
+    two_segment, r = two_segment or _two_segment, lora_A.shape[0]
     x, weight = unit_columns(x), unit_columns(weight)
-    a, b = _compute_copy(lora_A, x), _compute_copy(lora_B, x)
+    a, b = _compute_copy(lora_A, x, 0), _compute_copy(lora_B, x, 1)
     with torch.cuda.device_of(x):
         p = _low_rank(x, a, True, scaling, dropout_p, seed)
         y = two_segment(p, b, x, weight, True, bias, 0.0, None)
-    return y, p
+    return y, p[:, :r].contiguous()
 
 
 def backward(
@@ -283,6 +287,7 @@ def backward(
     need_dA,
     need_dB,
     need_dbias,
+    *,
     two_segment=None,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
@@ -295,11 +300,12 @@ def backward(
     dbias = dy.new_empty(0, dtype=torch.float32)
     with torch.cuda.device_of(x):
         if need_dx or need_dA:
-            q = _low_rank(dy, _compute_copy(lora_B, x), False, scaling, 0.0, None)
+            q = _low_rank(dy, _compute_copy(lora_B, x, 1), False, scaling, 0.0, None)
         if need_dx:
-            dx = two_segment(q, _compute_copy(lora_A, x), dy, weight, False, None, dropout_p, seed)
+            a = _compute_copy(lora_A, x, 0)
+            dx = two_segment(q, a, dy, weight, False, None, dropout_p, seed)
         if need_dA:
-            dlora_A, _ = _split(q, x, lora_A.dtype, dropout_p, seed, False)
+            dlora_A, _ = _split(q[:, : len(lora_A)], x, lora_A.dtype, dropout_p, seed, False)
         if need_dB or need_dbias:
             dlora_B_and_dbias = _split(dy, p, lora_B.dtype, 0.0, None, need_dbias)
             dlora_B = dlora_B_and_dbias[0] if need_dB else dlora_B
@@ -326,7 +332,9 @@ def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -
 def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) -> torch.Tensor:
     (M, K), N, r = x.shape, w.shape[0 if w_is_n_by_k else 1], p.shape[1]
     out = x.new_empty(M, N)
-    config = two_segment_config(M, dropout_p, x)
+    sizes = [K, r, *(t.stride(0) for t in (p, b, x, w)), *([] if w_is_n_by_k else [N])]
+    odd = any(n % MULTIPLE for n in sizes) or any(t.data_ptr() % 16 for t in (p, b, x, w))
+    config = two_segment_config(M, dropout_p, x, odd)
     threshold, keep_scale = dropout_constants(dropout_p)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     if out.numel() > 0:
@@ -344,16 +352,17 @@ def _split(left, right, dtype, dropout_p: float, seed, want_bias: bool):
     (M, L), R = left.shape, right.shape[1]
     config = SPLIT[left.element_size()]
     tiles = triton.cdiv(L, config["BLOCK_L"]) * triton.cdiv(R, config["BLOCK_R"])
-    slabs = max(1, min(triton.cdiv(SPLIT_PROGRAMS, tiles), triton.cdiv(M, 256)))
+    slabs = max(1, min(triton.cdiv(SPLIT_PROGRAMS, max(1, tiles)), triton.cdiv(M, 256)))
     slab_rows = triton.cdiv(triton.cdiv(M, slabs), config["BLOCK_M"]) * config["BLOCK_M"]
     threshold, keep_scale = dropout_constants(dropout_p)
     partial = left.new_empty((slabs, L, R), dtype=torch.float32)
     sums = left.new_empty((slabs, L if want_bias else 0), dtype=torch.float32)
-    split_kernel[(tiles, slabs)](
-        partial, sums, left, right, left if seed is None else seed,
-        M, L, R, left.stride(0), right.stride(0), slab_rows, threshold,
-        DROPOUT=dropout_p > 0.0, HAS_BIAS=want_bias, PRECISION=precision(left), **config,
-    )  # fmt: skip
+    if tiles > 0:
+        split_kernel[(tiles, slabs)](
+            partial, sums, left, right, left if seed is None else seed,
+            M, L, R, left.stride(0), right.stride(0), slab_rows, threshold,
+            DROPOUT=dropout_p > 0.0, HAS_BIAS=want_bias, PRECISION=precision(left), **config,
+        )  # fmt: skip
     return _reduced(partial, keep_scale, dtype), _reduced(sums, 1.0, torch.float32)
 
 
@@ -371,14 +380,16 @@ def dropout_constants(p: float) -> tuple[int, float]:
     return threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
-def two_segment_config(M: int, dropout_p: float, x: torch.Tensor) -> dict:
+def two_segment_config(M: int, dropout_p: float, x: torch.Tensor, odd: bool) -> dict:
     size = x.element_size()
     if M <= FEW_ROWS:
-        return TWO_SEGMENT_FEW_ROWS[size]
-    if dropout_p > 0.0:
-        return TWO_SEGMENT_DROPOUT[size]
-    shared = shared_memory(x.device)
-    return next(config for least, config in TWO_SEGMENT[size].items() if shared >= least)
+        config = TWO_SEGMENT_FEW_ROWS[size]
+    elif dropout_p > 0.0:
+        config = TWO_SEGMENT_DROPOUT[size]
+    else:
+        shared = shared_memory(x.device)
+        config = next(config for least, config in TWO_SEGMENT[size].items() if shared >= least)
+    return config | TWO_SEGMENT_ODD[size] if odd else config
 
 
 def shared_memory(device: torch.device) -> int:
@@ -393,8 +404,19 @@ def precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _compute_copy(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return unit_columns(factor.to(x.dtype))
+def _compute_copy(factor: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
+    """`factor` in x's dtype, with zeros up to a multiple of 16 in the dimension `rank`, that of r.
+
+    One loop loads both segments: were P's pitch r = 8, it would load x too two bytes at a time.
+    """
+    r = factor.shape[rank]
+    if r % MULTIPLE == 0:
+        return unit_columns(factor.to(x.dtype))
+    shape = list(factor.shape)
+    shape[rank] += -r % MULTIPLE
+    padded = x.new_zeros(shape)
+    padded.narrow(rank, 0, r).copy_(factor)
+    return padded
 
 
 def unit_columns(t: torch.Tensor) -> torch.Tensor:

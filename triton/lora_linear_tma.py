@@ -104,7 +104,9 @@ def _why_not(x) -> str | None:
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
-    return portable.forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, _two_segment)
+    return portable.forward(
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, two_segment=_two_segment
+    )
 
 
 def backward(
@@ -125,7 +127,7 @@ def backward(
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32."""
     return portable.backward(
         dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
-        need_dx, need_dA, need_dB, need_dbias, _two_segment,
+        need_dx, need_dA, need_dB, need_dbias, two_segment=_two_segment,
     )  # fmt: skip
 
 
@@ -134,7 +136,8 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
     out = x.new_empty(M, N)
     if out.numel() == 0:
         return out
-    config = portable.two_segment_config(M, dropout_p, x)
+    # The loads are TMA's whatever the sizes; what an odd N narrows are the stores.
+    config = portable.two_segment_config(M, dropout_p, x, N % portable.MULTIPLE != 0)
     left = [config["BLOCK_M"], config["BLOCK_K"]]
     right = [config["BLOCK_N"], config["BLOCK_K"]] if w_is_n_by_k else [
         config["BLOCK_K"], config["BLOCK_N"]]  # fmt: skip

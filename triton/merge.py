@@ -11,6 +11,7 @@ import triton.language as tl
 from relora_kernels import backend
 from relora_kernels._triton import philox
 from relora_kernels._triton import rounding as rounding_mode
+from relora_kernels.reference import merge as reference
 
 # Tile of W, step along r, warps.
 CONFIG = {"BLOCK_OUT": 64, "BLOCK_IN": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 2}
@@ -114,6 +115,11 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
     torch.autograd.graph.increment_version(weight)
     if residual is not None:
         torch.autograd.graph.increment_version(residual)
+
+
+def merge_many_(merges, restarts=None) -> None:
+    """As reference/merge.py's: a launch for each layer."""
+    reference.merge_many_(merges, restarts, merge_)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

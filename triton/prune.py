@@ -15,6 +15,8 @@ Bytes an element: 12 in float32, 6 in 16 bits (a partner: 8 and 4), and those of
 per cent of all.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SWEEP = {"BLOCK": 2048, "num_warps": 8}
 SELECT = {"num_warps": 4}
 PROGRAMS = 1056  # one tensor's blocks go to at most so many programs: eight for each SM of an H100
+MOST_TENSORS = 65535  # in one launch: the grid's y, as far as CUDA lets it go
 DIGITS = {2: (11, 4), 4: (11, 10, 10)}  # bits of a key, by bytes of an element
 BINS = tl.constexpr(2048)  # of the widest digit; tl.histogram spills above
 LISTED = 16  # the list has room for one in so many elements: the bin of a normal tensor holds 4 %
@@ -264,7 +267,8 @@ def prune_(tensors, ratio, paired_with) -> None:
             )
     for pairs in groups.values():
         with torch.cuda.device_of(pairs[0][0]):
-            _prune_group(pairs, ratio)
+            for i in range(0, len(pairs), MOST_TENSORS):
+                _prune_group(pairs[i : i + MOST_TENSORS], ratio)
     torch.autograd.graph.increment_version([*tensors, *paired_with])
 
 
@@ -275,7 +279,7 @@ def _prune_group(pairs, ratio: float) -> None:
     device, sizes = first.device, [t.numel() for t, _ in flat]
     ranks = [quantile_rank(n, ratio) for n in sizes]
     room = [n // LISTED + 1024 for n in sizes]
-    starts = [sum(room[:i]) for i in range(len(room))]
+    starts = itertools.accumulate(room, initial=0)  # one more than tensors, which zip leaves out
     table = torch.tensor(
         [
             [t.data_ptr(), 0 if p is None else p.data_ptr(), n, k, start, size]

@@ -1,12 +1,19 @@
-"""merge_ in CUDA. Formula: reference/merge.py. Kernel: csrc/merge.cu."""
+"""merge_ in CUDA, for one layer or a list. Formula: reference/merge.py. Kernel: csrc/merge.cu."""
 
 from __future__ import annotations
+
+import struct
 
 import torch
 
 from relora_kernels.cuda import extension, why_no_device
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# launch.h's MergeLayer: six matrices as pointer and two strides; n, k, r, restart_rows; two seeds; two
+# first rows; scaling and restart_step; restarts; what the launch fills in.
+_LAYER = struct.Struct("=18q4q2Q2q2f4I")
+_NOTHING = (0, 0, 0)
 
 
 def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
@@ -29,29 +36,78 @@ def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row
 
 def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> None:
     """weight (out, in), lora_A (r, in), lora_B (out, r), residual (out, in) or None; all 2-D."""
-    if rounding == "compensated" and residual is None:  # float32: nothing is dropped to keep
-        rounding = "nearest"
-    with torch.cuda.device(weight.device):
-        extension()[0].merge(
-            weight=_matrix(weight),
-            residual=_matrix(residual),
-            lora_A=_matrix(lora_A),
-            lora_B=_matrix(lora_B),
-            sizes=(*weight.shape, lora_A.shape[0]),
-            weight_dtype=DTYPES[weight.dtype],
-            factor_dtype=DTYPES[lora_A.dtype],
+    merge_many_([(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)])
+
+
+def merge_many_(merges, restarts=None) -> None:
+    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes and rounding.
+
+    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Behind
+    the write lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
+    (seed, first_row), lora_B zeroed, and 1 added to merge_count.
+    """
+    groups: dict[tuple, list] = {}
+    for merge, restart in zip(merges, restarts or [None] * len(merges)):
+        weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
+        if residual is None and rounding == "compensated":  # float32: nothing is dropped to keep
+            rounding = "nearest"
+        wanted = weight.dtype if lora_A.dtype == weight.dtype else torch.float32
+        restarted = wanted if restart is None else restart[0].dtype
+        key = weight.device, weight.dtype, wanted, restarted, rounding
+        # Other factors become float32, which is exact.
+        factors = lora_A.to(wanted), lora_B.to(wanted)
+        groups.setdefault(key, []).append((weight, *factors, merge, restart))
+    for key, group in groups.items():
+        _launch(*key, group)
+
+
+def _launch(device, weight_dtype, factor_dtype, restart_dtype, rounding, group) -> None:
+    module, _ = extension()
+    layers = bytearray().join(
+        _LAYER.pack(
+            *_matrix(weight),
+            *_matrix(merge[5] if rounding == "compensated" else None),
+            *_matrix(lora_A),
+            *_matrix(lora_B),
+            *(_NOTHING if restart is None else _matrix(restart[0])),
+            *(_NOTHING if restart is None else _matrix(restart[1])),
+            *weight.shape,
+            lora_A.shape[0],
+            0 if restart is None else restart[0].shape[0],
+            merge[6] % 2**64,
+            0 if restart is None else restart[4] % 2**64,
+            merge[7],
+            0 if restart is None else restart[5],
+            merge[3],
+            0.0 if restart is None else restart[3] * 2.0**-23,
+            restart is not None, 0, 0, 0,
+        )
+        for weight, lora_A, lora_B, merge, restart in group
+    )  # fmt: skip
+    counts = [restart[2] for *_, restart in group if restart is not None]
+    with torch.cuda.device(device):
+        table = None
+        if len(group) > module.merge_inline_layers:
+            table = torch.empty(len(layers), dtype=torch.uint8, device=device)
+        module.merge(
+            layers=layers,
+            weight_dtype=DTYPES[weight_dtype],
+            factor_dtype=DTYPES[factor_dtype],
+            restart_dtype=DTYPES[restart_dtype],
             rounding=rounding,
-            scaling=scaling,
-            seed=seed % 2**64,
-            first_row=first_row,
-            device=weight.device.index,
+            table=0 if table is None else table.data_ptr(),
+            device=device.index,
             stream=torch.cuda.current_stream().cuda_stream,
         )
-    # The kernel writes through raw pointers, which autograd cannot see.
-    written = [weight] if rounding != "compensated" else [weight, residual]
+        if counts:
+            torch._foreach_add_(counts, 1)
+    # The kernels write through raw pointers, which autograd cannot see.
+    written = [weight for weight, *_ in group]
+    written += [merge[5] for *_, merge, _ in group if rounding == "compensated"]
+    written += [tensor for *_, restart in group if restart is not None for tensor in restart[:2]]
     torch.autograd.graph.increment_version(written)
 
 
 def _matrix(tensor: torch.Tensor | None) -> tuple[int, int, int]:
     """Pointer and strides in elements."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride())
+    return _NOTHING if tensor is None else (tensor.data_ptr(), *tensor.stride())

@@ -229,4 +229,6 @@ def _seed_tensor(seed, device) -> torch.Tensor:
                 f"got {checks.describe(seed)}"
             )
         return seed
-    return torch.tensor(checks.int64("lora_linear", "seed", seed), device=device)
+    # A fill: torch.tensor would copy from the host and wait for it.
+    seed = checks.int64("lora_linear", "seed", seed)
+    return torch.full((), seed, dtype=torch.int64, device=device)

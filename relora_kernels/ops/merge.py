@@ -1,6 +1,9 @@
-"""merge_: W += s * B @ A in place. Formula and rounding: reference/merge.py."""
+"""merge_: W += s * B @ A in place, and lists of merges. Formula and rounding: reference/merge.py."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +22,12 @@ LIBRARY.define(
     "_merge_(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, str rounding, "
     "Tensor(b!)? residual, int seed, int first_row, bool check) -> ()"
 )
+LIBRARY.define(
+    "_merge_many_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, "
+    "str rounding, Tensor(b!)[] residuals, int[] seeds, int[] first_rows, Tensor(c!)[] restart_As, "
+    "Tensor(d!)[] restart_Bs, Tensor(e!)[] merge_counts, float[] bounds, int[] restart_seeds, "
+    "int[] restart_rows) -> ()"
+)
 
 
 def _merge(*args):
@@ -32,8 +41,30 @@ def _merge(*args):
     module.merge_(*args)
 
 
+def _merge_many(weights, As, Bs, scalings, rounding, residuals, seeds, first_rows, *restarts):
+    residuals = residuals or [None] * len(weights)
+    merges = [
+        (weight, A, B, scaling, rounding, residual, seed, first_row)
+        for weight, A, B, scaling, residual, seed, first_row in zip(
+            weights, As, Bs, scalings, residuals, seeds, first_rows, strict=True
+        )
+    ]
+    served: dict = {}  # implementation: what it serves, in the list's order
+    for merge, restart in zip(merges, zip(*restarts, strict=True), strict=True):
+        module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *merge)
+        served.setdefault(module, []).append((merge, restart))
+    for module, pairs in served.items():
+        module.merge_many_(*map(list, zip(*pairs)))
+
+
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("_merge_", _merge, _device)
+    LIBRARY.impl("_merge_many_", _merge_many, _device)
+
+
+@torch.library.register_fake("relora_kernels::_merge_many_", lib=LIBRARY)
+def _merge_many_fake(*args):
+    return None
 
 
 @torch.library.register_fake("relora_kernels::_merge_", lib=LIBRARY)
@@ -94,6 +125,44 @@ def merge_checked(
     if staged is not residual:
         residual.copy_(staged)
     return weight
+
+
+class Restart(NamedTuple):
+    """A layer's merge with the restart of its factors behind it, arguments checked."""
+
+    weight: torch.Tensor  # (rows, in), this rank's rows
+    lora_A: torch.Tensor  # (r, in), whole
+    lora_B: torch.Tensor  # (rows, r); zeroed
+    scaling: float
+    rounding: str
+    residual: torch.Tensor | None  # on weight's device
+    seed: int
+    first_row: int
+    restart_A: torch.Tensor  # lora_A or this rank's rows of it, drawn anew
+    merge_count: torch.Tensor  # int64, gains 1
+    bound: float
+    restart_seed: int
+    restart_row: int
+
+
+@torch.no_grad()
+def merge_and_restart(restarts: Sequence[Restart]) -> None:
+    """Merge the layers and restart their factors, in as few launches as the backend can.
+
+    Where it raises, each layer has been merged, restarted and counted, or is untouched.
+    """
+    groups: dict = {}
+    for restart in restarts:
+        key = restart.weight.device, restart.rounding, restart.residual is None
+        groups.setdefault(key, []).append(restart)
+    for (_, rounding, _), group in groups.items():
+        column = {name: [getattr(r, name) for r in group] for name in Restart._fields}
+        torch.ops.relora_kernels._merge_many_(
+            column["weight"], column["lora_A"], column["lora_B"], column["scaling"], rounding,
+            [residual for residual in column["residual"] if residual is not None],
+            column["seed"], column["first_row"], column["restart_A"], column["lora_B"],
+            column["merge_count"], column["bound"], column["restart_seed"], column["restart_row"],
+        )  # fmt: skip
 
 
 def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -> float:

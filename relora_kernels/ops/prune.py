@@ -7,29 +7,69 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from relora_kernels import backend
+from relora_kernels.cuda import prune as _cuda
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import prune as _reference
 
-IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
+RANDOM_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
+COUNTS_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 if backend.triton_missing() is None:
+    from relora_kernels._triton import magnitude_counts as _triton_counts
     from relora_kernels._triton import prune as _triton
+    from relora_kernels._triton import prune_random as _triton_random
 
     IMPLEMENTATIONS["triton"] = _triton
+    RANDOM_IMPLEMENTATIONS["triton"] = _triton_random
+    COUNTS_IMPLEMENTATIONS["triton"] = _triton_counts
 
 LIBRARY.define("_prune_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with) -> ()")
+LIBRARY.define(
+    "_prune_random_(Tensor(a!)[] tensors, float ratio, Tensor(b!)[] paired_with, int[] seeds, "
+    "int[] first_elements) -> ()"
+)
+LIBRARY.define(
+    "_magnitude_counts(Tensor[] tensors, Tensor prefixes, int shift, int bits) "
+    "-> (Tensor counts, Tensor lowest, Tensor highest)"
+)
 
 
 def _prune(*args):
     backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args).prune_(*args)
 
 
+def _prune_random(*args):
+    module = backend.resolve("prune_random_", RANDOM_IMPLEMENTATIONS, "why_not_random", *args)
+    module.prune_random_(*args)
+
+
+def _magnitude_counts(*args):
+    module = backend.resolve("magnitude_counts", COUNTS_IMPLEMENTATIONS, "why_not_counts", *args)
+    return module.magnitude_counts(*args)
+
+
 for _device in ("CPU", "CUDA"):
     LIBRARY.impl("_prune_", _prune, _device)
+    LIBRARY.impl("_prune_random_", _prune_random, _device)
+    LIBRARY.impl("_magnitude_counts", _magnitude_counts, _device)
 
 
 @torch.library.register_fake("relora_kernels::_prune_", lib=LIBRARY)
 def _prune_fake(tensors, ratio, paired_with):
     return None
+
+
+@torch.library.register_fake("relora_kernels::_prune_random_", lib=LIBRARY)
+def _prune_random_fake(tensors, ratio, paired_with, seeds, first_elements):
+    return None
+
+
+@torch.library.register_fake("relora_kernels::_magnitude_counts", lib=LIBRARY)
+def _magnitude_counts_fake(tensors, prefixes, shift, bits):
+    each = prefixes.new_empty(len(tensors), dtype=torch.int64)
+    return each.new_empty(len(tensors), 2**bits), each, each.clone()
 
 
 @torch.no_grad()
@@ -62,7 +102,8 @@ def prune_(
             f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
         )
     for t, partner in zip(tensors, paired):
-        checks.plain_tensors("prune_", tensor=t, paired_with=partner)
+        if t.device != partner.device:
+            checks.plain_tensors("prune_", tensor=t, paired_with=partner)
     # One call per device: a list may span several.
     for device in dict.fromkeys(t.device for t in tensors):
         at = [i for i, t in enumerate(tensors) if t.device == device]
@@ -71,11 +112,28 @@ def prune_(
         )
 
 
+def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
+    """Drop each element with probability `ratio`, drawn from (seed of its tensor, flat index) alone.
+
+    `paired_with`: empty or as long, zeroed by the same masks. `first_elements`: each tensor's first flat
+    index, 0 but for a shard.
+    """
+    for device in dict.fromkeys(t.device for t in tensors):
+        at = [i for i, t in enumerate(tensors) if t.device == device]
+        columns = (tensors, paired_with, seeds, first_elements)
+        chosen, paired, *keys = ([column[i] for i in at if column] for column in columns)
+        torch.ops.relora_kernels._prune_random_(chosen, ratio, paired, *keys)
+
+
 def _as_list(name: str, tensors) -> list[torch.Tensor]:
     if not isinstance(tensors, (torch.Tensor, Iterable)):
         raise TypeError(f"prune_: expected {name} to be a tensor or a list, got {tensors!r}")
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     for i, t in enumerate(tensors):
+        # What passes all checks at a glance: they take 3 us a tensor, and a model has hundreds.
+        if type(t) in _USUAL and t.dtype in checks.FLOATS and t.layout is torch.strided:
+            if t.is_contiguous():
+                continue
         checks.plain_tensors("prune_", **{f"{name}[{i}]": t})
         checks.no_overlap("prune_", f"{name}[{i}]", t)
     return tensors

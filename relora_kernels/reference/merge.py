@@ -49,6 +49,26 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
         w.copy_(new)
 
 
+def merge_many_(merges, restarts=None, merge_one=merge_) -> None:
+    """Every merge, a tuple of merge_'s arguments, one after the other, by `merge_one`.
+
+    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Once W
+    is written lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
+    (seed, first_row), lora_B zeroed, and 1 added to merge_count. What can fail for want of memory
+    comes before the write: a layer is merged and restarted, or untouched.
+    """
+    for merge, restart in zip(merges, restarts or [None] * len(merges)):
+        if restart is None:
+            merge_one(*merge)
+            continue
+        lora_A, lora_B, merge_count, bound, seed, first_row = restart
+        drawn = philox.uniform_(torch.empty_like(lora_A), first_row, bound, seed)
+        merge_one(*merge)
+        lora_B.zero_()
+        lora_A.copy_(drawn)
+        merge_count += 1
+
+
 def stochastic_round(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float32 `value` to `dtype` (bfloat16 or float16) with 16 random `bits` (int64) an element.
 

@@ -16,10 +16,19 @@ import torch
 
 from relora_kernels.reference import philox
 
+NONE_ABOVE = 2**63 - 1  # magnitude_counts: no key is that large
 _TORCH_F32_RANK_LIMIT = 2**24  # torch.quantile computes the rank in float32 up to this size
 
 
 def why_not(tensors, ratio, paired_with) -> str | None:
+    return None
+
+
+def why_not_random(tensors, ratio, paired_with, seeds, first_elements) -> str | None:
+    return None
+
+
+def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
     return None
 
 
@@ -35,19 +44,65 @@ def prune_(tensors, ratio, paired_with) -> None:
             paired_with[i].masked_fill_(drop, 0.0)
 
 
-def prune_random_(tensors, ratio, paired_with, seeds) -> None:
-    """Drop each element with probability `ratio`, keyed by (seed of the tensor, flat index)."""
-    threshold = round(ratio * 2**32)
+def drop_below(ratio: float) -> int:
+    """Random pruning drops an element whose 32 random bits are below this."""
+    return round(ratio * 2**32)
+
+
+def prune_random_(tensors, ratio, paired_with, seeds, first_elements=None) -> None:
+    """Drop each element with probability `ratio`, keyed by (seed of the tensor, flat index).
+
+    first_elements: the flat index of each tensor's first element, 0 by default. Rows of a sharded
+    tensor draw the bits of the whole one so.
+    """
+    threshold = drop_below(ratio)
     for i, t in enumerate(tensors):
-        n = t.numel()
+        n, first = t.numel(), first_elements[i] if first_elements else 0
         drop = torch.empty(n, dtype=torch.bool, device=t.device)
         for start in range(0, n, 2**24):  # 2^24 at once: draws take some 50 bytes an element
             count = min(2**24, n - start)
-            bits = philox.bits32(seeds[i], philox.STREAM_PRUNE, (1, count), (0, start), t.device)
+            at = (0, first + start)
+            bits = philox.bits32(seeds[i], philox.STREAM_PRUNE, (1, count), at, t.device)
             drop[start : start + count] = bits[0] < threshold
         t.masked_fill_(drop.view(t.shape), 0.0)
         if paired_with:
             paired_with[i].masked_fill_(drop.view(t.shape), 0.0)
+
+
+def magnitude_counts(tensors, prefixes, shift, bits):
+    """Histograms of one digit of the magnitude keys: what a radix selection over several ranks adds up.
+
+    A key is an element's bits without the sign (an int64 here); keys order as magnitudes do, NaN last.
+
+    Args:
+        tensors: T tensors of one dtype on one device.
+        prefixes: (T,) int64 on that device. Keys with key >> (shift + bits) == prefix are counted.
+        shift, bits: the digit is (key >> shift) mod 2^bits.
+
+    Returns three int64 tensors: counts (T, 2^bits); lowest (T,), the least key with
+    key >> (shift + bits) > prefix, NONE_ABOVE where there is none; highest (T,), the greatest key, -1
+    for an empty tensor.
+    """
+    results = []
+    for t, prefix in zip(tensors, prefixes):
+        counts = torch.zeros(2**bits + 1, dtype=torch.int64, device=t.device)
+        lowest, highest = counts.new_full((), NONE_ABOVE), counts.new_full((), -1)
+        for keys in magnitude_keys(t).split(2**24) if t.numel() else ():
+            keys = keys.to(torch.int64)
+            higher = keys >> (shift + bits)
+            digit = torch.where(higher == prefix, (keys >> shift) & (2**bits - 1), 2**bits)
+            counts.scatter_add_(0, digit, torch.ones_like(digit))
+            above = torch.where(higher > prefix, keys, NONE_ABOVE)
+            lowest = torch.minimum(lowest, above.amin())
+            highest = torch.maximum(highest, keys.amax())
+        results.append((counts[:-1], lowest, highest))
+    return tuple(torch.stack(column) for column in zip(*results))
+
+
+def magnitude_keys(t: torch.Tensor) -> torch.Tensor:
+    """(numel,) integers of t's width: its elements' bits without the sign."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.contiguous().view(integer).flatten() & torch.iinfo(integer).max
 
 
 def magnitude_quantile(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -64,7 +119,7 @@ def magnitude_quantile(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
     at_most = (flat <= low).sum()
     above = torch.where(flat > low, flat, torch.inf).amin()
     high = torch.where((at_most >= low_rank + 2) | (weight == 0.0), low, above)
-    threshold = _lerp(low.to(work), high.to(work), weight)
+    threshold = lerp(low.to(work), high.to(work), weight)
     return torch.where(flat.isnan().any(), torch.nan, threshold)
 
 
@@ -81,6 +136,6 @@ def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tu
     return low, rank - low if low < n - 1 else 0.0
 
 
-def _lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
+def lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
     """torch.lerp: a + w (b - a) below w = 1/2, b - (b - a)(1 - w) above, with a fused multiply-add."""
-    return torch.lerp(a, b, torch.tensor(weight, dtype=a.dtype, device=a.device))
+    return torch.lerp(a, b, a.new_full((), weight))  # a fill: nothing waits for the host

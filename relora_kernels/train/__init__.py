@@ -1,4 +1,7 @@
-"""Training with Hugging Face's Trainer: `ReLoRaCallback` for yours, `relora-train` for ours."""
+"""Training with Hugging Face's Trainer: `ReLoRaCallback` for yours, `relora-train` for ours.
+
+`ReLoRaTrainer` is a Trainer whose checkpoints survive a kill and resume bit for bit.
+"""
 
 try:
     import accelerate  # noqa: F401
@@ -8,6 +11,7 @@ except ImportError as error:
         f"relora_kernels.train needs {error.name}: pip install 'relora_kernels[train]'"
     ) from error
 
-from .callback import ReLoRaCallback, SkipNonFiniteCallback
+from .callback import ReLoRaCallback, SkipNonFiniteCallback, StopOnSignalCallback
+from .trainer import ReLoRaTrainer
 
-__all__ = ["ReLoRaCallback", "SkipNonFiniteCallback"]
+__all__ = ["ReLoRaCallback", "ReLoRaTrainer", "SkipNonFiniteCallback", "StopOnSignalCallback"]

@@ -1,5 +1,10 @@
 import sys
 
+import torch.distributed
+
 from .cli import main
 
-sys.exit(main())
+code = main()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+sys.exit(code)

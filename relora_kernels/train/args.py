@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,9 @@ class RunArgs:
     )
     output_dir: str = _option("relora-run", "Where everything that the run writes goes.")
     resume: bool = _option(
-        False, "Continue the run in output_dir from its last checkpoint, with its own settings."
+        False,
+        "Continue the run in output_dir from its last valid checkpoint, with its own settings; from "
+        "the start if it has not come to one.",
     )
     overwrite: bool = _option(False, "Delete the earlier run in output_dir and start anew.")
     seed: int = _option(0, "Seeds initialisation, data order, dropout and each restart.")
@@ -143,6 +146,11 @@ class TrainArgs:
         "micro_batch_size",
         "Sequences in memory at once on one device, at most; the rest is accumulated.",
     )
+    sharding: Literal["none", "full"] = _option(
+        "none",
+        "With several processes: none keeps the model on every device (DDP), full spreads weights, "
+        "gradients and moments over them (FSDP2).",
+    )
     max_grad_norm: float = _option(1.0, "Gradient clipping; 0 turns it off.")
 
 
@@ -209,14 +217,14 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
         """What `--config` reads."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_SAVED}
 
-    def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(self.settings(), sort_keys=False), encoding="utf-8")
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.settings(), sort_keys=False)
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Args)}
 _NOT_SAVED = ("output_dir", "resume", "overwrite")
-# A resumed run may use memory differently, but not compute or log anything else.
-_FREE_ON_RESUME = (*_NOT_SAVED, "micro_batch_size")
+# A resumed run may use memory and devices differently, but not compute or log anything else.
+_FREE_ON_RESUME = (*_NOT_SAVED, "micro_batch_size", "sharding")
 _POSITIVE = (
     "steps cycle_steps batch_size micro_batch_size learning_rate lora_r lora_alpha vocab_size "
     "seq_length hidden_size intermediate_size num_layers num_heads eval_tokens log_every "
@@ -234,14 +242,26 @@ examples:
   relora-train --train_files 'notes/*.txt' --steps 2000
   relora-train --preset 130m --dataset allenai/c4:en --tokenizer t5-base --output_dir c4-130m
   relora-train --config run.yaml --lora_r 64          a flag wins over the file
-  relora-train --resume --output_dir c4-130m          go on from the last checkpoint
-  torchrun --nproc-per-node 8 -m relora_kernels.train --preset 130m ...
+  relora-train --resume --output_dir c4-130m          go on from the last valid checkpoint
+  torchrun --nproc-per-node 8 -m relora_kernels.train --preset 1.3b --sharding full ...
   relora-train --preset 130m --help                   the defaults of that preset
+
+A run that is killed loses the steps since its last checkpoint. SIGTERM or Ctrl-C ends it after the
+step under way and a checkpoint; a second one, two seconds later or more, at once (torchrun gives
+its processes 30 seconds). --resume goes on, bit for bit as if nothing had been; at another number of
+processes up to rounding, with other dropout.
+
+exit codes: 0 done, 1 training failed (the last lines say why), 2 bad options or data,
+143 and 130 saved and stopped by SIGTERM and Ctrl-C (torchrun itself then ends with 1)
 """
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """One line per option: no second spelling, no default where the text tells it."""
+
+    def __init__(self, prog: str):
+        width = min(100, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=32, width=width)
 
     def _format_action_invocation(self, action):
         if not action.option_strings or action.nargs == 0:
@@ -253,7 +273,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return {int: "N", float: "X", str: "VALUE"}.get(action.type, "BOOL")
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        told = action.default is None or action.default is False
+        return action.help if told else super()._get_help_string(action)
 
     def add_argument(self, action):
         if not isinstance(action, argparse._StoreFalseAction):  # --no_x, the opposite of --x

@@ -1,18 +1,19 @@
-"""ReLoRA and its metrics as callbacks of a Hugging Face Trainer."""
+"""ReLoRA, skipped steps and signals as callbacks of anybody's Hugging Face Trainer."""
 
-import json
 import logging
-import math
-import resource
+import os
+import signal
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from relora_kernels import ranks, sharding
+from relora_kernels.schedule import refuse_deepspeed
+
 logger = logging.getLogger(__name__)
+
+_SAME_SIGNAL = 2.0  # seconds: launchers forward what the terminal or the scheduler has sent already
 
 
 class ReLoRaCallback(TrainerCallback):
@@ -24,12 +25,29 @@ class ReLoRaCallback(TrainerCallback):
     Trainer ends a step in this order: optimizer, learning rate, gradients to zero, this callback,
     then logging, evaluation and checkpoint. So a checkpoint never lies between a boundary's
     learning rate and its merge.
+
+    Raises TypeError under DeepSpeed and ValueError under the first version of FSDP, whose flat copies
+    of the parameters a merge cannot reach.
     """
 
     def __init__(self, schedule):
         self.schedule = schedule
 
-    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs
+    ):
+        refuse_deepspeed("ReLoRaCallback", model, optimizer)
+        if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
+            raise TypeError(
+                "ReLoRaCallback: expected TrainingArguments without deepspeed, whose flat copies of "
+                "the parameters a merge cannot reach; use fsdp='full_shard' with "
+                "fsdp_config={'fsdp_version': 2}, or plain data parallelism"
+            )
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+            raise ValueError(
+                "ReLoRaCallback: expected FSDP's second version, got FullyShardedDataParallel, which "
+                "flattens parameters; set fsdp_config={'fsdp_version': 2}"
+            )
         if lr_scheduler is not self.schedule.lr_scheduler:
             raise ValueError(
                 "ReLoRaCallback: expected the Trainer to step schedule.lr_scheduler, got "
@@ -45,20 +63,26 @@ class SkipNonFiniteCallback(TrainerCallback):
     """Skips an optimizer step whose gradients hold NaN or inf: parameters and moments stay as they were.
 
     Trainer calls it between clipping, which lets such gradients pass, and the optimizer's step. The
-    learning rate and the restarts go on counting. Raises FloatingPointError after more than `limit`
-    such steps in a row. `skipped` counts them all.
+    learning rate and the restarts go on counting. After more than `limit` such steps in a row a
+    checkpoint of the clean weights is written and training ends with FloatingPointError. `skipped`
+    counts them all; ReLoRaTrainer's checkpoints keep both counts. Gradients are the same on all ranks
+    by then, so all skip the same steps.
     """
 
     def __init__(self, limit: int = 10):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
         self.first_step = 0  # of the phase, in messages
+        self.gave_up = ""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.in_a_row = 0
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if torch.nn.utils.get_total_norm(gradients).isfinite():
+        if sharding.whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
             self.in_a_row = 0
             return
         for parameter in model.parameters():
@@ -68,171 +92,71 @@ class SkipNonFiniteCallback(TrainerCallback):
         step = self.first_step + state.global_step + 1
         logger.warning("step %d skipped: its gradients are not finite", step)
         if self.in_a_row > self.limit:
-            raise FloatingPointError(
+            self.gave_up = (
                 f"expected finite gradients, got NaN or inf in {self.in_a_row} steps in a row up to "
                 f"step {step}; the weights are those of step {step - self.in_a_row}. Lower the "
                 f"learning rate, or look at the data of these steps"
             )
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.gave_up:
+            control.should_save = control.should_training_stop = True
 
-class MetricsCallback(TrainerCallback):
-    """Turns what the Trainer reports into rows, and hands each row to every sink.
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.gave_up:
+            raise FloatingPointError(self.gave_up)
 
-    A row holds phase, step, tokens, seconds, cycle, and either loss, lr, grad_norm,
-    tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true). Steps and
-    tokens are counted over both phases. Put it behind ReLoRaCallback. A sink that fails is told
-    once and does not stop the training.
+
+class StopOnSignalCallback(TrainerCallback):
+    """On SIGTERM or SIGINT: finish the step, save, and end the process with code 128 + signal.
+
+    That is 143 for SIGTERM and 130 for SIGINT, by SystemExit from train(). With several processes one
+    that gets the signal is enough: all stop after the same step, the next one at the latest. A signal
+    that comes two seconds or more after the first does what it did before training began. Works in
+    the main thread alone, as Python's signals do.
     """
 
-    def __init__(
-        self,
-        sinks: list[Callable[[dict], None]],
-        phase: str,
-        first_step: int,
-        tokens_per_step: int,
-        seconds: float = 0.0,
-        schedule=None,
-        guard: SkipNonFiniteCallback | None = None,
-    ):
-        self.sinks, self.phase, self.schedule = sinks, phase, schedule
-        self.first_step, self.tokens_per_step = first_step, tokens_per_step
-        self.started = time.perf_counter() - seconds
-        self.failed: set[int] = set()
-        self.cycle, self.guard, self.skipped = None, guard, 0
+    def __init__(self):
+        self.first_step = 0  # of the phase, in messages
+        self.received, self.received_at, self.stopping = 0, 0.0, 0
+        self._votes, self._before = None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.cycle = self.schedule and self.schedule.cycle
-        self.skipped = self.guard.skipped if self.guard else 0
-        self._restart_clock(state)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before.setdefault(number, signal.signal(number, self._receive))
+
+    def restore(self) -> None:
+        """Signals do again what they did before training."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _receive(self, number, frame) -> None:
+        now = time.monotonic()
+        if self.received and now - self.received_at < _SAME_SIGNAL:
+            return
+        if self.received:
+            self.restore()
+            signal.raise_signal(number)
+            return
+        self.received, self.received_at = number, now
+        name = signal.Signals(number).name
+        # print may be what the signal has interrupted, and must not be entered twice
+        os.write(2, f"{name}: finishing the step, then saving; again: at once\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.guard and self.guard.skipped != self.skipped:
-            self.skipped = self.guard.skipped
-            self._emit(state, skipped=True)
-        if self.schedule and self.schedule.cycle != self.cycle:
-            self.cycle = self.schedule.cycle
-            lr = self.schedule.lr_scheduler.get_last_lr()[0]
-            self._emit(state, restart=True, lr=lr)
+        # With several processes the last step's votes count: nothing waits for them any more.
+        votes, self._votes = self._votes, ranks.start_maximum([self.received])
+        if ranks.count() == 1:
+            votes = self._votes
+        self.stopping = self.stopping or (votes()[0] if votes else 0)
+        if self.stopping:
+            control.should_save = control.should_training_stop = True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:  # evaluation and the end of training log here too
-            return
-        steps = state.global_step - self.clock_step
-        seconds = time.perf_counter() - self.clock
-        self._emit(
-            state,
-            loss=logs["loss"],
-            lr=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm"),
-            tokens_per_second=steps * self.tokens_per_step / seconds,
-            peak_memory=peak_memory_mib(),
-        )
-        self._restart_clock(state)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self._emit(state, eval_loss=metrics["eval_loss"])
-        self._restart_clock(state)
-
-    def on_save(self, args, state, control, **kwargs):
-        self._restart_clock(state)
-
-    def _restart_clock(self, state):
-        """tokens_per_second leaves validation and checkpoints out."""
-        self.clock, self.clock_step = time.perf_counter(), state.global_step
-
-    def _emit(self, state, **values):
-        if not state.is_world_process_zero:
-            return
-        step = self.first_step + state.global_step
-        row = {
-            "phase": self.phase,
-            "step": step,
-            "tokens": step * self.tokens_per_step,
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "cycle": self.cycle,
-            **values,
-        }
-        for i, sink in enumerate(self.sinks):
-            try:
-                sink(row)
-            except Exception as error:
-                if i not in self.failed:
-                    self.failed.add(i)
-                    logger.warning("metrics are being lost, training goes on: %r", error)
-
-
-def peak_memory_mib() -> float:
-    """Of this process: allocated GPU memory where there is a GPU, else resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def json_lines(path: Path) -> Callable[[dict], None]:
-    """A sink that appends each row to `path`."""
-
-    def write(row: dict) -> None:
-        # JSON has no NaN: a loss or norm that is none of its numbers is null.
-        finite = {
-            k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
-        }
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
-
-    return write
-
-
-def tensorboard(folder: Path, first_step: int = 0) -> Callable[[dict], None] | None:
-    """A sink for TensorBoard, or None where it is not installed.
-
-    What an interrupted run wrote from `first_step` on is hidden.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer = SummaryWriter(folder, purge_step=first_step or None)
-
-    def write(row: dict) -> None:
-        for name, value in row.items():
-            if name not in ("phase", "step", "seconds") and value is not None:
-                writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-        writer.flush()
-
-    return write
-
-
-class Progress:
-    """A sink that shows one bar over all phases in a terminal, else a line per validation."""
-
-    def __init__(self, steps: int):
-        # disable=None: tqdm looks whether this is a terminal
-        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
-        self.last = {}
-
-    def __call__(self, row: dict) -> None:
-        self.last |= row
-        if "restart" in row:
-            self._say(f"restart {row['cycle']}: merged, A and B start anew")
-        elif "eval_loss" in row:
-            self._say(f"validation {row['eval_loss']:.4f}  {self._status()}")
-        self.bar.update(row["step"] - self.bar.n)
-        self.bar.set_postfix_str(self._status())
-
-    def close(self) -> None:
-        self.bar.close()
-
-    def _say(self, text: str) -> None:
-        row, steps = self.last, self.bar.total
-        place = f"step {row['step']:>{len(str(steps))}}/{steps}  {row['phase']:<10}"
-        tqdm.write(f"{place}  {text}".rstrip())
-
-    def _status(self) -> str:
-        row = self.last
-        if "loss" not in row:
-            return ""
-        cycle = "" if row["cycle"] is None else f"cycle {row['cycle']}  "
-        return (
-            f"{cycle}training {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {row['peak_memory']:,.0f} MiB"
-        )
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+        if self.stopping and state.global_step < state.max_steps:
+            if state.is_world_process_zero:
+                step = self.first_step + state.global_step
+                name = signal.Signals(self.stopping).name
+                logger.warning("stopped by %s after step %d; resume to go on", name, step)
+            raise SystemExit(128 + self.stopping)

@@ -1,10 +1,11 @@
 """relora-train: a full-rank warm start, then ReLoRA, with Hugging Face's Trainer as the engine.
 
 `Run.train` is the example of how the library is used. The rest of the package is what a run needs
-around it: args, data, callback (metrics), output (the folder), report.
+around it: args, data, metrics, output (the folder), report.
 """
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -12,12 +13,12 @@ import sys
 import accelerate
 import torch
 import transformers
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -30,20 +31,19 @@ from relora_kernels import (
     apply_relora,
     cosine_with_warmup,
     merge_and_unload,
+    ranks,
 )
+from relora_kernels.model import relora_layers
+from relora_kernels.reference import philox
 
-from . import report
+from . import checkpoint, report
 from .args import Args, is_main_process, parse_args, world_size
-from .callback import (
-    MetricsCallback,
-    Progress,
-    ReLoRaCallback,
-    SkipNonFiniteCallback,
-    json_lines,
-    tensorboard,
-)
+from .callback import ReLoRaCallback, SkipNonFiniteCallback, StopOnSignalCallback
 from .data import Blocks, load_corpus, load_tokenizer, training_blocks
+from .metrics import MetricsCallback, Progress, json_lines, tensorboard
 from .output import RunFolder, write_text
+from .spectrum import SpectrumCallback, figures, measure
+from .trainer import ReLoRaTrainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         model = run.train()
-    except (FloatingPointError, relora_kernels.BackendUnavailable) as error:
+    except checkpoint.OtherRun as error:
+        print(f"relora-train: error: --resume: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 1
     if is_main_process():
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _InOrder(Trainer):
+class _InOrder(ReLoRaTrainer):
     """Blocks has shuffled the samples already. (train_sampling_strategy came in transformers 5.2.)"""
 
     def _get_train_sampler(self, *args, **kwargs):
@@ -80,6 +83,11 @@ class Run:
             raise ValueError(
                 f"expected one process per GPU, got one for {gpus}: start with torchrun "
                 f"--nproc-per-node {gpus} -m relora_kernels.train, or set CUDA_VISIBLE_DEVICES=0"
+            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                "expected no DeepSpeed, got ACCELERATE_USE_DEEPSPEED: its flat copies of the weights "
+                "cannot be merged into; start with torchrun, and --sharding full to save memory"
             )
         self.args = args
         self.folder = RunFolder(args.output_dir)
@@ -98,12 +106,14 @@ class Run:
         if args.relora_steps > 0:
             self._try_relora()
         self._claim_folder()
-        self.guard = SkipNonFiniteCallback()
+        self.guard, self.stop = SkipNonFiniteCallback(), StopOnSignalCallback()
         self.sinks = []
         if is_main_process():
             self.progress = Progress(args.steps)
             self.sinks = [json_lines(self.folder.metrics), self.progress]
-            if writer := tensorboard(self.folder.tensorboard, self._first_step()):
+            # A resumed run hides what the interrupted one wrote of the steps that it takes again.
+            purge = self._first_step() if args.resume else None
+            if writer := tensorboard(self.folder.tensorboard, purge):
                 self.sinks.append(writer)
             else:
                 print("tensorboard is not installed: metrics go to metrics.jsonl alone")
@@ -126,16 +136,41 @@ class Run:
                 )
         elif is_main_process():
             self.folder.create()
-            self.args.save(self.folder.config)
             write_text(self.folder.corpus, json.dumps(self.corpus, indent=2) + "\n")
+            write_text(self.folder.config, self.args.to_yaml())
         state.wait_for_everyone()
+        self.resumed = self._find_checkpoints() if self.args.resume else {}
+
+    def _find_checkpoints(self) -> dict[str, str]:
+        """The last valid checkpoint of each phase that has one. Rank 0 looks, and tells the others."""
+        phases, steps, damaged = ("relora", "warm_start"), [-1, -1], 0
+        if is_main_process():
+            found = [self.folder.last_checkpoint(phase) for phase in phases]
+            steps = [_step_of(path) if path else -1 for path in found]
+            damaged = not any(found) and any(
+                checkpoint.any_in(self.folder.phase(phase)) for phase in phases
+            )
+        *steps, damaged = ranks.maximum([*steps, int(damaged)])
+        if damaged:
+            raise ValueError(
+                f"--resume: expected a valid checkpoint in {self.folder.checkpoint}, got damaged ones "
+                "alone (see above); --overwrite starts anew"
+            )
+        if max(steps) < 0 and is_main_process():
+            print(f"no checkpoint in {self.folder.checkpoint} yet: starting from the first step")
+            self.folder.forget_rows_after("warm_start", -1)
+        return {
+            phase: str(self.folder.phase(phase) / f"checkpoint-{step}")
+            for phase, step in zip(phases, steps)
+            if step >= 0
+        }
 
     def _first_step(self) -> int:
-        """The first step that this process will take, counted over both phases; 0 for a new run."""
-        if checkpoint := self._checkpoint("relora"):
-            return self.args.warm_start_steps + _step_of(checkpoint) + 1
-        checkpoint = self._checkpoint("warm_start")
-        return _step_of(checkpoint) + 1 if checkpoint else 0
+        """The first step that this process will take, counted over both phases."""
+        if path := self.resumed.get("relora"):
+            return self.args.warm_start_steps + _step_of(path) + 1
+        path = self.resumed.get("warm_start")
+        return _step_of(path) + 1 if path else 0
 
     def train(self) -> LlamaForCausalLM:
         """Warm start and ReLoRA, or what is left of them; returns the model with A and B."""
@@ -146,14 +181,16 @@ class Run:
         model = LlamaForCausalLM(self._llama_config())
         model.to(self.device)
 
-        if args.warm_start_steps > 0 and not self._checkpoint("relora"):
+        if args.warm_start_steps > 0 and "relora" not in self.resumed:
+            self._shard(model)
             optimizer = _adamw(model, args.warm_start_learning_rate)
             cosine = cosine_with_warmup(args.warmup_steps, args.steps, args.min_lr_ratio)
             self._fit("warm_start", model, optimizer, LambdaLR(optimizer, cosine))
-            model = _unprepared(model)
+            model = self._unprepared(model)
 
         if args.relora_steps > 0:
             apply_relora(model, self._relora_config())
+            self._shard(model)
             optimizer = _adamw(model, args.learning_rate)  # a fresh one: A and B are new
             schedule = ReLoRaSchedule(
                 model,
@@ -167,16 +204,33 @@ class Run:
                 paired=args.paired,
             )
             self._fit("relora", model, optimizer, schedule.lr_scheduler, schedule)
-        return model
+        return self._unprepared(model) if args.sharding == "full" else model
+
+    def _shard(self, model: LlamaForCausalLM) -> None:
+        if self.args.sharding == "full" and torch.distributed.is_initialized():
+            for block in model.model.layers:
+                fully_shard(block)
+            fully_shard(model)
+
+    def _unprepared(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
+        """The same weights in a new object, whole on every rank: Accelerate marks a model that it has
+        prepared, and gives it neither autocast nor DDP a second time."""
+        fresh = LlamaForCausalLM(model.config)
+        if relora_layers(model, required=False):
+            apply_relora(fresh, self._relora_config())
+        fresh.load_state_dict(checkpoint.gather_model(model), assign=True)
+        for name, parameter in model.named_parameters():
+            fresh.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return fresh.to(self.device)
 
     def _fit(self, phase, model, optimizer, lr_scheduler, schedule=None):
         """One phase by Trainer, from its last checkpoint if the run is resumed."""
-        args, checkpoint = self.args, self._checkpoint(phase)
+        args, resumed = self.args, self.resumed.get(phase)
         first = 0 if phase == "warm_start" else args.warm_start_steps
         steps = args.relora_steps if phase == "relora" else args.warm_start_steps
         rows = self.folder.rows()
-        if checkpoint and is_main_process():
-            rows = self.folder.forget_rows_after(phase, first + _step_of(checkpoint))
+        if resumed and is_main_process():
+            rows = self.folder.forget_rows_after(phase, first + _step_of(resumed))
         metrics = MetricsCallback(
             self.sinks,
             phase,
@@ -186,10 +240,14 @@ class Run:
             schedule=schedule,
             guard=self.guard,
         )
-        self.guard.first_step = first
+        self.guard.first_step = self.stop.first_step = first
+        self.guard.in_a_row = 0
+        relora = []
+        if schedule:  # the spectrum first: it looks at the factors that a restart replaces
+            relora = [SpectrumCallback(schedule, self.folder.spectrum), ReLoRaCallback(schedule)]
         trainer = _InOrder(
             model=model,
-            args=self._training_arguments(phase, steps, first == 0 and not checkpoint),
+            args=self._training_arguments(phase, steps, first == 0 and not resumed),
             train_dataset=Blocks(
                 self.blocks, first * args.batch_size, steps * args.batch_size, args.seed
             ),
@@ -197,15 +255,15 @@ class Run:
             data_collator=default_data_collator,
             processing_class=self.tokenizer,
             optimizers=(optimizer, lr_scheduler),
-            callbacks=[self.guard, *([ReLoRaCallback(schedule)] if schedule else []), metrics],
+            callbacks=[self.guard, *relora, metrics, self.stop],
+            fingerprint={"corpus": self.corpus["sha256"], "vocabulary": len(self.tokenizer)},
         )
         trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
-        trainer.train(resume_from_checkpoint=checkpoint)
+        # Trainer has seeded all ranks alike, which would give all of them one dropout mask.
+        set_seed(args.seed if ranks.index() == 0 else _seed_of_rank(args.seed))
+        trainer.train(resume_from_checkpoint=resumed)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
-
-    def _checkpoint(self, phase: str) -> str | None:
-        return self.folder.last_checkpoint(phase) if self.args.resume else None
 
     def _llama_config(self) -> LlamaConfig:
         args = self.args
@@ -271,6 +329,7 @@ class Run:
             # In fp32 the residual of bf16 merges goes into the weights instead of being dropped.
             merge_and_unload(model.float())
         self._export(model)
+        spectrum = measure(model, folder.spectrum) if args.relora_steps > 0 else None
         speeds = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
         memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
         tokens = args.steps * args.batch_size * args.seq_length
@@ -284,6 +343,7 @@ class Run:
             "tokens": tokens,
             "epochs": tokens / self.blocks.size,
             **report.losses(rows),
+            "update_rank": figures(spectrum) if spectrum else None,
             "train_seconds": rows[-1]["seconds"] if rows else None,
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "peak_memory_mib": max(memory) if memory else None,
@@ -299,7 +359,7 @@ class Run:
             "settings": args.settings(),
             "sample": report.sample_text(model, self.tokenizer, self.prompt, args.seed),
         }
-        report.plot_metrics(rows, folder.plots)
+        report.plot_metrics(rows, folder.plots, spectrum)
         write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
         print(f"\n{report.table(summary)}\n\nsample\n{summary['sample']}\n")
         print(f"written to {folder.root}")
@@ -315,14 +375,6 @@ class Run:
         temporary.rename(self.folder.final)
 
 
-def _unprepared(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same weights in a new object: Accelerate marks a model that it has prepared, and gives it
-    neither autocast nor DDP a second time."""
-    fresh = LlamaForCausalLM(model.config)
-    fresh.load_state_dict(model.state_dict(), assign=True)
-    return fresh.to(model.device)
-
-
 def _adamw(model, learning_rate: float) -> torch.optim.AdamW:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(
@@ -330,5 +382,9 @@ def _adamw(model, learning_rate: float) -> torch.optim.AdamW:
     )
 
 
-def _step_of(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("-")[2])
+def _seed_of_rank(seed: int) -> int:
+    return philox.derive_seed("rank", seed, ranks.index()) % 2**32
+
+
+def _step_of(path: str) -> int:
+    return int(path.rpartition("-")[2])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from . import checkpoint
 from .args import CONFIG_FILE, FIELDS
 
 # What save_pretrained of a model and of a tokenizer may write.
@@ -21,10 +22,11 @@ class RunFolder:
     corpus.json     what it was trained on
     metrics.jsonl   one row per logged step, validation and restart
     tensorboard/    the same for TensorBoard
-    plots/          loss.png, learning_rate.png
+    plots/          summary.png, and its parts loss.png, learning_rate.png, spectrum.png
+    spectrum/       weights at the start of ReLoRA, factors of the first cycle, singular values
     summary.json    the table printed at the end, and more
     final/          the merged model and its tokenizer, an ordinary Hugging Face checkpoint
-    checkpoint/     warm_start/ and relora/: Trainer's checkpoints, for --resume
+    checkpoint/     warm_start/ and relora/: checkpoints of the two phases, for --resume
     """
 
     def __init__(self, root: str | Path):
@@ -34,6 +36,7 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.plots = self.root / "plots"
+        self.spectrum = self.root / "spectrum"
         self.summary = self.root / "summary.json"
         self.final = self.root / "final"
         self.checkpoint = self.root / "checkpoint"
@@ -43,8 +46,10 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"expected --output_dir to be a folder, got the file {self.root}")
         if resume:
-            if not (self.last_checkpoint("relora") or self.last_checkpoint("warm_start")):
-                raise ValueError(f"--resume: expected a checkpoint in {self.checkpoint}, got none")
+            if not self.corpus.is_file():
+                raise ValueError(
+                    f"--resume: expected a run in {self.root}, got no {self.corpus.name}"
+                )
         elif self.root.exists() and any(self.root.iterdir()):
             if not overwrite:
                 raise ValueError(
@@ -77,8 +82,10 @@ class RunFolder:
         patterns += [f"{name}.tmp" for name in patterns]
         patterns += [
             "tensorboard/events.out.tfevents.*",
-            "plots/loss.png",
-            "plots/learning_rate.png",
+            *(f"plots/{name}.png" for name in ("loss", "learning_rate", "spectrum", "summary")),
+            "spectrum/start.safetensors*",
+            "spectrum/first_cycle.safetensors*",
+            "spectrum/singular_values.json*",
         ]
         patterns += [f"checkpoint/{phase}/**/*" for phase in ("warm_start", "relora")]
         for folder in ("final", "final.tmp"):
@@ -99,17 +106,9 @@ class RunFolder:
         return self.checkpoint / name
 
     def last_checkpoint(self, phase: str) -> str | None:
-        """The latest complete one: trainer_state.json is what Trainer writes last."""
-        found = {}
-        for path in self.phase(phase).glob("checkpoint-*"):
-            number = path.name.removeprefix("checkpoint-")
-            try:
-                json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue  # a killed process left it half-written
-            if number.isdecimal():
-                found[int(number)] = str(path)
-        return found[max(found)] if found else None
+        """The latest valid one; a line tells of each later one that is passed over."""
+        path = checkpoint.last_valid(self.phase(phase))
+        return None if path is None else str(path)
 
     def rows(self) -> list[dict]:
         """metrics.jsonl, without a last line that a killed process left half-written."""

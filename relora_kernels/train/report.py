@@ -2,25 +2,47 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .spectrum import figures
+
 _RESTART = {"color": "0.6", "linewidth": 0.8, "linestyle": "--", "zorder": 0}
 _BLUE, _ORANGE = "#1f77b4", "#d95f02"
+_KINDS = (("relora", _BLUE, "ReLoRA, all cycles"), ("cycle", _ORANGE, "its first cycle"))
+_FLOOR = 1e-4  # of the largest singular value; zeros lie on it
 
 
-def plot_metrics(rows: list[dict], folder: Path) -> list[Path]:
-    """loss.png and learning_rate.png from the rows of metrics.jsonl."""
+def plot_metrics(rows: list[dict], folder: Path, spectrum: dict | None = None) -> list[Path]:
+    """loss.png and learning_rate.png from the rows of metrics.jsonl; with what spectrum.measure
+    returns, spectrum.png too, and summary.png, the three on one page."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {"loss.png": _draw_loss, "learning_rate.png": _draw_learning_rate}
-    for name, draw in plots.items():
-        figure = Figure(figsize=(9, 5), layout="constrained")
+    pages = {}
+    for name, draw in (("loss.png", _draw_loss), ("learning_rate.png", _draw_learning_rate)):
+        figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         draw(axes, rows)
         _mark_phases(axes, rows)
-        figure.savefig(folder / name, dpi=120)
-    return [folder / name for name in plots]
+        pages[name] = _pixels(figure)
+    if spectrum:
+        figure = Figure(figsize=(18, 8), dpi=120, layout="constrained")  # as wide as the two
+        _draw_spectrum(figure, spectrum)
+        curves = np.hstack(list(pages.values()))
+        pages["spectrum.png"] = _pixels(figure)
+        pages["summary.png"] = np.vstack([curves, pages["spectrum.png"]])
+    for name, page in pages.items():
+        image.imsave(folder / name, page)
+    return [folder / name for name in pages]
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def _draw_loss(axes, rows):
@@ -56,6 +78,62 @@ def _mark_phases(axes, rows):
     top = axes.secondary_xaxis("top", functions=(lambda s: s * millions, lambda t: t / millions))
     top.set_xlabel("tokens (millions)")
     axes.legend(loc="upper right", framealpha=1, edgecolor="none")
+
+
+_PANELS = 7  # projections shown: a Llama has as many
+
+
+def _draw_spectrum(figure, spectrum):
+    """A panel per projection, and how many singular values count in each."""
+    measured, r = spectrum["measured"], spectrum["r"]
+    projections = list(dict.fromkeys(row["projection"] for row in measured))[:_PANELS]
+    grid = figure.subplots(2, -(-(len(projections) + 1) // 2), squeeze=False)
+    *panels, bars = list(grid.flat)[: len(projections) + 1]
+    for axes in list(grid.flat)[len(projections) + 1 :]:
+        axes.remove()
+    top = max(row["relora"][0] for row in measured) or 1.0
+    floor = _FLOOR * top
+    for axes, projection in zip(panels, projections):
+        for kind, color, label in _KINDS:
+            values = torch.tensor(
+                [row[kind] for row in measured if row["projection"] == projection]
+            )
+            low, median, high = values.amin(0), values.median(0).values, values.amax(0)
+            numbers = range(1, len(median) + 1)
+            axes.plot(numbers, median.clamp_min(floor), color=color, linewidth=1.6, label=label)
+            axes.fill_between(
+                numbers, low.clamp_min(floor), high.clamp_min(floor), color=color, alpha=0.2,
+                linewidth=0,
+            )  # fmt: skip
+        axes.axvline(r, label=f"rank of a cycle ({r})", **_RESTART)
+        axes.set(title=projection, yscale="log", xlim=(0, len(median)), ylim=(floor, 2 * top))
+        axes.yaxis.minorticks_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("singular value")
+    for axes in panels[grid.shape[1] - 1 :] or panels:
+        axes.set_xlabel("number of the singular value")
+    panels[0].legend(loc="upper right", fontsize="small", framealpha=1, edgecolor="none")
+    _draw_counts(bars, figures(spectrum), projections)
+    layers, shown = spectrum["layers"], len(measured)
+    which = f"all {layers} layers" if shown == layers else f"{shown} of {layers} layers"
+    figure.suptitle(
+        f"Singular values of the update W_end - W_start: median and range over {which}, "
+        f"one LoRA cycle of rank {r} for comparison"
+    )
+
+
+def _draw_counts(axes, table, projections):
+    places = torch.arange(len(projections))
+    for shift, (kind, color, _) in zip((0.2, -0.2), _KINDS):
+        counts = [
+            100 * table[p][kind]["over_1_percent"] / table[p][kind]["of"] for p in projections
+        ]
+        bars = axes.barh(places - shift, counts, 0.4, color=color)
+        axes.bar_label(bars, fmt="%.0f %%", padding=2, fontsize="small")
+    axes.set_yticks(places, projections)
+    axes.invert_yaxis()
+    axes.set(title="above 1 % of the largest", xlim=(0, 118), xlabel="share of all singular values")
+    axes.set_xticks(range(0, 101, 25), [f"{n} %" for n in range(0, 101, 25)])
 
 
 def _columns(points):

@@ -1,15 +1,29 @@
 // csrc/merge.cu, as it is, on the CPU: a C interface for ctypes.
 #include "merge.cu"
 
+namespace relora {
+namespace {
+thread_local uint4 dynamic_shared[simt::kDynamicMost / 16 + 64];
+}
+}  // namespace relora
+
 extern "C" {
 
 // Returns the cudaError_t; `blocks` receives how many blocks ran.
-int simt_merge(const relora::MergeArgs* args, unsigned order, long* blocks) {
+int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int restart_dtype,
+               int rounding, void* table, unsigned order, long* blocks) {
+  using namespace relora;
   simt::order = order;
   simt::blocks_run = 0;
-  const int error = relora::merge(*args, nullptr);
+  simt::dynamic_shared = reinterpret_cast<unsigned char*>(dynamic_shared);
+  simt::dynamic_capacity = sizeof dynamic_shared;
+  const int error =
+      merge(static_cast<MergeLayer*>(layers), count, DType(weight_dtype), DType(factor_dtype),
+            DType(restart_dtype), Rounding(rounding), static_cast<MergeLayer*>(table), nullptr);
   *blocks = simt::blocks_run;
   return error;
 }
+int simt_merge_layer_bytes() { return sizeof(relora::MergeLayer); }
+int simt_merge_inline_layers() { return relora::kInlineLayers; }
 
 }  // extern "C"

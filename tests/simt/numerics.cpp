@@ -40,4 +40,33 @@ void random_bits(uint64_t seed, uint32_t stream, int width, int64_t row, int64_t
   }
 }
 
+// Keys of magnitudes. dtype as in launch.h: 0 float32, 1 bfloat16, 2 float16.
+void key_values(int dtype, const uint32_t* keys, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = dtype == 0   ? Keys<float>::value(keys[i])
+             : dtype == 1 ? Keys<bf16>::value(keys[i])
+                          : Keys<fp16>::value(keys[i]);
+}
+void nearest_keys(int dtype, const float* v, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; ++i)
+    out[i] = dtype == 0   ? Keys<float>::nearest(v[i])
+             : dtype == 1 ? Keys<bf16>::nearest(v[i])
+                          : Keys<fp16>::nearest(v[i]);
+}
+uint32_t infinity_key(int dtype) {
+  return dtype == 0 ? Keys<float>::infinity : dtype == 1 ? Keys<bf16>::infinity : Keys<fp16>::infinity;
+}
+uint32_t key_of_32(uint32_t bits) { return magnitude_key(bits); }
+uint32_t key_of_16(uint16_t bits) { return magnitude_key(bits); }
+int64_t rank_of(int64_t n, double ratio, float* weight) {
+  const Rank rank = quantile_rank(n, ratio);
+  *weight = rank.weight;
+  return rank.low;
+}
+uint32_t threshold_of(int dtype, uint32_t low, uint32_t high, float weight) {
+  return dtype == 0   ? threshold_key<float>(low, high, weight)
+         : dtype == 1 ? threshold_key<bf16>(low, high, weight)
+                      : threshold_key<fp16>(low, high, weight);
+}
+
 }  // extern "C"

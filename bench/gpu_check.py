@@ -1,0 +1,268 @@
+"""python bench/gpu_check.py --minutes 8: everything that a GPU has to settle, in one command.
+
+Builds the kernels for this GPU, runs the GPU tests, then checks and times every backend beside the peers'
+formulas (common.by_worth: what matters most first), and writes bench/results/<device>.json after each case.
+Each case runs in another process with a time limit, so a crash, a hang or a broken CUDA context loses that
+case alone. Started again on the same commit it goes on with the cases that are missing. At the end: the
+bars that the project sets itself, met or not.
+
+Needs no network: the build takes setuptools, ninja, pybind11 and nvcc from this machine, and goes to
+build/gpu_check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BUILT = (
+    ROOT / "build" / "gpu_check"
+)  # what is measured; the environment's own packages stay as they are
+BUILD = [
+    sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--upgrade",
+    "--target", str(BUILT.relative_to(ROOT)), ".",
+]  # fmt: skip
+TESTS = [
+    sys.executable, "-m", "pytest", "-q", "--no-header", "--import-mode=importlib", "-p",
+    "no:cacheprovider",
+]  # fmt: skip
+TEST_FILES = ["lora_linear", "merge", "prune", "layer", "optimizer", "triton"]
+BUILD_LIMIT_S = 240.0
+TESTS_SHARE = 0.25  # of --minutes, at most
+# For one case: check and timing, and the first time that a row of an op is met, its compilation.
+FIRST_LIMIT_S, CASE_LIMIT_S = 90.0, 30.0
+# Of the workers: no backend named for other purposes may reach into a measurement.
+WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
+
+
+def main(arguments: list[str] | None = None, target: str = "common:run_case", cases=None) -> int:
+    """Exit status: 0 what there was time for was measured, 2 nothing can be measured here.
+
+    `target`, `cases`: what the workers call and with what, for tests of the plumbing.
+    """
+    args = _parser().parse_args(arguments)
+    if args.ship and args.device == "cpu":
+        _parser().error("--ship: expected --device cuda; `auto` never looks a CPU up")
+    try:  # before the build and the tests, not after them
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu_check: expected --output to be a folder: {error}", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * args.minutes
+    steps: dict[str, dict] = {}
+    if "build" not in args.skip and args.device == "cuda":
+        steps["build"] = run_step(
+            BUILD, ROOT, BUILD_LIMIT_S, RELORA_KERNELS_ARCHS="native", RELORA_KERNELS_CUDA="on"
+        )
+    built = steps.get("build", {}).get("status") == "ok"
+    path = [HERE, BUILT if built else ROOT]  # without a build: the sources, and no CUDA C++
+    sys.path[:0] = [str(folder) for folder in path]
+    from relora_kernels.evidence import write_json
+    from relora_kernels.worker import Worker
+
+    with Worker(target, path, WORKER_ENVIRONMENT) as worker:
+        answer = worker.call({"kind": "machine", "device": args.device}, FIRST_LIMIT_S)
+        if answer["status"] != "ok":
+            print(f"gpu_check: {answer['reason']}\n{answer['log']}", file=sys.stderr)
+            return 2
+        machine = answer["value"]
+        file = args.output / f"{slug(machine['device'])}.json"
+        results = resume(file, machine)
+        results["steps"].update(steps)
+        if "tests" not in args.skip and args.device == "cuda":
+            # The tests run on the GPU in a process of their own; this one lets go of its memory.
+            worker.close()
+            limit = TESTS_SHARE * (deadline - time.monotonic())
+            files = [str(ROOT / "tests" / f"test_{name}.py") for name in TEST_FILES]
+            found_at = os.pathsep.join(map(str, path))
+            results["steps"]["tests"] = run_step([*TESTS, *files], HERE, limit, PYTHONPATH=found_at)
+        write_json(file, results)
+        wanted = list_cases(args.device) if cases is None else cases
+        left_out = measure(worker, wanted, results, file, deadline, write_json)
+    finish(results, file, write_json, args, left_out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it; default: 8")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON")
+    parser.add_argument(
+        "--skip", nargs="+", choices=("build", "tests"), default=[], help="what to leave out"
+    )
+    parser.add_argument(
+        "--ship", action="store_true",
+        help="also write relora_kernels/records/<device>.json, the evidence that `auto` follows on "
+        "this device wherever the package is installed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu tries the command out on tiny shapes",
+    )  # fmt: skip
+    return parser
+
+
+def list_cases(device: str) -> list[dict]:
+    """Every row of every problem, then train steps, as the worker takes them."""
+    import common
+    import peers
+    import train_step
+
+    gpu = device == "cuda"
+    rows = [
+        {
+            "kind": "row", "name": f"{problem.name} - {row}", "row": row, "group": problem.name,
+            "problem": problem.to_dict(), "seconds": 0.1,
+        }
+        for problem in common.by_worth(gpu)
+        for row in peers.rows(problem)
+    ]  # fmt: skip
+    return [{**case, "device": device} for case in rows + train_step.cases(gpu)]
+
+
+def measure(worker, cases: list[dict], results: dict, file: Path, deadline: float, write) -> int:
+    """One call of the worker for each case that is not in `results`; returns how many were left out."""
+    missing = [case for case in cases if case["name"] not in results["cases"]]
+    compiled = set()
+    for i, case in enumerate(missing):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return len(missing) - i
+        start = time.monotonic()
+        kernels = case.get("problem", {}).get("kind"), case["row"]
+        limit = case.get("limit_s", CASE_LIMIT_S if kernels in compiled else FIRST_LIMIT_S)
+        compiled.add(kernels)
+        answer = worker.call(case, min(limit, left))
+        if answer["status"] == "hung" and left < limit:
+            return len(missing) - i  # cut off by --minutes: no verdict on the case
+        record = answer["value"] if answer["status"] == "ok" else answer
+        if "log" in record:
+            record["log"] = without_paths(record["log"])
+        record = {**case, **record, "took_s": time.monotonic() - start}
+        results["cases"][case["name"]] = record
+        write(file, results)
+        outcome = record["status"]
+        if outcome == "ok" and "median_s" in record:
+            outcome = f"{1e3 * record['median_s']:.4g} ms"
+        elif outcome not in ("ok", "unavailable"):
+            outcome += f": {record['reason']}"
+        print(f"[{i + 1}/{len(missing)}] {case['name']}: {outcome}", flush=True)
+    return 0
+
+
+def resume(file: Path, machine: dict) -> dict:
+    """What `file` holds of the same commit, kernels, device and driver; else an empty start."""
+    empty = {
+        "machine": machine,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "steps": {},
+        "cases": {},
+        "bars": [],
+    }
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        same = {**earlier["machine"], "rates": 0} == {**machine, "rates": 0}
+        # A commit that files differ from says too little to go on with it.
+        return {**empty, **earlier} if same and not machine["commit"].endswith("+") else empty
+    except (OSError, ValueError, KeyError, TypeError):
+        return empty
+
+
+def finish(results: dict, file: Path, write, args, left_out: int) -> None:
+    import dataclasses
+
+    import report
+
+    loaded = report.load(file)
+    bars = report.bars(loaded)
+    results["bars"] = [dataclasses.asdict(bar) for bar in bars]
+    write(file, results)
+    for name, step in results["steps"].items():
+        print(f"{name}: {step['status']} in {step['seconds']:.0f} s; {step['last_line']}")
+    counts: dict[str, int] = {}
+    for record in results["cases"].values():
+        counts[record["status"]] = counts.get(record["status"], 0) + 1
+    print(f"\n{loaded.source}\ncases: {counts}; left out for lack of time: {left_out}\n")
+    print(report.bars_table(bars))
+    print(f"wrote {file}")
+    if args.ship:
+        print(f"wrote {ship(results) or 'no record: no row of ours passed'}")
+
+
+def ship(results: dict) -> Path | None:
+    """The evidence for `auto` in the package's own folder, of the groups in which no row of ours is
+    missing."""
+    from relora_kernels import evidence, problems
+
+    records = [record for record in results["cases"].values() if record["kind"] == "row"]
+    for problem in {record["group"]: record["problem"] for record in records}.values():
+        problem = problems.from_dict(problem)
+        have = {record["row"] for record in records if record["group"] == problem.name}
+        records += [
+            {"group": problem.name, "row": row, "status": "left out"}
+            for row in problem.ours()
+            if row not in have
+        ]
+    here = {k: v for k, v in results["machine"].items() if isinstance(v, str)}
+    path = ROOT / "relora_kernels" / "records" / f"{slug(here['device'])}.json"
+    found = problems.entries(records)
+    if not found:
+        return None
+    path.unlink(missing_ok=True)  # evidence of one run, not of several
+    evidence.write(path, here, found)
+    return path
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def without_paths(text: str) -> str:
+    """Results are published: where this machine keeps its files is nobody's business."""
+    for folder, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
+        text = text.replace(str(folder), name)
+    return text
+
+
+def run_step(command: list[str], folder: Path, limit_s: float, **environment: str) -> dict:
+    """A command in a process group of its own: {status: ok, failed or hung, seconds, last_line, log}."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, **environment}, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        log, _ = process.communicate(timeout=max(limit_s, 1.0))
+        status = "ok" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        log, _ = process.communicate()
+        status = "hung"
+    except BaseException:  # Ctrl-C reaches this process alone
+        os.killpg(process.pid, 9)
+        process.wait()
+        raise
+    lines = [line for line in log.splitlines() if line.strip()]
+    return {
+        "status": status,
+        "command": without_paths(" ".join(["python", *command[1:]])),
+        "exit_status": process.returncode,
+        "seconds": time.monotonic() - start,
+        "last_line": without_paths(lines[-1][:200]) if lines else "",
+        "log": "" if status == "ok" else without_paths(log[-4000:]),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+// What merge.cu needs of the machine beyond C++: a tensor-core product, and asynchronous copies
+// into
+// shared memory. On the host, tests/simt/mma_emulation.h does
+// the same by exchange between the lanes of a warp, fragment layout included.
+#pragma once
+
+#include "numerics.cuh"
+
+#ifndef __CUDACC__
+#include "mma_emulation.h"
+#else
+
+namespace relora {
+
+// The same pointer, known to point to global memory: LDG and STG instead of generic accesses, where
+// it comes out of a table.
+template <typename T>
+__device__ __forceinline__ T* global_memory(void* p) {
+  __builtin_assume(__isGlobal(p));
+  return static_cast<T*>(p);
+}
+
+// The lane, asked for anew each time: addresses made from threadIdx would be kept in registers
+// across
+// loops that have none to spare.
+__device__ __forceinline__ int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// kBytes (4 or 16) to shared memory: the first `bytes` of them from global memory, then zeros.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                 "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
+                 "n"(kBytes), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all but this thread's last kPending groups of copies have arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_L2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// fp32 to nearest tf32 (10 bits of mantissa), as fp32 bits; ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(bits_float(bits)));
+  return out;
+}
+
+// D (16 x 8) += L (16 x K) R (K x 8) by a warp, D in fp32: K = 8 for fp32 factors (as tf32), 16 for
+// 16-bit ones, whose products are exact. Lane 4 g + t holds L's words (row g, word t), (g + 8, t),
+// (g, t + 4), (g + 8, t + 4), R's words (t, col g), (t + 4, g), and D's (g, 2 t), (g, 2 t + 1),
+// (g + 8, 2 t), (g + 8, 2 t + 1); a word is one fp32 or two neighbours along K.
+#define RELORA_MMA(Factor, instruction)                                                      \
+  template <>                                                                                \
+  __device__ __forceinline__ void mma<Factor>(float (&d)[4], const uint32_t (&l)[4],         \
+                                              const uint32_t (&r)[2]) {                      \
+    asm("mma.sync.aligned." instruction                                                      \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                     \
+        : "r"(l[0]), "r"(l[1]), "r"(l[2]), "r"(l[3]), "r"(r[0]), "r"(r[1]));                 \
+  }
+template <typename F>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]);
+RELORA_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+RELORA_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+RELORA_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
+#undef RELORA_MMA
+
+}  // namespace relora
+#endif

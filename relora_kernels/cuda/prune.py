@@ -1,0 +1,97 @@
+"""prune_, random pruning and magnitude histograms in CUDA. Formulas: reference/prune.py. Kernels: csrc/prune.cu."""
+
+from __future__ import annotations
+
+from array import array
+from itertools import chain
+
+import torch
+
+from relora_kernels.cuda import extension, why_no_device
+from relora_kernels.reference.prune import NONE_ABOVE, drop_below
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DType
+
+
+def why_not(tensors, ratio, paired_with) -> str | None:
+    """Why the kernels cannot serve this call; None where they can."""
+    given = [*tensors, *paired_with]
+    for t in given:
+        if t.dtype not in CODES:
+            return f"a tensor in {t.dtype}; the kernels take float32, bfloat16 and float16"
+    return why_no_device(given[0].device) if given else None
+
+
+def why_not_random(tensors, ratio, paired_with, seeds, first_elements) -> str | None:
+    return why_not(tensors, ratio, paired_with)
+
+
+def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
+    return why_not(tensors, None, [])
+
+
+def prune_(tensors, ratio, paired_with) -> None:
+    """Arguments as checked by ops/prune.py, on one device."""
+    flat = _Flat(tensors, paired_with)
+    module = extension()[0]
+    workspace = torch.empty(
+        module.prune_workspace(flat.rows), dtype=torch.uint8, device=tensors[0].device
+    )
+    flat.run("prune_", module.prune, ratio, workspace.data_ptr())
+
+
+def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
+    """Arguments as of reference/prune.py, on one device."""
+    flat = _Flat(tensors, paired_with, seeds, first_elements)
+    flat.run("prune_random_", extension()[0].prune_random, drop_below(ratio))
+
+
+def magnitude_counts(tensors, prefixes, shift, bits):
+    """Arguments and results as of reference/prune.py; bits <= 13."""
+    device = tensors[0].device
+    counts = torch.zeros(len(tensors), 2**bits, dtype=torch.int64, device=device)
+    lowest = torch.full((len(tensors),), NONE_ABOVE, dtype=torch.int64, device=device)
+    highest = torch.full((len(tensors),), -1, dtype=torch.int64, device=device)
+    prefixes = prefixes.contiguous()
+    pointers = [t.data_ptr() for t in (counts, lowest, highest)]
+    flat = _Flat(tensors)
+    flat.run(
+        "_magnitude_counts", extension()[0].magnitude_counts,
+        prefixes.data_ptr(), shift, bits, *pointers, written=False,
+    )  # fmt: skip
+    return counts, lowest, highest
+
+
+class _Flat:
+    """A list and its partners as the kernels take them: contiguous (strided ones through copies), in
+    rows of seven int64 (launch.h's PruneTensor)."""
+
+    def __init__(self, tensors, partners=(), seeds=None, first=None):
+        self.given = [*tensors, *partners]
+        self.flat = [t.contiguous() for t in self.given]
+        n = len(tensors)
+        pointers = [t.data_ptr() for t in self.flat]
+        codes = [CODES[t.dtype] for t in self.flat]
+        columns = (
+            pointers[:n], pointers[n:] or [0] * n, [t.numel() for t in tensors],
+            codes[:n], codes[n:] or [0] * n, seeds or [0] * n, first or [0] * n,
+        )  # fmt: skip
+        self.rows = array("q", chain.from_iterable(zip(*columns)))
+
+    def run(self, op: str, function, *arguments, written: bool = True) -> None:
+        device = self.given[0].device
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            try:
+                function(self.rows, *arguments, device.index, stream)
+            except RuntimeError as error:
+                shapes = ", ".join(str(tuple(t.shape)) for t in self.given[:8])
+                more = f", ... ({len(self.given)} in all)" if len(self.given) > 8 else ""
+                raise RuntimeError(f"{op}: tensors {shapes}{more} on {device}: {error}") from error
+        if not written:
+            return
+        for t, flat in zip(self.given, self.flat):
+            if flat is not t:
+                t.copy_(flat)
+        # The kernels write through raw pointers, which autograd cannot see.
+        torch.autograd.graph.increment_version(self.given)

@@ -1,0 +1,329 @@
+"""Checkpoints that are complete or absent, in safetensors and JSON alone.
+
+    checkpoint-N/
+        model.safetensors      the whole model, W's residuals included, gathered where it is sharded
+        config.json, ...       the model's configuration and the tokenizer
+        training.safetensors   tensors of the optimizer, by parameter name
+        training.json          the rest of the training state, every rank's generators among it
+        trainer_state.json     Trainer's own
+        manifest.json          size and sha256 of every other file, and what a resumed run must match
+
+A checkpoint is written under another name, its files and folder are fsynced, and it is renamed: a
+process killed at any point leaves the earlier one. It is valid if every file is as the manifest says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from relora_kernels import sharding
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"tmp-checkpoint-\d+(-old)?")
+
+logger = logging.getLogger(__name__)
+
+
+class OtherRun(ValueError):
+    """The checkpoint is of a run with other settings."""
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
+    """A checkpoint at `folder`, all or nothing, with the files that `fill(folder)` writes.
+
+    Raises what writing raises (OSError for a full disk); `folder` is then as it was, and nothing else
+    is left.
+    """
+    temporary = folder.with_name(f"tmp-{folder.name}")
+    old = folder.with_name(f"tmp-{folder.name}-old")
+    _delete_unfinished(folder.parent)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        files = {}
+        for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+            files[path.relative_to(temporary).as_posix()] = _measure(path)
+            _sync(path)
+        manifest = {"format": _FORMAT, "files": files, "facts": facts}
+        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        for path in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+            _sync(path)
+        if folder.exists():  # of the same step: damaged, or of an earlier run
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+        _sync(folder.parent.parent)  # where the first checkpoint has made a folder
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None:
+    """Of the checkpoints older than `folder`, keeps the newest `keep` - 1, and `spare`; None: all.
+
+    What is damaged does not count. Later ones, of a course that was left, are nobody's to delete.
+    """
+    if not keep or keep < 0:
+        return
+    older = [p for n, p in _numbered(folder.parent) if n < _number(folder)]
+    kept = [p for p in older if problem(p, hashes=False) is None][: keep - 1]
+    for path in older:
+        if path not in kept and not (spare and path == Path(spare)):
+            aside = path.with_name(f"tmp-{path.name}")
+            os.rename(path, aside)  # a process killed here leaves no half checkpoint
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def problem(folder: Path, hashes: bool = True) -> str | None:
+    """What makes a checkpoint invalid, or None. Reads every file, unless `hashes` is False."""
+    try:
+        files = read_manifest(folder)["files"]
+        for name, (size, sha256) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if hashes and _measure(path)[1] != sha256:
+                return f"{name} has other contents than were written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def read_manifest(folder: Path) -> dict:
+    """ValueError where it is missing, damaged or of another format."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{MANIFEST} is missing: half-written, or not by ReLoRaTrainer")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == _FORMAT and {"files", "facts"} <= manifest.keys():
+            return manifest
+        found = manifest["format"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged: {error!r}") from error
+    raise ValueError(f"{MANIFEST}: expected format {_FORMAT}, got {found}")
+
+
+def last_valid(folder: str | Path) -> Path | None:
+    """The latest valid checkpoint-N in `folder`; one line for each later one that is passed over."""
+    for _, path in _numbered(Path(folder)):
+        found = problem(path)
+        if found is None:
+            return path
+        logger.warning("passing over %s: %s", path, found)
+    return None
+
+
+def any_in(folder: str | Path) -> bool:
+    """Whether there is a checkpoint-N, valid or not."""
+    return bool(_numbered(Path(folder)))
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(N, path) of every checkpoint-N, the latest first."""
+    if not folder.is_dir():
+        return []
+    found = [(_number(p), p) for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def _number(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def _delete_unfinished(folder: Path) -> None:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name):
+                shutil.rmtree(path)
+
+
+def _measure(path: Path) -> list:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- what a resumed run must match --------------------------------------------------------------------
+
+
+def differences(saved: dict, now: dict, prefix: str = "") -> Iterator[str]:
+    """Lines "name: expected (as saved) ..., got ..."."""
+    for key in {**saved, **now}:
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif isinstance(a, list) and isinstance(b, list) and a != b:
+            lost, new = ([x for x in one if x not in other] for one, other in ((a, b), (b, a)))
+            parts = [f"expected also {_some(lost)}"] * bool(lost) + [
+                f"got also {_some(new)}"
+            ] * bool(new)
+            yield f"{prefix}{key}: " + (", ".join(parts) or "expected another order")
+        elif a != b:
+            yield f"{prefix}{key}: expected {a}, got {b}"
+
+
+def _some(items: list) -> str:
+    return ", ".join(map(str, items[:3])) + (f" and {len(items) - 3} more" if items[3:] else "")
+
+
+# --- tensors ---------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """safetensors, of any strides; tensors that are one (tied weights) are written once."""
+    written, same, first, storages = {}, {}, {}, set()
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            same[name] = first[place]
+            continue
+        first[place] = name
+        storage = tensor.untyped_storage().data_ptr()
+        tensor = tensor.contiguous()
+        if storage in storages and tensor.untyped_storage().data_ptr() == storage:
+            tensor = tensor.clone()  # another view of what is written already
+        storages.add(storage)
+        written[name] = tensor
+    save_file(written, path, metadata={"format": "pt", "same": json.dumps(same)})
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        same = json.loads((file.metadata() or {}).get("same", "{}"))
+    return tensors | {name: tensors[first] for name, first in same.items()}
+
+
+def gather_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The whole state_dict, sharded tensors gathered one by one into host memory.
+
+    Call it on every rank; where not `keep` the result is empty.
+    """
+    sharding.reshard(model)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if not torch.is_tensor(tensor):
+            raise TypeError(
+                f"{name}: expected a tensor in the state_dict, got {type(tensor).__name__}"
+            )
+        whole = sharding.whole(tensor.detach())
+        if keep:
+            tensors[name] = whole.cpu() if sharding.is_sharded(tensor) else whole
+    return tensors
+
+
+def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Whole tensors into a model, sharded or not. OtherRun for other names, shapes or dtypes."""
+    sharding.reshard(model)
+    own = model.state_dict()
+    residuals = {name for name in {*own, *tensors} if name.endswith("weight_residual")}
+    if wrong := (own.keys() ^ tensors.keys()) - residuals:
+        raise OtherRun(
+            f"expected the model to hold the checkpoint's tensors, got {len(wrong)} that only one of "
+            f"them has: {_some(sorted(wrong))}"
+        )
+    placed = {}
+    for name, tensor in tensors.items():
+        target = own.get(name)
+        if target is not None and (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
+            raise OtherRun(
+                f"{name}: expected {tuple(tensor.shape)} {tensor.dtype} as in the checkpoint, got "
+                f"{tuple(target.shape)} {target.dtype}"
+            )
+        placed[name] = tensor if name in residuals else place_like(target, tensor)
+    model.load_state_dict(placed)
+
+
+def place_like(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of `whole`, as a DTensor, if `target` is one; else `whole`."""
+    if not sharding.is_sharded(target) or whole.shape != target.shape:
+        return whole
+    from torch.distributed.tensor import DTensor
+
+    rows, first = sharding.local_rows(target)
+    local = whole[first : first + len(rows)].to(rows.device, copy=True)
+    return DTensor.from_local(
+        local, target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
+    )
+
+
+# --- trees of numbers and tensors ---------------------------------------------------------------------
+
+
+def pack(tree, tensors: dict[str, torch.Tensor], path: str = ""):
+    """`tree` as JSON holds it; its tensors go into `tensors` under the path to them.
+
+    Takes dicts, lists, tuples, tensors, numpy's arrays and scalars, numbers, strings and None.
+    TypeError, naming the path, for anything else: nothing is pickled.
+    """
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if isinstance(tree, np.ndarray):
+        return {"array": tree.tolist(), "dtype": str(tree.dtype)}
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree
+        return {"tensor": path}
+    if isinstance(tree, (list, tuple)):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [pack(item, tensors, f"{path}.{i}") for i, item in enumerate(tree)]}
+    if isinstance(tree, dict):
+        items = [[key, pack(value, tensors, f"{path}.{key}")] for key, value in tree.items()]
+        if all(isinstance(key, (str, int, float, bool, type(None))) for key, _ in items):
+            return {"dict": items}
+    raise TypeError(
+        f"checkpoint: expected numbers, strings, tensors, lists and dicts, got "
+        f"{type(tree).__name__} at {path.strip('.') or 'the top'}"
+    )
+
+
+def unpack(tree, tensors: dict[str, torch.Tensor]):
+    """The inverse of `pack`."""
+    if not isinstance(tree, dict):
+        return tree
+    if "array" in tree:
+        return np.array(tree["array"], dtype=tree["dtype"])
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "dict" in tree:
+        return {key: unpack(value, tensors) for key, value in tree["dict"]}
+    [(kind, items)] = tree.items()
+    items = [unpack(item, tensors) for item in items]
+    return items if kind == "list" else tuple(items)

@@ -1,0 +1,147 @@
+"""Calls that may crash, hang or leave a GPU unusable: each costs itself alone.
+
+`Worker("module:function")` keeps one process that answers calls of function(argument), both JSON. A
+process that dies, answers too late or raises is thrown away, and the next call starts another: after a
+failed kernel no CUDA context can be trusted. Importing torch takes seconds, so it is kept otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+START_LIMIT_S = 120.0  # importing torch from a cold disk takes most of a minute
+_PR_SET_PDEATHSIG = 1
+# Without the current directory, which Python puts first: a copy of the sources may lie there.
+_START = "import sys; del sys.path[0]; from relora_kernels.worker import serve; serve()"
+
+
+class Worker:
+    """call(argument, limit_s) -> {"status": "ok", "value": ...}, or {"status": why, "reason": words,
+    "log": the end of what it printed}, why being raised, crashed or hung.
+
+    `path`: folders to import from, before all others; then comes the one that this package was imported
+    from, and never the current directory. `environment`: variables, None for one to drop.
+    """
+
+    def __init__(self, target: str, path: list = (), environment: dict | None = None):
+        self._target, self._process = target, None
+        merged = {**os.environ, **(environment or {})}
+        self._environment = {k: v for k, v in merged.items() if v is not None}
+        here = str(Path(__file__).resolve().parents[1])
+        inherited = filter(None, [os.environ.get("PYTHONPATH")])
+        self._environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), here, *inherited])
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def call(self, argument, limit_s: float) -> dict:
+        """`limit_s` is for the call; starting the process and its imports come on top."""
+        if self._process is None:
+            self._start()
+            begun = self._answer(START_LIMIT_S)
+            if begun["status"] != "ok":
+                return begun
+        try:
+            self._process.stdin.write(json.dumps(argument) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died; so its output has ended
+        return self._answer(limit_s)
+
+    def _answer(self, limit_s: float) -> dict:
+        try:
+            line = self._answers.get(timeout=limit_s)
+        except queue.Empty:
+            self.close()
+            return self._failed("hung", f"no answer within {limit_s:.0f} s")
+        if line is None:  # the end of its output: it died
+            return self._failed("crashed", f"the process ended with {self.close()}")
+        answer = json.loads(line)
+        if answer["status"] == "ok":
+            return answer
+        self.close()
+        return self._failed(**answer)
+
+    def _failed(self, status: str, reason: str) -> dict:
+        self._log.seek(0)
+        return {"status": status, "reason": reason, "log": self._log.read()[-2000:]}
+
+    def close(self) -> int | None:
+        """End the process; its exit status, negative for a signal."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        try:
+            process.stdin.close()
+            # One that has died is collected; a live one is not waited for: it may hang.
+            process.wait(timeout=0.2)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            pass
+        status = process.poll()
+        if status is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers with it
+        process.wait()
+        self._reader.join()
+        process.stdout.close()
+        return status
+
+    def _start(self) -> None:
+        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, self._target,
+             str(os.getpid())],
+            env=self._environment, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+        )  # fmt: skip
+        self._answers = queue.Queue()
+        self._reader = threading.Thread(
+            target=_read, args=(self._process.stdout, self._answers), daemon=True
+        )
+        self._reader.start()
+
+
+def _read(stream, answers: queue.Queue) -> None:
+    for line in stream:
+        answers.put(line)
+    answers.put(None)
+
+
+def serve() -> None:
+    """The worker's own process: one JSON line in, one out, until the input ends."""
+    target, parent = sys.argv[1:3]
+    _die_with_the_parent(int(parent))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the function prints must not be taken for an answer
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    answers.write(json.dumps({"status": "ok"}) + "\n")
+    answers.flush()
+    for line in sys.stdin:
+        try:
+            answer = {"status": "ok", "value": function(json.loads(line))}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"status": "raised", "reason": f"{type(error).__name__}: {error}"[:2000]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _die_with_the_parent(parent: int) -> None:
+    """Also in mid-hang, when the parent was killed and the end of input is never read."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)

@@ -1,0 +1,108 @@
+// csrc/mma.cuh on the host: the tensor-core product by exchange between a warp's lanes, with the
+// fragment layout of the PTX manual, and copies that arrive as late as they may.
+#pragma once
+
+#include <map>
+#include <vector>
+
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;  // so that two tiles are enough for a block to go through several
+  return cudaSuccess;
+}
+
+namespace relora {
+
+template <typename T>
+T* global_memory(void* p) { return static_cast<T*>(p); }
+
+inline int lane_id() { return int(threadIdx.x) % 32; }
+
+struct WarpFragments { uint32_t l[32][4], r[32][2]; };
+// Thread-local as shared memory is, so that each block has its own.
+inline thread_local WarpFragments fragments[32][2];  // of a warp's product, and of its next one
+inline thread_local unsigned products[1024];         // that a thread has taken part in
+
+struct Copy { void* to; const void* from; int size, bytes; };
+inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // a thread's groups
+
+inline void run_copies(const std::vector<Copy>& group) {
+  for (const Copy& copy : group) {
+    std::memset(copy.to, 0, copy.size);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
+// A group runs when it is waited for, not before: a stage that is read too early is still NaN.
+template <int kBytes>
+void copy_async(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes || reinterpret_cast<uintptr_t>(global) % kBytes)
+    simt::die("misaligned copy_async of bytes", kBytes, bytes);
+  auto& groups = copies[simt::current];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({shared, global, kBytes, bytes});
+}
+inline void commit_copies() {
+  auto& groups = copies[simt::current];  // the last is being filled
+  groups.resize(std::max<size_t>(groups.size(), 1) + 1);
+}
+template <int kPending>
+void wait_for_copies() {
+  auto& groups = copies[simt::current];
+  while (int(groups.size()) - 1 > kPending) {
+    run_copies(groups.front());
+    groups.erase(groups.begin());
+  }
+}
+
+inline void prefetch_L2(const void*) {}
+
+inline uint32_t to_tf32(uint32_t bits) {
+  if ((bits & 0x7F800000u) == 0x7F800000u) return bits;
+  return (bits + 0x1000u) & 0xFFFFE000u;
+}
+
+// Element k of one of a word's kPerWord: tf32 operands lose what does not fit.
+template <typename F>
+float element(const uint32_t* lane_words, int word, int k);
+template <>
+inline float element<float>(const uint32_t* words, int word, int) {
+  return bits_float(words[word] & 0xFFFFE000u);
+}
+template <>
+inline float element<bf16>(const uint32_t* words, int word, int k) {
+  return to_float(bf16{uint16_t(words[word] >> (16 * (k % 2)))});
+}
+template <>
+inline float element<fp16>(const uint32_t* words, int word, int k) {
+  return to_float(fp16{uint16_t(words[word] >> (16 * (k % 2)))});
+}
+
+template <typename F>
+void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
+  constexpr int kPerWord = 4 / int(sizeof(F));
+  const unsigned thread = threadIdx.x, lane = thread % 32;
+  WarpFragments& all = fragments[thread / 32][products[thread]++ % 2];
+  std::memcpy(all.l[lane], l, sizeof l);
+  std::memcpy(all.r[lane], r, sizeof r);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = int(lane) / 4 + 8 * (i / 2), col = int(lane) % 4 * 2 + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 8 * kPerWord; ++k) {
+      const int word = k / kPerWord;
+      sum += double(element<F>(all.l[row % 8 * 4 + word % 4], row / 8 + 2 * (word / 4), k)) *
+             element<F>(all.r[col * 4 + word % 4], word / 4, k);
+    }
+    d[i] = float(sum);
+  }
+}
+
+}  // namespace relora

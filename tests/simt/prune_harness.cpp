@@ -1,0 +1,46 @@
+// csrc/prune.cu, as it is, on the CPU: a C interface for ctypes.
+#include "prune.cu"
+
+namespace relora {
+namespace {
+thread_local uint4 dynamic_shared[simt::kDynamicMost / 16 + 64];
+}
+}  // namespace relora
+
+// Returns what `run` does; `blocks` receives how many blocks ran.
+template <typename Run>
+static int in_order(unsigned order, long* blocks, Run&& run) {
+  simt::order = order;
+  simt::blocks_run = 0;
+  simt::dynamic_shared = reinterpret_cast<unsigned char*>(relora::dynamic_shared);
+  simt::dynamic_capacity = sizeof relora::dynamic_shared;
+  const int error = run();
+  *blocks = simt::blocks_run;
+  return error;
+}
+
+extern "C" {
+
+int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) {
+  return relora::prune_workspace(tensors, count);
+}
+int simt_prune(const relora::PruneTensor* tensors, int64_t count, double ratio, void* workspace,
+               unsigned order, long* blocks) {
+  return in_order(order, blocks,
+                  [&] { return relora::prune(tensors, count, ratio, workspace, nullptr); });
+}
+int simt_prune_random(const relora::PruneTensor* tensors, int64_t count, uint64_t threshold,
+                      unsigned order, long* blocks) {
+  return in_order(order, blocks,
+                  [&] { return relora::prune_random(tensors, count, threshold, nullptr); });
+}
+int simt_magnitude_counts(const relora::PruneTensor* tensors, int64_t count,
+                          const int64_t* prefixes, int shift, int bits, int64_t* counts,
+                          int64_t* lowest, int64_t* highest, unsigned order, long* blocks) {
+  return in_order(order, blocks, [&] {
+    return relora::magnitude_counts(tensors, count, prefixes, shift, bits, counts, lowest, highest,
+                                    nullptr);
+  });
+}
+
+}  // extern "C"

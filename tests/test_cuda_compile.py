@@ -1,0 +1,51 @@
+"""Every CUDA kernel compiles for every architecture without a GPU: no spills, 16-byte accesses."""
+
+import cuda_table
+import pytest
+from simt_build import cuda_build
+
+# Widest global load, copy to shared memory and store, in bits, and the tensor-core instruction. A
+# kernel that is not here has only to keep its registers.
+EXPECTED = {
+    "merge_kernel<bf16, bf16>": (128, 128, 128, "HMMA.16816.F32.BF16"),
+    "merge_kernel<fp16, fp16>": (128, 128, 128, "HMMA.16816.F32"),
+    "merge_kernel<bf16, float>": (128, 128, 128, "HMMA.1688.F32.TF32"),
+    "merge_kernel<fp16, float>": (128, 128, 128, "HMMA.1688.F32.TF32"),
+    "merge_kernel<float, float>": (128, 128, 128, "HMMA.1688.F32.TF32"),
+    "restart_kernel<float>": (0, 0, 128, None),
+    "restart_kernel<bf16>": (0, 0, 64, None),
+    "partition_kernel": (128, 0, 128, None),
+    **{
+        f"{name}_kernel<unsigned {kind}>": (128, 0, 0, None)
+        for name in ("count", "small", "random")
+        for kind in ("int", "short")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    nvcc = cuda_build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    if cuda_table.find_cuobjdump(nvcc) is None:
+        pytest.skip("no cuobjdump on this machine")
+    archs = [arch for arch in cuda_build.DEFAULT_ARCHS if arch in cuda_build.archs(nvcc)]
+    found = cuda_table.all_kernels(archs)
+    assert {row["arch"] for row in found} - {"90a"} == set(archs)  # 90a: test_cuda_gemm.py
+    return found
+
+
+def test_no_kernel_spills(rows):
+    spilling = [row for row in rows if row["spills"]]
+    assert not spilling
+
+
+def test_main_paths_move_16_bytes_at_a_time(rows):
+    for name, (load, copy, store, unit) in EXPECTED.items():
+        found = [row for row in rows if row["kernel"] == name]
+        assert len(found) == len({row["arch"] for row in rows} - {"90a"}), name
+        for row in found:
+            widths = [cuda_table.widest(row, kind) for kind in ("LDG.", "LDGSTS.", "STG.")]
+            assert all(w >= least for w, least in zip(widths, (load, copy, store))), row
+            assert row["tensor_core"] == ([unit] if unit else []), row

@@ -1,0 +1,592 @@
+"""csrc/prune.cu and the quantiles of csrc/numerics.cuh against the reference: on the CPU through the SIMT
+shim, on a GPU where there is one, and what nvcc makes of it."""
+
+import contextlib
+import ctypes
+import re
+
+import numpy as np
+import pytest
+import torch
+from simt_build import CSRC, TESTS, assert_same_bits, cuda_build, host_library, put_in_place
+
+from relora_kernels import cuda, prune_, use_backend
+from relora_kernels.cuda import prune as launcher
+from relora_kernels.ops.prune import prune_random_
+from relora_kernels.reference import prune as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # launch.h's order
+SPAN = 49152  # kSpan: up to here one block, from here on several
+RATIOS = [0.0, 0.5, 0.9, 0.99, 0.999, 1.0]
+GARBAGE = 0xA5
+
+
+# ---- numerics.cuh -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def numerics(tmp_path_factory):
+    library = host_library("numerics.cpp", tmp_path_factory.mktemp("numerics"))
+    for name in ("infinity_key", "key_of_32", "key_of_16", "threshold_of"):
+        getattr(library, name).restype = ctypes.c_uint32
+    library.rank_of.restype = ctypes.c_int64
+    return library
+
+
+def array_at(array):
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def key_values(numerics, code, keys):
+    out = np.empty(len(keys), np.float32)
+    keys = np.ascontiguousarray(keys, np.uint32)
+    numerics.key_values(code, array_at(keys), ctypes.c_int64(len(keys)), array_at(out))
+    return torch.from_numpy(out)
+
+
+def nearest_keys(numerics, code, values):
+    values, out = values.float().contiguous().numpy(), np.empty(len(values), np.uint32)
+    numerics.nearest_keys(code, array_at(values), ctypes.c_int64(len(values)), array_at(out))
+    return out
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_keys_of_every_16_bit_pattern_order_as_magnitudes_and_come_back(numerics, code):
+    patterns = np.arange(2**16, dtype=np.uint16)
+    keys = np.array([numerics.key_of_16(ctypes.c_uint16(int(p))) for p in patterns], np.uint32)
+    magnitude = torch.from_numpy(patterns.view(np.int16)).view(DTYPES[code]).abs()
+    assert_same_bits(key_values(numerics, code, keys), magnitude.float())
+    number = ~magnitude.isnan().numpy()
+    assert np.array_equal(nearest_keys(numerics, code, magnitude)[number], keys[number])
+    assert (keys[~number] > numerics.infinity_key(code)).all()
+    assert keys[magnitude.isinf().numpy()].tolist() == [numerics.infinity_key(code)] * 2
+    order = np.argsort(keys[: 2**15])
+    assert (magnitude[order][: numerics.infinity_key(code) + 1].float().diff() > 0).all()
+
+
+def test_keys_of_float32_order_as_magnitudes_and_come_back(numerics):
+    patterns = np.random.default_rng(0).integers(0, 2**32, 5000, dtype=np.uint32)
+    patterns = np.concatenate([patterns, np.array([0, 1, 1 << 31, 0x7F800000, 0xFF800000], "u4")])
+    keys = np.array([numerics.key_of_32(ctypes.c_uint32(int(p))) for p in patterns], np.uint32)
+    magnitude = torch.from_numpy(patterns.view(np.int32)).view(torch.float32).abs()
+    assert_same_bits(key_values(numerics, 0, keys), magnitude)
+    number = ~magnitude.isnan().numpy()
+    assert np.array_equal(nearest_keys(numerics, 0, magnitude)[number], keys[number])
+    assert ((keys > numerics.infinity_key(0)) == ~number).all()
+
+
+def threshold(numerics, code, magnitude, ratio):
+    """The threshold's key, from the sorted magnitudes."""
+    weight = ctypes.c_float()
+    n = len(magnitude)
+    low = numerics.rank_of(ctypes.c_int64(n), ctypes.c_double(ratio), ctypes.byref(weight))
+    keys = reference.magnitude_keys(magnitude[low : low + 2]).tolist()
+    return numerics.threshold_of(code, keys[0], keys[-1], weight)
+
+
+@pytest.mark.parametrize("code", range(3))
+def test_interpolation_equals_torch_quantile_on_thousands_of_cases(numerics, code):
+    """Zero mismatches. A few per cent differ without the fused multiply-add."""
+    rng = np.random.default_rng(code)
+    for case in range(2500):
+        n = int(rng.integers(1, 400))
+        ratio = RATIOS[case // 2 % len(RATIOS)] if case % 2 else float(rng.random())
+        t = torch.from_numpy(rng.standard_normal(n) * 10.0 ** rng.integers(-6, 5)).to(DTYPES[code])
+        expected = torch.quantile(t.abs().float(), ratio).to(DTYPES[code])
+        key = threshold(numerics, code, t.abs().sort().values, ratio)
+        assert key == reference.magnitude_keys(expected).item(), (n, ratio)
+
+
+def test_interpolation_with_infinities(numerics):
+    big, inf = torch.finfo(torch.float32).max, torch.inf
+    for values in ([1.0, inf], [inf, inf], [1.0, 2.0, inf], [big, inf], [0.0, 1e-45]):
+        for ratio in torch.linspace(0, 1, 23).tolist():
+            t = torch.tensor(values)
+            expected = reference.magnitude_quantile(t, ratio)
+            key = threshold(numerics, 0, t, ratio)
+            if expected.isnan():
+                assert key == 0xFFFFFFFF
+            else:
+                assert key == reference.magnitude_keys(expected).item()
+
+
+def test_ranks_at_any_size(numerics):
+    rng = np.random.default_rng(3)
+    for case in range(4000):
+        n = int(2 ** rng.uniform(0, 41)) if case % 2 else 2**24 + case // 2 - 1000
+        ratio = RATIOS[case // 2 % 6] if case % 4 < 2 else float(rng.random())
+        weight = ctypes.c_float()
+        low = numerics.rank_of(ctypes.c_int64(n), ctypes.c_double(ratio), ctypes.byref(weight))
+        expected_low, expected_weight = reference.quantile_rank(n, ratio)
+        assert (low, weight.value) == (expected_low, np.float32(expected_weight))
+
+
+# ---- The kernels --------------------------------------------------------------------------------
+
+
+class Shim:
+    """relora_kernels._C's stand-in: the same kernels, on the CPU. Hands the kernels a workspace full of
+    garbage and looks for writes behind it."""
+
+    def __init__(self, library):
+        self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
+        library.simt_prune_workspace.restype = ctypes.c_int64
+
+    def prune_workspace(self, rows):
+        self.bytes = self.library.simt_prune_workspace(*self._list(rows))
+        return self.bytes + 256
+
+    def prune(self, rows, ratio, workspace, device, stream):
+        ctypes.memset(workspace, GARBAGE, self.bytes + 256)
+        self._call("prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace))
+        assert ctypes.string_at(workspace + self.bytes, 256) == bytes([GARBAGE]) * 256
+
+    def prune_random(self, rows, threshold, device, stream):
+        self._call("prune_random", rows, ctypes.c_uint64(threshold))
+
+    def magnitude_counts(self, rows, prefixes, shift, bits, *rest):
+        counts, lowest, highest, device, stream = rest
+        outputs = map(ctypes.c_void_p, (counts, lowest, highest))
+        self._call("magnitude_counts", rows, ctypes.c_void_p(prefixes), shift, bits, *outputs)
+
+    @staticmethod
+    def _list(rows):
+        return ctypes.c_void_p(rows.buffer_info()[0]), ctypes.c_int64(len(rows) // 7)
+
+    def _call(self, name, rows, *arguments):
+        blocks = ctypes.c_long()
+        function = getattr(self.library, f"simt_{name}")
+        error = function(*self._list(rows), *arguments, self.order, ctypes.byref(blocks))
+        self.blocks = blocks.value
+        if error:
+            raise RuntimeError(f"cudaError {error}")
+
+
+@pytest.fixture(scope="module")
+def shim_library(tmp_path_factory):
+    return host_library("prune_harness.cpp", tmp_path_factory.mktemp("simt"), TESTS / "simt")
+
+
+@pytest.fixture
+def shim(shim_library, monkeypatch):
+    shim = Shim(shim_library)
+    put_in_place(monkeypatch, launcher, shim)
+    return shim
+
+
+def values_of(kind: str, n: int, generator) -> torch.Tensor:
+    base = torch.randn(n, generator=generator)
+    some = torch.rand(n, generator=generator)
+    pick = int(torch.randint(n, (), generator=generator))
+    base[pick] = -0.0
+    return {
+        "normal": lambda: base * 1e-3,
+        "log-normal": lambda: (4 * base).exp(),
+        "ties": lambda: (2 * base).round(),
+        "mostly zero": lambda: base * (some < 0.2) * torch.where(some < 0.1, 1.0, -1.0),
+        "constant": lambda: torch.full((n,), -2.5),
+        "zeros": lambda: torch.zeros(n).copysign(base),
+        "denormal": lambda: base * 1e-40,
+        "tiny": lambda: base * 1e-27,
+        "with inf": lambda: torch.where(some < 0.1, torch.inf, base),
+        "all inf": lambda: torch.full((n,), -torch.inf),
+        "one NaN": lambda: base.index_fill(0, torch.tensor(pick), torch.nan),
+        "all NaN": lambda: torch.full((n,), torch.nan),
+        "sorted": lambda: base.abs().sort().values,
+    }[kind]()
+
+
+KINDS = (
+    "normal", "log-normal", "ties", "mostly zero", "constant", "zeros", "denormal", "tiny",
+    "with inf", "all inf", "one NaN", "all NaN", "sorted",
+)  # fmt: skip
+
+
+class Guarded:
+    """A tensor inside a larger buffer, whose other elements have to stay what they are."""
+
+    def __init__(self, values: torch.Tensor, offset: int, device="cpu"):
+        self.buffer = torch.full((64 + offset + len(values) + 64,), 7.0, dtype=values.dtype).to(
+            device
+        )
+        self.slice = slice(64 + offset, 64 + offset + len(values))
+        self.tensor.copy_(values)
+
+    @property
+    def tensor(self):
+        return self.buffer[self.slice]
+
+    def copy(self):
+        other = object.__new__(Guarded)
+        other.buffer, other.slice = self.buffer.clone(), self.slice
+        return other
+
+
+def drawn_list(number, sizes, device="cpu", partner_dtypes=(None, *DTYPES)):
+    """(tensors, partners or []): dtypes, kinds and alignments drawn by `number`, one of each size."""
+    rng, generator = np.random.default_rng(number), torch.Generator().manual_seed(number)
+    partner_dtype = partner_dtypes[number % len(partner_dtypes)]
+    tensors, partners = [], []
+    for i, n in enumerate(sizes):
+        dtype = DTYPES[rng.integers(3)]
+        kind = KINDS[(number + i) % len(KINDS)]
+        values = values_of(kind, n, generator).to(dtype)
+        tensors.append(Guarded(values, int(rng.choice([0, 0, 1, 3])), device))
+        if partner_dtype is not None:
+            # Mostly the tensor's own dtype: the fast path.
+            other = partner_dtype if rng.random() < 0.5 else dtype
+            ones = torch.rand(n, generator=generator).to(other) + 1
+            ones[0] = torch.nan  # never multiplied, only kept or zeroed
+            partners.append(Guarded(ones, int(rng.choice([0, 0, 2])), device))
+    return tensors, partners
+
+
+def assert_equal_lists(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same_bits(a.buffer, b.buffer)
+
+
+def check_against_reference(tensors, ratio, partners=(), run=None):
+    expected = [g.copy() for g in tensors], [g.copy() for g in partners]
+    reference.prune_([g.tensor for g in expected[0]], ratio, [g.tensor for g in expected[1]])
+    (run or launcher.prune_)([g.tensor for g in tensors], ratio, [g.tensor for g in partners])
+    assert_equal_lists(tensors, expected[0])
+    assert_equal_lists(partners, expected[1])
+
+
+SMALL = [1, 2, 31, 33, 1000, 4096, 8193]
+EDGES = [SPAN - 1, SPAN, SPAN + 1, 2 * SPAN, 2 * SPAN + 4099]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_small_tensors_equal_the_reference(shim, ratio):
+    for number in range(16):
+        shim.order = number % 5
+        check_against_reference(*insert(drawn_list(number, SMALL), ratio))
+        assert shim.blocks == len(SMALL)
+
+
+def insert(lists, ratio):
+    return lists[0], ratio, lists[1]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_one_block_and_several_equal_the_reference(shim, ratio):
+    for number in range(12):
+        shim.order = (number + 3) % 5
+        check_against_reference(*insert(drawn_list(100 + number, EDGES), ratio))
+        assert shim.blocks > 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_large_tensor_with_its_own_dtypes_partner(shim, kind, dtype):
+    generator = torch.Generator().manual_seed(1)
+    n = 3 * SPAN - 8000
+    for shim.order, ratio in enumerate([0.3, 0.9, 0.997]):
+        t = Guarded(values_of(kind, n, generator).to(dtype), 0)
+        partner = Guarded(torch.rand(n, generator=generator).to(dtype) + 1, 0)
+        check_against_reference([t], ratio, [partner])
+
+
+def test_lists_of_many_tensors(shim):
+    """More of either kind than one table holds."""
+    generator = torch.Generator().manual_seed(5)
+    rng = np.random.default_rng(5)
+    sizes = [*rng.integers(1, 3000, 100), *[SPAN + 1 + int(i) for i in rng.integers(0, 99, 52)]]
+    tensors = [
+        Guarded((torch.randn(int(n), generator=generator) * 10.0 ** int(rng.integers(-8, 8))), 0)
+        for n in rng.permutation(sizes)
+    ]
+    for i, g in enumerate(tensors):
+        if i % 4 == 0:
+            tensors[i] = Guarded(g.tensor.to(DTYPES[1 + i // 4 % 2]), 0)
+    shim.order = 7
+    check_against_reference(tensors, 0.9)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_bin_that_lies_in_one_block(shim, paired):
+    """Its list entries overflow what that block collects, and still have room in the tensor's list."""
+    n = 10 * SPAN
+    t = torch.cat([torch.rand(n // 2) * 0.5, torch.rand(n // 2) + 4.0])
+    t[3 * SPAN : 3 * SPAN + 7000] = 1.0 + torch.rand(7000) / 64
+    ratio = ((t < 1).sum().item() + 3500) / (n - 1)
+    partners = [Guarded(torch.ones(n), 0)] if paired else []
+    check_against_reference([Guarded(t, 0)], ratio, partners)
+
+
+def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
+    """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them."""
+    n = SPAN + 501
+    keys = torch.full((n,), 0x3FC00000, dtype=torch.int32)
+    keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
+    keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
+    keys[-9:] = 0x3FC00001
+    t = keys.view(torch.float32)
+    decided_above = 0
+    for step in range(-12, 13):
+        ratio = (n // 2 - 1 + step / 10) / (n - 1)
+        low = reference.magnitude_quantile(t, ratio)
+        decided_above += low.item() == 1.5
+        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
+    assert decided_above > 3
+
+
+def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
+    """What tensors of 2^32 elements take, here from 60000 on."""
+    flags = ["-DRELORA_WIDE_FROM=60000"]
+    shim = Shim(host_library("prune_harness.cpp", tmp_path, TESTS / "simt", flags=flags))
+    put_in_place(monkeypatch, launcher, shim)
+    for number in range(8):
+        shim.order = number % 3
+        check_against_reference(*insert(drawn_list(200 + number, [*EDGES, 900]), 0.9))
+
+
+def test_strided_and_empty_tensors(shim):
+    base, partner = torch.randn(300, 401), torch.rand(300, 401) + 1
+    views = [lambda t: t.T[3:260, ::2], lambda t: t[:, 5], lambda t: t[7:9], lambda t: t[:0]]
+    for view in views:
+        ours, theirs = (base.clone(), partner.clone()), (base.clone(), partner.clone())
+        launcher.prune_([view(ours[0])], 0.7, [view(ours[1])])
+        if view(base).numel():
+            reference.prune_([view(theirs[0])], 0.7, [view(theirs[1])])
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_version_counters_move_for_what_is_written(shim):
+    t, partner = torch.randn(9), torch.ones(9)
+    versions = t._version, partner._version
+    launcher.prune_([t], 0.5, [partner])
+    launcher.prune_random_([t], 0.5, [partner], [1], [0])
+    assert (t._version, partner._version) == (versions[0] + 2, versions[1] + 2)
+    launcher.magnitude_counts([t], torch.zeros(1, dtype=torch.int64), 18, 13)
+    assert t._version == versions[0] + 2
+
+
+def test_a_failed_launch_names_op_and_shapes(shim, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("cudaErrorLaunchFailure")
+
+    monkeypatch.setattr(shim, "prune", fail)
+    says = r"prune_: tensors \(2, 3\), \(4,\).* on cpu: cudaErrorLaunchFailure"
+    with pytest.raises(RuntimeError, match=says):
+        launcher.prune_([torch.ones(2, 3), torch.ones(4)], 0.5, [])
+
+
+# 24 layers of hidden 2048, ffn 5461 at r = 128: the 1.3B model's lora_A and lora_B.
+LORA_1B = [s * 128 for s in ([2048] * 8 + [2048, 5461] * 3) * 24]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("sizes", [[10**8], [2**31 + 1], LORA_1B], ids=["1e8", "2^31", "1.3B"])
+def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype):
+    partner = (16, launcher.CODES[dtype]) if paired else (0, 0)
+    rows = [
+        value
+        for n in sizes
+        for value in (16, partner[0], n, launcher.CODES[dtype], partner[1], 0, 0)
+    ]
+    shim.prune_workspace(launcher.array("q", rows))
+    assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize * (1 + paired)
+
+
+# ---- Random pruning and histograms --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.999, 1.0])
+def test_random_pruning_draws_the_references_bits(shim, ratio):
+    for number in range(12):
+        shim.order = number % 3
+        sizes = [1, 5, 33, 1000, 8193, SPAN + 17] if number < 4 else [3, 70, 4099]
+        tensors, partners = drawn_list(300 + number, sizes)
+        rng = np.random.default_rng(number)
+        seeds = [int(s) for s in rng.integers(-(2**63), 2**63 - 1, len(sizes))]
+        first = [int(rng.choice([0, 1, 2, 3, 4, 2**34 - 9, 2**40 + 6])) for _ in sizes]
+        expected = [g.copy() for g in tensors], [g.copy() for g in partners]
+        keys = (seeds, first)
+        for function, lists in ((reference.prune_random_, expected),
+                                (launcher.prune_random_, (tensors, partners))):  # fmt: skip
+            function(*[[g.tensor for g in lists[0]], ratio, [g.tensor for g in lists[1]]], *keys)
+        assert_equal_lists(tensors, expected[0])
+        assert_equal_lists(partners, expected[1])
+
+
+@pytest.mark.parametrize(
+    "shift, bits", [(18, 13), (8, 10), (0, 8), (7, 8), (0, 7), (0, 0), (31, 0)]
+)
+def test_histograms_equal_the_reference(shim, shift, bits):
+    for number in range(6):
+        shim.order = number % 3
+        tensors, _ = drawn_list(400 + number, [1, 700, 5003, SPAN + 5])
+        tensors = [g.tensor for g in tensors] + [torch.empty(0)]
+        prefixes = torch.tensor(
+            [reference.magnitude_keys(t)[-1].item() >> (shift + bits) if t.numel() else 0
+             for t in tensors]
+        )  # fmt: skip
+        expected = reference.magnitude_counts(tensors, prefixes, shift, bits)
+        ours = launcher.magnitude_counts(tensors, prefixes, shift, bits)
+        for a, b in zip(ours, expected, strict=True):
+            assert a.dtype == torch.int64 and torch.equal(a, b)
+
+
+# ---- What nvcc makes of it ----------------------------------------------------------------------
+
+
+def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
+    nvcc = cuda_build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    ptx = tmp_path / "prune.ptx"
+    flags = [*cuda_build.COMPILE_FLAGS, "-arch=compute_80"]
+    cuda_build.run(nvcc, *flags, "-ptx", CSRC / "prune.cu", "-o", ptx)
+    kernels = dict(
+        re.findall(r"\.entry \w+?\d\d([a-z]+_kernel\w*?)E?v?N\w*\((.*?)\n}", ptx.read_text(), re.S)
+    )
+    assert len(kernels) == 12, kernels.keys()
+    for name, body in kernels.items():
+        assert re.search(r"ld\.global\.v4\.\w+", body), name
+        writes = not name.startswith(("count", "recount"))
+        assert bool(re.search(r"st\.global\.v4\.\w+", body)) == writes, name
+
+
+# ---- On a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu():
+    """Runs the ops with the CUDA backend on the GPU; skips where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if reason := cuda.why_no_device(torch.device("cuda", 0)):
+        pytest.skip(reason)
+    with use_backend("cuda"):
+        yield "cuda"
+
+
+def skip_unless_free(gigabytes: float) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < gigabytes * 1e9:
+        pytest.skip(f"needs {gigabytes} GB of GPU memory")
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_gpu_equals_the_reference(gpu, ratio):
+    for number in range(24):
+        lists = drawn_list(number, [*SMALL, *EDGES, 500_000], gpu)
+        check_against_reference(*insert(lists, ratio), run=prune_or_none)
+
+
+def prune_or_none(tensors, ratio, partners):
+    prune_(tensors, ratio, partners or None)
+
+
+def test_gpu_hundreds_of_tensors(gpu):
+    tensors = [torch.randn(n // 4, device=gpu) * 1e-4 for n in LORA_1B]
+    partners = [t.square() + 1 for t in tensors]
+    expected = [t.clone() for t in tensors], [t.clone() for t in partners]
+    reference.prune_(expected[0], 0.99, expected[1])
+    prune_(tensors, 0.99, partners)
+    for ours, theirs in zip((*tensors, *partners), (*expected[0], *expected[1])):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_a_hundred_million_elements_in_little_memory(gpu, dtype):
+    skip_unless_free(6)
+    t = torch.randn(10**8, device=gpu).to(dtype)
+    expected = t.clone()
+    reference.prune_([expected], 0.99, [])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prune_(t, 0.99)
+    assert torch.cuda.max_memory_allocated() - before < 0.02 * t.numel() * t.element_size()
+    assert torch.equal(t, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_gpu_more_than_two_to_the_31_elements(gpu, dtype):
+    n = 2**31 + 12345
+    skip_unless_free(1.5 * n * dtype.itemsize / 1e9 + 2)
+
+    def part(start):
+        return (torch.arange(start, min(start + 2**26, n), device=gpu) % 251).to(dtype)
+
+    t = torch.empty(n, dtype=dtype, device=gpu)
+    for start in range(0, n, 2**26):
+        t[start : start + 2**26] = part(start)
+    prune_(t, 0.9)
+    rank = 0.9 * (n - 1)  # each value occurs n // 251 times, the first n % 251 once more
+    threshold = next(v for v in range(251) if (v + 1) * (n // 251) + min(v + 1, n % 251) > rank)
+    for start in range(0, n, 2**26):
+        values = part(start)
+        values[values <= threshold] = 0
+        assert torch.equal(t[start : start + 2**26], values)
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "random"])
+def test_gpu_graph_capture_and_replay(gpu, mode):
+    """A replay prunes what the tensors hold then: nothing of the host's was kept, nothing waited for."""
+    sizes = [5, 3000, SPAN + 1, 400_003] * 20
+    tensors = [torch.randn(n, device=gpu) for n in sizes]
+    partners = [torch.rand(n, device=gpu).bfloat16() + 1 for n in sizes]
+    seeds, first = list(range(len(sizes))), [0] * len(sizes)
+
+    def prune(backend, tensors, partners):
+        with use_backend(backend):
+            if mode == "magnitude":
+                prune_(tensors, 0.9, partners)
+            else:
+                prune_random_(tensors, 0.9, partners, seeds, first)
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        prune("cuda", [t.clone() for t in tensors], [t.clone() for t in partners])
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        prune("cuda", tensors, partners)
+    for _ in range(3):
+        for t in tensors:
+            t.normal_()
+        for t in partners:
+            t.fill_(3.0)
+        expected = [t.clone() for t in tensors], [t.clone() for t in partners]
+        prune("reference", *expected)
+        graph.replay()
+        for ours, theirs in zip((*tensors, *partners), (*expected[0], *expected[1])):
+            assert torch.equal(ours, theirs)
+
+
+def test_gpu_prunes_on_the_current_stream_without_waiting(gpu):
+    t = torch.randn(10**6, device=gpu)
+    expected = t.clone()
+    reference.prune_([expected], 0.9, [])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        torch.cuda.set_sync_debug_mode("error")
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        prune_(t, 0.9)
+    torch.cuda.synchronize()
+    assert torch.equal(t, expected)
+
+
+def test_gpu_histograms_and_random_bits_equal_the_reference(gpu):
+    for number in range(8):
+        tensors, partners = drawn_list(500 + number, [9, 5003, SPAN + 5, 300_000], gpu)
+        plain = [g.tensor for g in tensors]
+        for shift, bits in ((18, 13), (0, 8), (0, 0)):
+            prefixes = torch.full((len(plain),), 0x3FA00000 >> (shift + bits), device=gpu)
+            ours = launcher.magnitude_counts(plain, prefixes, shift, bits)
+            for a, b in zip(ours, reference.magnitude_counts(plain, prefixes, shift, bits)):
+                assert torch.equal(a, b)
+        expected = [g.copy() for g in tensors], [g.copy() for g in partners]
+        keys = list(range(len(plain))), [0, 1, 6, 2**33 + 3]
+        reference.prune_random_(
+            *([g.tensor for g in expected[0]], 0.5, [g.tensor for g in expected[1]]), *keys
+        )
+        launcher.prune_random_(plain, 0.5, [g.tensor for g in partners], *keys)
+        assert_equal_lists(tensors, expected[0])
+        assert_equal_lists(partners, expected[1])

@@ -1,0 +1,138 @@
+"""A tiny run of relora-train, and what the tests of it compare."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from relora_kernels.model import relora_layers
+from relora_kernels.train import ReLoRaCallback, cli
+from relora_kernels.train.output import RunFolder
+
+# 6 steps of warm start, then 24 of ReLoRA in 4 cycles: restarts at steps 12, 18 and 24 of the run.
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "seq_length": 16,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "steps": 30,
+    "warm_start_steps": 6,
+    "warmup_steps": 2,
+    "cycle_steps": 6,
+    "restart_warmup_steps": 2,
+    "learning_rate": 0.01,
+    "lora_r": 4,
+    "eval_every": 6,
+    "eval_tokens": 256,
+    "save_every": 4,
+    "log_every": 1,
+}
+RESTARTS = [12, 18, 24]
+# Nothing falls together: a checkpoint lies inside a window of losses, a restart between checkpoints.
+ODD_INTERVALS = {
+    "log_every": 3,
+    "save_every": 5,
+    "eval_every": 7,
+    "eval_tokens": 64,
+    "lora_dropout": 0.1,
+    "num_layers": 1,
+}
+
+
+def words(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return "\n".join(" ".join(rng.choice(list("abcdefgh"), 8)) + "." for _ in range(n))
+
+
+def flags(text, out, **settings):
+    settings = {**TINY, "train_files": text, "output_dir": out, **settings}
+    return [token for key, value in settings.items() for token in (f"--{key}", str(value))]
+
+
+def series(folder, key):
+    return [(r["step"], r[key]) for r in folder.rows() if key in r]
+
+
+def digest(out):
+    """Of the exported weights."""
+    return hashlib.sha256((Path(out) / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def rows_to_compare(out):
+    """metrics.jsonl without what a clock or the machine says."""
+    told = ("seconds", "tokens_per_second", "peak_memory")
+    return [{k: v for k, v in row.items() if k not in told} for row in RunFolder(out).rows()]
+
+
+def same_course(out, other):
+    """Bitwise: losses, rates, gradient norms and the final weights; not the clock."""
+    assert rows_to_compare(out) == rows_to_compare(other)
+    assert digest(out) == digest(other)
+
+
+class SpyCallback(ReLoRaCallback):
+    """Records of each step whether it left W alone, whether a merge moved W, whether B is 0."""
+
+    seen = []
+
+    def _weights(self):
+        return [layer.weight.detach().clone() for _, layer in relora_layers(self.schedule.model)]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        SpyCallback.seen, self.before = [], self._weights()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stepped = self._weights()
+        super().on_step_end(args, state, control, **kwargs)
+        after = self._weights()
+        B_zero = all(not layer.lora_B.any() for _, layer in relora_layers(self.schedule.model))
+        same = [map(torch.equal, a, b) for a, b in ((self.before, stepped), (stepped, after))]
+        SpyCallback.seen.append((all(same[0]), not any(same[1]), B_zero))
+        self.before = after
+
+
+def poison(monkeypatch, backward_passes):
+    """NaN in one gradient of these backward passes (two a step), before anything clips them."""
+    passes = iter(range(10**6))
+
+    def spoil(gradient):
+        return gradient * torch.nan if next(passes) in backward_passes else gradient
+
+    def adamw(model, learning_rate, make=cli._adamw):
+        next(p for p in model.parameters() if p.requires_grad).register_hook(spoil)
+        return make(model, learning_rate)
+
+    monkeypatch.setattr(cli, "_adamw", adamw)
+
+
+def one_thread():
+    """Threads gain nothing at this size, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def finished_run(text, out, **settings):
+    """(folder, some ids, the trained model's logits before the export, SpyCallback.seen)."""
+    ids = torch.arange(32).reshape(2, 16)
+    logits = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "ReLoRaCallback", SpyCallback)
+        finish = cli.Run.finish
+
+        @torch.no_grad()
+        def keep_logits(run, model):
+            logits["trained"] = model.eval()(ids).logits
+            finish(run, model)
+
+        patch.setattr(cli.Run, "finish", keep_logits)
+        assert cli.main(flags(text, out, lora_dropout=0.1, **settings)) == 0
+    return RunFolder(out), ids, logits["trained"], SpyCallback.seen
