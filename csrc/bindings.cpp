@@ -6,6 +6,7 @@
 
 #include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_info.h"  // written by cuda_build.py
@@ -132,6 +133,97 @@ void magnitude_counts(const py::buffer& rows, uintptr_t prefixes, int shift, int
   });
 }
 
+// ---- The two-segment product -------------------------------------------------------------------
+
+using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, strides in elements
+
+relora::Matrix matrix(const Tensor& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
+const std::map<std::string, relora::Form> kForms = {
+    {"nt", relora::Form::nt},
+    {"nn", relora::Form::nn},
+    {"tn", relora::Form::tn},
+};
+
+using Launcher = cudaError_t (*)(const relora::TwoSegmentArgs&, cudaStream_t);
+const std::map<std::string, Launcher> kTwoSegment = {
+#if RELORA_SM80
+    {"sm80", relora::two_segment_sm80},
+#endif
+#if RELORA_SM90
+    {"sm90", relora::two_segment_sm90},
+#endif
+};
+
+// (pointer to an int64 on the device or 0, threshold of 65536, scale of what is kept)
+using Dropout = std::tuple<uintptr_t, uint32_t, double>;
+
+relora::Dropout dropout_of(const Dropout& d) {
+  const auto [seed, threshold, keep_scale] = d;
+  return {reinterpret_cast<const int64_t*>(seed), threshold, float(keep_scale)};
+}
+
+void two_segment(const std::string& kernel, const std::string& form, const Tensor& out,
+                 const Tensor& p, const Tensor& b, const Tensor& x, const Tensor& w, uintptr_t bias,
+                 std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const std::string& dtype,
+                 const std::string& bias_dtype, double scale, const Dropout& dropout,
+                 int slab_steps, int block_n, int cluster, int device, uintptr_t stream) {
+  const auto [m, n, k, r] = sizes;
+  const relora::TwoSegmentArgs args{code(kForms, "two_segment: form", form),
+                                    matrix(out),
+                                    matrix(p),
+                                    matrix(b),
+                                    matrix(x),
+                                    matrix(w),
+                                    m,
+                                    n,
+                                    k,
+                                    r,
+                                    code(kDTypes, "two_segment: dtype", dtype),
+                                    float(scale),
+                                    {reinterpret_cast<const void*>(bias),
+                                     code(kDTypes, "two_segment: dtype of bias", bias_dtype)},
+                                    dropout_of(dropout),
+                                    slab_steps,
+                                    block_n,
+                                    cluster};
+  const Launcher launcher = code(kTwoSegment, "two_segment: kernel", kernel);
+  const std::string call = "two_segment: " + kernel + " " + form + ", m = " + std::to_string(m) +
+                           ", n = " + std::to_string(n) + ", k = " + std::to_string(k) +
+                           ", r = " + std::to_string(r) + ", " + dtype + ", dropout of " +
+                           std::to_string(args.dropout.threshold) + " / 65536, tile of " +
+                           std::to_string(block_n) + ", cluster of " + std::to_string(cluster) +
+                           ", device " + std::to_string(device);
+  check(cudaSetDevice(device), call);
+  check(launcher(args, reinterpret_cast<cudaStream_t>(stream)), call);
+}
+
+void mask_rows(const Tensor& out, const Tensor& x, std::tuple<int64_t, int64_t> sizes,
+               const Dropout& dropout, int device, uintptr_t stream) {
+  const auto [m, k] = sizes;
+  const std::string call = "mask_rows: x (" + std::to_string(m) + ", " + std::to_string(k) +
+                           "), device " + std::to_string(device);
+  check(cudaSetDevice(device), call);
+  check(relora::mask_rows({matrix(out), matrix(x), m, k, dropout_of(dropout)},
+                          reinterpret_cast<cudaStream_t>(stream)),
+        call);
+}
+
+void sum_slabs(const Tensor& out, const Tensor& in, std::tuple<int64_t, int64_t, int64_t> sizes,
+               double scale, const std::string& dtype, int device, uintptr_t stream) {
+  const auto [slabs, m, n] = sizes;
+  const std::string call = "sum_slabs: (" + std::to_string(slabs) + ", " + std::to_string(m) +
+                           ", " + std::to_string(n) + ") to " + dtype + ", device " +
+                           std::to_string(device);
+  check(cudaSetDevice(device), call);
+  check(relora::sum_slabs({matrix(out), matrix(in), slabs, m, n, float(scale),
+                           code(kDTypes, "sum_slabs: dtype", dtype)},
+                          reinterpret_cast<cudaStream_t>(stream)),
+        call);
+}
+
 // CUDA version the driver supports, as 1000 * major + 10 * minor; 0 with no driver.
 int driver_version() {
   int version = 0;
@@ -161,4 +253,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("magnitude_counts", &magnitude_counts, py::arg("rows"), py::arg("prefixes"),
         py::arg("shift"), py::arg("bits"), py::arg("counts"), py::arg("lowest"),
         py::arg("highest"), py::arg("device"), py::arg("stream"));
+  m.attr("two_segment_kernels") = [] {
+    std::vector<std::string> names;
+    for (const auto& [name, unused] : kTwoSegment) names.push_back(name);
+    return names;
+  }();
+  m.def("two_segment", &two_segment, py::arg("kernel"), py::arg("form"), py::arg("out"),
+        py::arg("p"), py::arg("b"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("bias_dtype"), py::arg("scale"), py::arg("dropout"),
+        py::arg("slab_steps"), py::arg("block_n"), py::arg("cluster"), py::arg("device"),
+        py::arg("stream"));
+  m.def("mask_rows", &mask_rows, py::arg("out"), py::arg("x"), py::arg("sizes"), py::arg("dropout"),
+        py::arg("device"), py::arg("stream"));
+  m.def("sum_slabs", &sum_slabs, py::arg("out"), py::arg("partial"), py::arg("sizes"),
+        py::arg("scale"), py::arg("dtype"), py::arg("device"), py::arg("stream"));
 }

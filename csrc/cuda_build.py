@@ -166,6 +166,16 @@ def arch_flags(names: list[str]) -> list[str]:
     return [f"-gencode={code}" for code in codes]
 
 
+def source_archs(source: Path, names: list[str]) -> list[str]:
+    """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has, *_sm80.cu those
+    of sm_80 and newer. Where nothing is left the file is left out."""
+    if source.stem.endswith("_sm90"):
+        return ["90a"] if {"90", "90a"} & set(names) else []
+    if source.stem.endswith("_sm80"):
+        return [name for name in names if int(name.rstrip("af")) >= 80]
+    return names
+
+
 # ---- The build ----------------------------------------------------------------------------------
 
 
@@ -190,6 +200,9 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
         f"#define RELORA_{name} " + ", ".join(f'"{value}"' for value in values) + "\n"
         for name, values in info.items()
     )
+    for stem in ("_sm80", "_sm90"):
+        wanted = source_archs(Path(stem), names)
+        text += f"#define RELORA{stem.upper()} {int(bool(wanted))}\n"
     header = work / "build_info.h"
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
@@ -200,15 +213,20 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
     library = toolkit_root(nvcc) / "lib"  # PyPI's nvcc does not look there by itself
     threads = min(jobs(), len(names))
     rules = "rule cuda\n  command = " + compile_
-    rules += command(f"--threads={threads}", *FATBIN_FLAGS, *arch_flags(names)) + depend
+    rules += command(f"--threads={threads}", *FATBIN_FLAGS) + "$archs " + depend
     rules += "rule cxx\n  command = " + compile_ + command(*includes) + depend
     rules += "rule link\n  command = " + command(nvcc, "-shared", "-cudart=static", f"-L{library}")
     rules += "$in -o $out\n"
     objects = []
     for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
+        wanted = source_archs(source, names)
+        if not wanted:
+            continue
         objects.append(path(work / f"{source.name}.o"))
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         rules += f"build {objects[-1]}: {rule} {path(source)}\n"
+        if rule == "cuda":
+            rules += f"  archs = {' '.join(arch_flags(wanted))}\n"
     rules += f"build {path(module)}: link {' '.join(objects)}\n"
     (work / "build.ninja").write_text(rules)
 

@@ -79,3 +79,68 @@ cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const in
                              int64_t* highest, cudaStream_t stream);
 
 }  // namespace relora
+
+// ---- The two-segment product -------------------------------------------------------------------
+
+namespace relora {
+
+// How x and w are stored, as in BLAS: n as the product reads them, t transposed.
+//   nt  x (m, k), w (n, k), p (m, r), b (n, r)   y = x W^T + P B^T, P = x A^T
+//   nn  x (m, k), w (k, n), p (m, r), b (r, n)   dx = dy W + Q A, Q = dy B
+//   tn  x (k, m), w (k, n), no p and b           dB = dy^T P, dA = Q^T x
+enum class Form : int { nt, nn, tn };
+
+// nt, nn: out (m, n) = scale * (dropout'(p @ b) + x @ w) + bias, in one fp32 accumulator.
+// tn: out (slabs, m, n) float32 = x^T @ w over every slab of slab_steps * 64 rows of x and w.
+// Every matrix has its columns next to each other (col 1). Elements are bf16 or fp16.
+struct Bias {
+  const void* data;  // (n), or null
+  DType dtype;       // float32, or the operands'
+};
+
+struct Dropout {
+  const int64_t* seed;  // in device memory; read where threshold > 0
+  uint32_t threshold;   // of 65536: elements with fewer random bits are dropped
+  float keep_scale;     // of the others
+};
+
+struct TwoSegmentArgs {
+  Form form;
+  Matrix out;  // tn: an even pitch, the slabs one after the other
+  Matrix p, b;  // r = 0: unused
+  Matrix x, w;
+  int64_t m, n, k, r;
+  DType dtype;
+  float scale;
+  Bias bias;
+  Dropout dropout;  // of (m, n): on p @ b
+  int slab_steps;   // tn
+  int block_n, cluster;  // the variant of sm_90: 256 and 1 or 2, or 128 and 1; elsewhere 128 and 1
+};
+
+// Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where
+// an operand's start or pitch is no multiple of 16 bytes, or there is no such variant. sm_90 takes
+// any start and pitch of x, and in tn of w as well, where they have eight rows or more.
+cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a alone
+cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_80 and newer
+
+struct MaskArgs {
+  Matrix out;  // (m, k), 16-byte pitch
+  Matrix x;    // (m, k), 16-bit elements, col 1
+  int64_t m, k;
+  Dropout dropout;
+};
+// out = x, with zeros where an element is dropped; keep_scale is not applied.
+cudaError_t mask_rows(const MaskArgs& args, cudaStream_t stream);
+
+struct SumArgs {
+  Matrix out;  // (m, n), dtype, col 1
+  Matrix in;   // (slabs, m, n) float32, col 1, the slabs one after the other
+  int64_t slabs, m, n;
+  float scale;
+  DType dtype;
+};
+// out = scale * the slabs' sum, in their order.
+cudaError_t sum_slabs(const SumArgs& args, cudaStream_t stream);
+
+}  // namespace relora

@@ -310,6 +310,14 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "                dict(layers=bytearray(9))):\n"
         "    try: call(**changes)\n"
         "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)\n"
+        "nothing = (0, 0, 0)\n"
+        "call = lambda **changes: _C.two_segment(**{**dict(kernel='sm80', form='nt', out=nothing,\n"
+        "    p=nothing, b=nothing, x=nothing, w=nothing, bias=0, sizes=(5, 7, 3, 2), dtype='bfloat16',\n"
+        "    bias_dtype='float32', scale=1.0, dropout=(0, 9, 1.0), slab_steps=1, block_n=128, cluster=1,\n"
+        "    device=0, stream=0), **changes})\n"
+        "for changes in ({}, dict(kernel='sm90'), dict(form='tt')):\n"
+        "    try: call(**changes)\n"
+        "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", use],
@@ -319,7 +327,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    built, launch, code, residual, table, torn = done.stdout.splitlines()
+    built, launch, code, residual, table, torn, product, kernel, form = done.stdout.splitlines()
     assert built.startswith("['80'] ['80'] ")
     shapes = (
         "merge: 1 layers, bfloat16 weight, float32 factors, rounding='nearest', device 0, "
@@ -332,6 +340,14 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "(5, 7, 3) (5, 7, 3) (5, 7, 3) ...: expected a table in device memory, got none"
     )
     assert torn.startswith("ValueError merge: expected layers of ") and torn.endswith("got 9")
+    shapes = "two_segment: sm80 nt, m = 5, n = 7, k = 3, r = 2, bfloat16, dropout of 9 / 65536, "
+    assert product.startswith(
+        f"RuntimeError {shapes}tile of 128, cluster of 1, device 0: cudaError"
+    )
+    assert (
+        kernel == "ValueError two_segment: kernel: expected sm80, got sm90"
+    )  # built for sm_80 alone
+    assert form == "ValueError two_segment: form: expected nn, nt, tn, got tt"
 
 
 def test_the_backend_says_why_it_has_no_kernels(monkeypatch, tmp_path):

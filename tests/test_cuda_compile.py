@@ -40,7 +40,7 @@ def rows():
         pytest.skip("no cuobjdump on this machine")
     archs = cuda_build.DEFAULT_ARCHS  # all of them: an nvcc that lacks one is no reason to pass
     found = cuda_table.all_kernels(archs)
-    assert {row["arch"] for row in found} == set(archs)
+    assert {row["arch"] for row in found} - {"90a"} == set(archs)  # 90a: test_cuda_gemm.py
     return found
 
 
@@ -52,7 +52,7 @@ def test_no_kernel_spills(rows):
 def test_main_paths_move_16_bytes_at_a_time(rows):
     for name, (load, copy, store, unit) in EXPECTED.items():
         found = [row for row in rows if row["kernel"] == name]
-        assert len(found) == len({row["arch"] for row in rows}), name
+        assert len(found) == len({row["arch"] for row in rows} - {"90a"}), name
         for row in found:
             widths = [cuda_table.widest(row, kind) for kind in ("LDG.", "LDGSTS.", "STG.")]
             assert all(w >= least for w, least in zip(widths, (load, copy, store))), row

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from relora_kernels import backend
+from relora_kernels.cuda import lora_linear as _cuda
 from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.reference import lora_linear as _reference
 
@@ -18,6 +19,7 @@ if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear_tma as _triton_tma
 
     IMPLEMENTATIONS |= {"triton": _triton, _triton_tma.NAME: _triton_tma}
+IMPLEMENTATIONS["cuda"] = _cuda
 
 LIBRARY.define(
     "_lora_linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -1,0 +1,183 @@
+// The two-segment product, out (M, N) = P (M, r) @ B + x (M, K) @ W: what can be decided without a
+// GPU. Which block computes which tile, which k-step reads which operand where, the ring's stages
+// and phases, where things lie in shared memory, what the tensor maps and the wgmma descriptors
+// say. No CUDA header, so the tests compile it for the host; kernels and launchers use these very
+// functions.
+#pragma once
+
+#include "numerics.cuh"
+
+namespace relora::two_segment {
+
+constexpr int kBlockM = 128;           // rows of a tile: 64 for each consumer warpgroup
+constexpr int kBlockK = 64;  // k of a step: 128 bytes of a 16-bit operand, one swizzled row
+constexpr int kSpan = 64;              // columns of an operand that is not K-contiguous: the same
+constexpr int kRowBytes = 128;         // a row of either in shared memory
+constexpr int kAtomBytes = 8 * kRowBytes;  // the swizzle repeats after eight rows
+constexpr int kConsumers = 2;              // warpgroups
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kGroupRows = 8;  // tiles of rows that share a pass over W, for L2
+constexpr int kMostShared = 232448;  // bytes a block may use on sm_90
+
+// setmaxnreg: what the producer gives up the consumers take, out of 168 a thread at the launch. The
+// compiler spills a few with 40 for the producer, or without the exchange.
+constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * kLaunchRegisters);
+
+RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- Tiles -------------------------------------------------------------------------------------
+
+// What a block does at a time: a tile, by its first element, and the k-steps [from, to) of a slab.
+struct Work { int row, col, slab, from, to; };
+
+// A cluster of `cluster` blocks takes as many neighbouring tiles of rows in one tile of columns, so
+// that one copy of W serves all; unit u of the schedule belongs to cluster u mod the number of
+// them. Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2.
+// Where the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
+struct Schedule {
+  int row_units, col_units, block_n, cluster, group, steps, slab_steps;
+
+  RELORA_HD Schedule(int64_t m, int64_t n, int steps, int slab_steps, int block_n, int cluster)
+      : row_units(int(ceil_div(m, int64_t(kBlockM) * cluster))),
+        col_units(int(ceil_div(n, block_n))),
+        block_n(block_n),
+        cluster(cluster),
+        group(kGroupRows / cluster),
+        steps(steps),
+        slab_steps(slab_steps) {}
+
+  RELORA_HD int64_t tiles() const { return int64_t(row_units) * col_units; }
+  RELORA_HD int64_t units() const { return tiles() * ceil_div(steps, slab_steps); }
+
+  // For the block with rank `rank` in its cluster; the last tile may lie beyond M as a whole.
+  RELORA_HD Work work(int unit, int rank) const {
+    const int tiles = row_units * col_units, slab = unit / tiles, from = slab * slab_steps;
+    const int tile = unit % tiles, band = group * col_units;
+    const int first = tile / band * group, within = tile % band;
+    const int height = row_units - first < group ? row_units - first : group;
+    return {((first + within % height) * cluster + rank) * kBlockM, within / height * block_n, slab,
+            from, steps - from < slab_steps ? steps : from + slab_steps};
+  }
+};
+
+// Where a box that starts at `start` is fetched from: no box starts outside its operand. What such
+// a box would hold is multiplied into rows or columns that are never stored.
+RELORA_HD constexpr int box_start(int start, int extent) {
+  return start < extent ? start : extent - 1;
+}
+
+// ---- k-steps -----------------------------------------------------------------------------------
+
+struct Step { bool low; int k; };  // which segment, and the first k within it
+
+// The low-rank segment first: in dx its sum is masked before anything is added to it.
+struct Steps {
+  int low, total, block_k;
+  RELORA_HD Steps(int64_t r, int64_t k, int block_k = kBlockK)
+      : low(int(ceil_div(r, block_k))), total(low + int(ceil_div(k, block_k))), block_k(block_k) {}
+  RELORA_HD Step at(int step) const {
+    return {step < low, (step < low ? step : step - low) * block_k};
+  }
+};
+
+// ---- The ring ----------------------------------------------------------------------------------
+
+// A position in the ring. Consumers wait for the stage's "full" barrier to leave phase `phase`, the
+// producer for its "empty" barrier to leave the phase before: in the first round that is past.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  RELORA_HD void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// Bytes from the start of shared memory, which is a multiple of kAtomBytes.
+template <int kBlockN, int kStages>
+struct Layout {
+  static constexpr int left_bytes = kBlockM * kRowBytes;
+  static constexpr int right_bytes = kBlockN * kRowBytes;  // K- or N-contiguous: 64 x kBlockN x 2
+  static constexpr int stage_bytes = left_bytes + right_bytes;
+  static constexpr int buffer_bytes = kBlockM / kConsumers * kRowBytes;  // 64 x 64 of the output
+  // As many output buffers a warpgroup as fit, up to the whole tile.
+  static constexpr int room =
+      (kMostShared - kStages * stage_bytes - 16 * kStages) / (kConsumers * buffer_bytes);
+  static constexpr int buffers = room < kBlockN / kSpan ? room : kBlockN / kSpan;
+  static constexpr int output = kStages * stage_bytes;
+  static constexpr int full =
+      output + kConsumers * buffers * buffer_bytes;  // barriers, 8 bytes each
+  static constexpr int empty = full + 8 * kStages;
+  static constexpr int bytes = empty + 8 * kStages;
+  static_assert(buffers >= 1 && bytes <= kMostShared);
+};
+
+// 128-byte swizzle: the 16-byte chunk's number is xored with the row's number mod 8, that is
+// address bits 4-6 with bits 7-9. TMA writes and reads so, wgmma reads so, the epilogue has to
+// write so.
+RELORA_HD constexpr int swizzled(int row, int chunk) {
+  return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+// ---- wgmma's descriptors of shared memory ------------------------------------------------------
+
+// Start address, leading and stride byte offsets in units of 16 bytes; bits 62-63 = 1: 128-byte
+// swizzle.
+RELORA_HD constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading,
+                                               uint32_t stride) {
+  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 |
+         uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// K-contiguous: 64 k to a row, the stride goes to the next eight rows, there is nothing to lead to,
+// and 16 k further are 32 bytes. Else blocks of 64 columns, 64 k high: the stride goes to the next
+// eight k, the leading offset to the next block, and 16 k further are 16 rows.
+template <bool kContiguousK>
+RELORA_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
+  return !kContiguousK ? matrix_descriptor(address + k * kRowBytes, kBlockK * kRowBytes, kAtomBytes)
+                       : matrix_descriptor(address + k * 2, 0, kAtomBytes);
+}
+
+// ---- Tensor maps -------------------------------------------------------------------------------
+
+// What cuTensorMapEncodeTiled is told about a matrix of 16-bit elements; dimension 0 is contiguous.
+struct MapSpec {
+  void* data;
+  uint64_t extent[2];
+  uint64_t pitch;  // bytes from row to row
+  uint32_t box[2];
+};
+
+inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
+  return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
+}
+
+// Rows that start anywhere: of eight rows the first, the second, ... make matrices of their own,
+// whose pitch is a multiple of 16 bytes. Each is described from the 16-byte boundary before its
+// first element, and read from column `shift` on.
+struct Eighth { MapSpec spec; int shift; };
+
+inline Eighth eighth_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int which) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data) + uintptr_t(which * pitch * 2);
+  const int shift = int(start % 16 / 2);
+  return {map_spec(reinterpret_cast<void*>(start - start % 16), ceil_div(rows - which, 8),
+                   cols + shift, pitch * 8, 8),
+          shift};
+}
+
+// Read so, 64 rows lie in shared memory eighth by eighth: row i is row eighths_row(i) of the
+// matrix, and the other way round.
+RELORA_HD constexpr int eighths_row(int i) { return i % 8 * 8 + i / 8; }
+
+// TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands
+// have no map either.
+inline bool has_map(const MapSpec& s) {
+  return s.data && reinterpret_cast<uintptr_t>(s.data) % 16 == 0 && s.pitch % 16 == 0 &&
+         s.pitch >= 2 * s.extent[0] && s.pitch < uint64_t(1) << 40 && s.extent[0] >= 1 &&
+         s.extent[1] >= 1 && s.extent[0] <= INT32_MAX && s.extent[1] <= INT32_MAX &&
+         s.box[0] * 2 <= kRowBytes && s.box[1] >= 1 && s.box[1] <= 256;
+}
+
+}  // namespace relora::two_segment

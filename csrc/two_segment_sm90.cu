@@ -1,0 +1,431 @@
+// out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear;
+// with r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB.
+//
+// One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled
+// by TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor
+// maps. Two consumer warpgroups multiply 64 rows each with wgmma into one float32 accumulator, add
+// the bias, round once, and hand the tile to TMA to store while they go on with the next one. In a
+// cluster of two the blocks share each tile of W: either fetches half of it, for both.
+//
+// FLOPs: 2 M N (K + r). Compiled for sm_90a alone. What decides indices, phases and descriptors is
+// in two_segment.h; what is an instruction in ptx.cuh.
+#include <algorithm>
+
+#include "launch.h"
+#include "ptx.cuh"
+#include "two_segment.cuh"
+#include "two_segment.h"
+
+namespace relora {
+namespace {
+
+using namespace two_segment;
+
+// An operand's tensor map, or those of its eighths and four bits for the shift of each.
+struct Operand {
+  CUtensorMap maps[8];
+  uint32_t shifts;
+};
+
+struct Params {
+  Operand low_left, left, right;  // right in eighths: tn alone
+  CUtensorMap low_right, out;
+  bool eighths;        // x, and p or w with it: rows that start at other than multiples of 16 bytes
+  bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
+  void* out_data;
+  int64_t out_pitch;
+  int slab_steps;
+  int m, n, k, r;
+  float scale;  // of the whole sum
+  Bias bias;
+  Dropout dropout;
+};
+static_assert(sizeof(Params) <= 4096);  // what a kernel may be given before CUDA 12.1
+
+// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
+// lie, whether the low-rank sum is masked.
+template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_,
+          bool kDropout_ = false>
+struct Variant : Layout<kBlockN_, kStages_> {
+  using T = T_;
+  static constexpr int kBlockN = kBlockN_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr Form kForm = kForm_;
+  static constexpr bool kDropout = kDropout_;
+  static constexpr bool kLeftK = kForm != Form::tn, kRightK = kForm == Form::nt;  // K-contiguous
+};
+
+template <typename V>
+struct Barriers {
+  uint32_t memory;
+  __device__ uint32_t full(int stage) const { return memory + V::full + 8 * stage; }
+  __device__ uint32_t empty(int stage) const { return memory + V::empty + 8 * stage; }
+};
+
+// ---- Producer ----------------------------------------------------------------------------------
+
+template <typename V>
+__device__ __forceinline__ void produce(const Params& p, const Schedule& schedule, uint32_t memory,
+                                        int first, int stride, int rank) {
+  const Barriers<V> barriers{memory};
+  const Steps steps(p.r, p.k);
+  constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
+  Ring<V::kStages> ring;
+  for (int unit = first; unit < schedule.units(); unit += stride) {
+    const Work work = schedule.work(unit, rank);
+    for (int s = work.from; s < work.to; ++s, ring.advance()) {
+      const Step step = steps.at(s);
+      const Operand& left_operand = step.low ? p.low_left : p.left;
+      const CUtensorMap* const right_map = step.low ? &p.low_right : p.right.maps;
+      const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
+      const uint32_t full = barriers.full(ring.stage);
+      const auto load_right = [&](int column, int c0, int c1) {
+        const uint32_t to = right + column * kRowBytes;
+        if constexpr (V::kCluster == 1)
+          ptx::load(right_map, to, full, c0, c1);
+        else
+          ptx::load_multicast(right_map, to, full, c0, c1, (1 << V::kCluster) - 1);
+      };
+
+      // 64 rows by 64 columns, eighth by eighth. Rows beyond the edge are zeros, as they have to be
+      // where they are k.
+      const auto load_eighths = [&](const Operand& operand, uint32_t to, int col, int row) {
+        for (int i = 0; i < 8; ++i)
+          ptx::load(operand.maps + i, to + i * kAtomBytes, full,
+                    col + int(operand.shifts >> (4 * i) & 7), row / 8);
+      };
+
+      ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
+      ptx::arrive_expect(full, V::stage_bytes);
+      if (p.eighths) {
+        for (int i = 0; i < kBlockM; i += kSpan)
+          load_eighths(left_operand, left + i * kRowBytes,
+                       V::kLeftK ? step.k : box_start(work.row + i, p.m),
+                       V::kLeftK ? work.row + i : step.k);
+      } else if constexpr (V::kLeftK) {
+        ptx::load(left_operand.maps, left, full, step.k, box_start(work.row, p.m));
+      } else {
+#pragma unroll
+        for (int i = 0; i < kBlockM; i += kSpan)
+          ptx::load(left_operand.maps, left + i * kRowBytes, full, box_start(work.row + i, p.m),
+                    step.k);
+      }
+      if constexpr (V::kRightK) {
+        load_right(rank * kShare, step.k, box_start(work.col + rank * kShare, p.n));
+      } else if (V::kForm == Form::tn && p.eighths) {
+        for (int i = 0; i < kShare; i += kSpan)
+          load_eighths(p.right, right + i * kRowBytes, box_start(work.col + i, p.n), step.k);
+      } else {
+#pragma unroll
+        for (int i = rank * kShare; i < (rank + 1) * kShare; i += kSpan)
+          load_right(i, box_start(work.col + i, p.n), step.k);
+      }
+    }
+  }
+}
+
+// ---- Consumers ---------------------------------------------------------------------------------
+
+template <typename V>
+__device__ __forceinline__ void consume(const Params& p, const Schedule& schedule, uint32_t memory,
+                                        int first, int stride, int rank, int warpgroup,
+                                        int thread) {
+  using T = typename V::T;
+  const Barriers<V> barriers{memory};
+  const Steps steps(p.r, p.k);
+  const int warp = thread / 32, lane = thread % 32;
+  const uint32_t buffers = memory + V::output + warpgroup * V::buffers * V::buffer_bytes;
+  float acc[V::kBlockN / 2];
+  Ring<V::kStages> ring;
+  Ring<V::buffers> buffer;
+
+  const auto release = [&](int stage) {  // by every warp, to every block that fetches for this one
+    if constexpr (V::kCluster == 1) {
+      if (lane == 0) ptx::arrive(barriers.empty(stage));
+    } else {
+      if (lane < V::kCluster) ptx::arrive_remote(barriers.empty(stage), lane);
+    }
+  };
+  // Leaves one step's products in flight while the next step's are issued.
+  const auto multiply = [&](int from, int to, bool accumulate) {
+    int before = 0;
+    for (int s = from; s < to; ++s, ring.advance()) {
+      const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
+      ptx::wait(barriers.full(ring.stage), ring.phase);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kBlockK; k += 16)
+        ptx::wgmma<T, V::kLeftK, V::kRightK>(
+            acc, operand_descriptor<V::kLeftK>(left + warpgroup * V::left_bytes / kConsumers, k),
+            operand_descriptor<V::kRightK>(right, k), accumulate || s > from || k > 0);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (s > from) release(before);
+      before = ring.stage;
+    }
+    ptx::wgmma_wait<0>();
+    ptx::hold(acc);
+    release(before);
+  };
+
+  for (int unit = first; unit < schedule.units(); unit += stride) {
+    const Work work = schedule.work(unit, rank);
+    const int row = work.row + warpgroup * (kBlockM / kConsumers);
+    if constexpr (V::kDropout) {
+      multiply(0, steps.low, false);
+      const int line = warp * 16 + lane / 4;
+      mask(acc, p.dropout, row + (p.eighths ? eighths_row(line) : line), p.eighths ? 1 : 8,
+           work.col, lane);
+      multiply(steps.low, steps.total, true);
+    } else {
+      multiply(work.from, work.to, false);
+    }
+
+    // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
+    const int my_col = work.col + lane % 4 * 2;
+    if constexpr (V::kForm == Form::tn) {
+      const int my_row = row + warp * 16 + lane / 4;
+      float* const out = static_cast<float*>(p.out_data) +
+                         (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
+#pragma unroll
+      for (int i = 0; i < V::kBlockN / 2; i += 2) {
+        const int down = i / 2 % 2 * 8, across = i / 4 * 8;
+        if (my_row + down < p.m && my_col + across < p.n)
+          *reinterpret_cast<float2*>(out + down * p.out_pitch + across) = {acc[i], acc[i + 1]};
+      }
+      continue;
+    }
+    // The output: 64 columns at a time through shared memory.
+    if (row >= p.m) continue;
+    finish<T>(acc, p.scale, p.bias, my_col, p.n);
+#pragma unroll
+    for (int chunk = 0; chunk < V::kBlockN / kSpan; ++chunk) {
+      const int col = work.col + chunk * kSpan;
+      if (col >= p.n) break;
+      const uint32_t to = buffers + buffer.stage * V::buffer_bytes;
+      buffer.advance();
+      if (thread == 0) ptx::store_wait_read<V::buffers - 1>();
+      ptx::named_barrier(1 + warpgroup, 128);  // the buffer's earlier contents are gone
+#pragma unroll
+      for (int sixteen = 0; sixteen < kSpan / 16; ++sixteen) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // columns 8 (i / 2) on, rows 8 (i % 2) on
+          const float* pair = acc + (chunk * kSpan + sixteen * 16) / 2 + i * 2;
+          packed[i] = ptx::pack<T>(pair[0], pair[1]);
+        }
+        const int line = warp * 16 + lane % 16;  // of the accumulators
+        ptx::store_matrices(
+            to + swizzled(p.eighths ? eighths_row(line) : line, sixteen * 2 + lane / 16), packed[0],
+            packed[1], packed[2], packed[3]);
+      }
+      if (p.stores_by_tma) {
+        ptx::fence_async_shared();
+        ptx::named_barrier(1 + warpgroup, 128);
+        if (thread == 0) {
+          ptx::store(&p.out, to, col, row);
+          ptx::store_commit();
+        }
+      } else {
+        ptx::named_barrier(1 + warpgroup, 128);
+        uint16_t* const out = static_cast<uint16_t*>(p.out_data);
+        for (int i = warp * 16; i < warp * 16 + 16 && row + i < p.m; ++i)
+#pragma unroll
+          for (int j = lane; j < kSpan; j += 32)
+            if (col + j < p.n)
+              out[(row + i) * p.out_pitch + col + j] =
+                  ptx::load_shared_16(to + swizzled(i, j / 8) + j % 8 * 2);
+      }
+    }
+  }
+  if (thread == 0) ptx::store_wait_read<0>();  // shared memory has to outlive its readers
+}
+
+// ---- The kernel --------------------------------------------------------------------------------
+
+template <typename V>
+__global__ void __launch_bounds__(kThreads, 1)
+    two_segment_kernel(const __grid_constant__ Params p) {
+  const uint32_t memory = ptx::shared_memory();
+  const Barriers<V> barriers{memory};
+  const int rank = V::kCluster == 1 ? 0 : int(ptx::cluster_rank());
+  const Schedule schedule(p.m, p.n, Steps(p.r, p.k).total, p.slab_steps, V::kBlockN, V::kCluster);
+  const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
+  const int warpgroup = threadIdx.x / 128;
+
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < V::kStages; ++stage) {
+      ptx::barrier_init(barriers.full(stage), 1);
+      ptx::barrier_init(barriers.empty(stage), kConsumers * 4 * V::kCluster);
+    }
+    ptx::barrier_init_fence();
+  }
+  if constexpr (V::kCluster == 1)
+    __syncthreads();
+  else
+    ptx::cluster_sync();
+
+  if (warpgroup == 0) {
+    ptx::give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<V>(p, schedule, memory, first, stride, rank);
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    consume<V>(p, schedule, memory, first, stride, rank, warpgroup - 1, threadIdx.x % 128);
+  }
+  if constexpr (V::kCluster > 1)
+    ptx::cluster_sync();  // the other block still arrives at our barriers
+}
+
+// ---- Launcher ----------------------------------------------------------------------------------
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// From the driver that is loaded: nothing links against it, so that the module imports without one.
+// Null where it has none.
+Encode find_encode() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+  const bool there = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return there ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+cudaError_t make_map(Encode encode, DType dtype, const MapSpec& spec, CUtensorMap* map) {
+  if (!has_map(spec)) return cudaErrorInvalidValue;
+  const cuuint32_t steps[2] = {1, 1};
+  const cuuint64_t extent[2] = {spec.extent[0], spec.extent[1]}, pitch[1] = {spec.pitch};
+  const CUresult result = encode(
+      map,
+      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      spec.data, extent, pitch, spec.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // beyond the edge: zeros
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+using Kernel = void (*)(Params);
+
+struct Entry {
+  int block_n, cluster;
+  Form form;
+  bool dropout;
+  int shared;
+  Kernel kernel;
+};
+
+template <typename V>
+constexpr Entry entry() {
+  return {V::kBlockN, V::kCluster, V::kForm, V::kDropout, V::bytes, two_segment_kernel<V>};
+}
+
+// 128 x 256 for the large products; 128 x 128 where N is small (P, Q, narrow layers) and for dA and
+// dB.
+template <typename T>
+constexpr Entry kEntries[] = {
+    entry<Variant<T, 256, 4, 1, Form::nt>>(),       entry<Variant<T, 256, 4, 2, Form::nt>>(),
+    entry<Variant<T, 256, 4, 1, Form::nn>>(),       entry<Variant<T, 256, 4, 2, Form::nn>>(),
+    entry<Variant<T, 256, 4, 1, Form::nn, true>>(), entry<Variant<T, 128, 6, 1, Form::nt>>(),
+    entry<Variant<T, 128, 6, 1, Form::nn>>(),       entry<Variant<T, 128, 6, 1, Form::tn>>(),
+};
+
+const Entry* find_entry(const TwoSegmentArgs& a) {
+  for (const Entry& e : a.dtype == DType::bf16 ? kEntries<bf16> : kEntries<fp16>)
+    if (e.block_n == a.block_n && e.cluster == a.cluster && e.form == a.form &&
+        e.dropout == (a.dropout.threshold > 0))
+      return &e;
+  return nullptr;
+}
+
+}  // namespace
+
+cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
+  const Entry* const e = find_entry(a);
+  const bool partial = a.form == Form::tn;
+  if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0 ||
+      (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)) ||
+      (a.dropout.threshold > 0 && a.r < 1))
+    return cudaErrorInvalidValue;
+  const int steps = Steps(a.r, a.k).total, slab_steps = partial ? a.slab_steps : steps;
+  const Schedule schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster);
+  const int64_t most = INT32_MAX - 2 * kBlockM;  // coordinates are 32-bit, past the last tile too
+  if (std::max({a.m, a.n, a.k, a.r, schedule.units()}) > most) return cudaErrorInvalidConfiguration;
+
+  Params p{};
+  p.out_data = a.out.data;
+  p.out_pitch = a.out.row;
+  p.slab_steps = slab_steps;
+  p.m = int(a.m), p.n = int(a.n), p.k = int(a.k), p.r = int(a.r);
+  p.scale = a.scale;
+  p.bias = a.bias;
+  p.dropout = a.dropout;
+
+  static const Encode encode = find_encode();
+  if (!encode) return cudaErrorNotSupported;
+  const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
+    return make_map(encode, a.dtype, spec, to);
+  };
+  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64
+  // x 64.
+  const auto left_spec = [&](const Matrix& t, int64_t depth) {
+    return partial ? map_spec(t.data, depth, a.m, t.row, kBlockK)
+                   : map_spec(t.data, a.m, depth, t.row, kBlockM);
+  };
+  const auto right_spec = [&](const Matrix& t, int64_t depth) {
+    return a.form == Form::nt ? map_spec(t.data, a.n, depth, t.row, e->block_n / e->cluster)
+                              : map_spec(t.data, depth, a.n, t.row, kBlockK);
+  };
+  p.eighths = !has_map(left_spec(a.x, a.k)) || (partial && !has_map(right_spec(a.w, a.k)));
+  const auto operand = [&](Operand* to, const Matrix& t, const MapSpec& whole) {
+    if (!p.eighths) return map(to->maps, whole);
+    if (t.row < int64_t(whole.extent[0])) return cudaErrorInvalidValue;  // rows overlap
+    for (int i = 0; i < 8; ++i) {
+      const Eighth eighth =
+          eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
+      to->shifts |= uint32_t(eighth.shift) << (4 * i);
+      if (const cudaError_t error = map(to->maps + i, eighth.spec)) return error;
+    }
+    return cudaSuccess;
+  };
+  if (const cudaError_t error = operand(&p.left, a.x, left_spec(a.x, a.k))) return error;
+  if (a.r > 0) {
+    if (const cudaError_t error = operand(&p.low_left, a.p, left_spec(a.p, a.r))) return error;
+    if (const cudaError_t error = map(&p.low_right, right_spec(a.b, a.r))) return error;
+  }
+  if (const cudaError_t error = partial ? operand(&p.right, a.w, right_spec(a.w, a.k))
+                                        : map(p.right.maps, right_spec(a.w, a.k)))
+    return error;
+  const int out_rows = kBlockM / kConsumers;
+  p.stores_by_tma = !partial && has_map(map_spec(a.out.data, a.m, a.n, a.out.row, out_rows));
+  if (p.stores_by_tma)
+    if (const cudaError_t error = map(&p.out, map_spec(a.out.data, a.m, a.n, a.out.row, out_rows)))
+      return error;
+
+  int device, processors;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  if (const cudaError_t error = cudaFuncSetAttribute(
+          e->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e->shared))
+    return error;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(e->cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  // A cluster of two is the two SMs of one TPC, so that as many fit as there are pairs of SMs.
+  config.gridDim = dim3(unsigned(
+      std::min<int64_t>(schedule.units(), std::max(1, processors / e->cluster)) * e->cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(e->shared);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = e->cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, e->kernel, p);
+}
+
+}  // namespace relora

@@ -1,0 +1,265 @@
+"""lora_linear in CUDA: forward and backward. Formulas: reference/lora_linear.py. Kernels: csrc/two_segment*.
+
+    product  y = P B^T + x W^T + bias, dx = mask * (Q A) + dy W: both segments in one float32 accumulator
+             P = s dropout(x) A^T, Q = s dy B: one segment, the scale applied before the one rounding
+    summed   dA = Q^T dropout(x), dB = dy^T P: slabs of M in float32, added in a fixed order
+
+dbias is torch's sum. No atomics: the results are bitwise repeatable. On sm_90 the products are TMA and
+wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
+
+Rows of x and dy may start anywhere on sm_90, as with in or out = 5461, and results of any pitch are
+written directly. Other operands whose rows do not start at multiples of 16 bytes (weight with in = 5461,
+and on sm_80 x and dy) are copied to a padded pitch at each call.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from relora_kernels.cuda import extension, why_no_device
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+PER_16_BYTES = 8  # elements
+STEP = 64  # rows of M that a slab is a multiple of
+TILE = 128  # rows of a tile, and columns of the narrow one
+WIDE = 256  # columns of sm_90's large tile
+# Blocks of sm_90 that share a tile of W: 1, or 2 for the undropped wide tiles. Which is faster is for a
+# device to say.
+CLUSTER = 1
+
+
+def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
+    """Why the kernels cannot serve this call; None where they can."""
+    reason = why_no_device(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"expected x in bfloat16 or float16, got {x.dtype}"
+    if 0 in weight.shape:
+        return f"expected at least one feature in and out, got weight {tuple(weight.shape)}"
+    if _kernel(x.device) is None:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return f"expected a GPU of compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def why_not_backward(
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
+) -> str | None:
+    return why_not_forward(x, weight, lora_A, lora_B, scaling, None, dropout_p, seed)
+
+
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
+    dropout = _dropout(dropout_p, seed)
+    a, b = _rows(lora_A, x.dtype), _rows(lora_B, x.dtype)
+    x = _left(x)
+    p = _product("nt", _masked(x, dropout), a, scale=scaling * dropout[2], padded=True)
+    y = _product("nt", x, _rows(weight), p, b, bias=bias)
+    return y, p.contiguous()
+
+
+def backward(
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
+):
+    """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
+
+    A gradient that is not needed comes back with 0 elements.
+    """
+    dropout = _dropout(dropout_p, seed)
+    dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    dbias = dy.new_empty(0, dtype=torch.float32)
+    if need_dbias:
+        dbias = dy.sum(0, dtype=torch.float32)
+    if need_dx or need_dA or need_dB:
+        dy = _left(dy)
+    if need_dx or need_dA:
+        q = _product("nn", dy, _rows(lora_B, dy.dtype), scale=scaling, padded=True)
+    if need_dx:
+        a = _rows(lora_A, dy.dtype)
+        dx = _product("nn", dy, _rows(weight), q, a, dropout=dropout)
+    if need_dA:
+        dlora_A = _summed(q, _masked(_left(x), dropout), dropout[2], lora_A.dtype)
+    if need_dB:
+        dlora_B = _summed(dy, _rows(p), 1.0, lora_B.dtype)
+    return dx, dlora_A, dlora_B, dbias
+
+
+def _product(
+    form: str, x, w, p=None, b=None, *, bias=None, scale=1.0, dropout=(None, 0, 1.0), padded=False
+) -> torch.Tensor:
+    """dropout(p @ b) + x @ w, times scale, + bias. Form nt: w (N, K), b (N, r); nn: (K, N), (r, N).
+
+    Returns (M, N), contiguous or, `padded`, with rows of a multiple of 16 bytes.
+    """
+    (M, K), N = x.shape, w.shape[0 if form == "nt" else 1]
+    pitch = _padded(N) if padded else N
+    out = x.new_empty(M, pitch)[:, :N]
+    if M == 0:
+        return out
+    bias = None if bias is None else bias.contiguous()
+    seed, threshold, keep_scale = dropout
+    kernel = _kernel(x.device)
+    _launch(
+        "two_segment",
+        x.device,
+        kernel=kernel,
+        form=form,
+        out=_matrix(out),
+        p=_matrix(p),
+        b=_matrix(b),
+        x=_matrix(x),
+        w=_matrix(w),
+        bias=0 if bias is None else bias.data_ptr(),
+        sizes=(M, N, K, 0 if p is None else p.shape[1]),
+        dtype=DTYPES[x.dtype],
+        bias_dtype=DTYPES[x.dtype if bias is None else bias.dtype],
+        scale=scale,
+        dropout=(seed.data_ptr() if threshold else 0, threshold, keep_scale),
+        slab_steps=1,
+        **_variant(kernel, M, N, threshold > 0, x.device),
+    )
+    return out
+
+
+def _summed(x, w, scale: float, dtype) -> torch.Tensor:
+    """scale * x (M, m)^T @ w (M, n) in `dtype`, summed in float32 over slabs of M."""
+    (M, m), n = x.shape, w.shape[1]
+    if M == 0:
+        return x.new_zeros(m, n, dtype=dtype)
+    out = x.new_empty(m, n, dtype=dtype)
+    steps, tiles = -(-M // STEP), -(-m // TILE) * -(-n // TILE)
+    slab_steps = -(-steps // max(1, min(_processors(x.device) // tiles, steps // 4)))
+    slabs = -(-steps // slab_steps)
+    partial = x.new_empty(slabs, m, n + n % 2, dtype=torch.float32)  # pairs are stored at once
+    _launch(
+        "two_segment",
+        x.device,
+        kernel=_kernel(x.device),
+        form="tn",
+        out=_matrix(partial[0]),
+        p=_matrix(None),
+        b=_matrix(None),
+        x=_matrix(x),
+        w=_matrix(w),
+        bias=0,
+        sizes=(m, n, M, 0),
+        dtype=DTYPES[x.dtype],
+        bias_dtype="float32",
+        scale=1.0,
+        dropout=(0, 0, 1.0),
+        slab_steps=slab_steps,
+        block_n=TILE,
+        cluster=1,
+    )
+    _launch(
+        "sum_slabs",
+        x.device,
+        out=_matrix(out),
+        partial=_matrix(partial[0]),
+        sizes=(slabs, m, n),
+        scale=scale,
+        dtype=DTYPES[dtype],
+    )
+    return out
+
+
+def _masked(x, dropout) -> torch.Tensor:
+    """x with zeros where dropped; 1 / keep is left to the product."""
+    seed, threshold, keep_scale = dropout
+    if threshold == 0 or x.numel() == 0:
+        return x
+    out = x.new_empty(x.shape[0], _padded(x.shape[1]))[:, : x.shape[1]]
+    _launch(
+        "mask_rows",
+        x.device,
+        out=_matrix(out),
+        x=_matrix(x),
+        sizes=tuple(x.shape),
+        dropout=(seed.data_ptr(), threshold, keep_scale),
+    )
+    return out
+
+
+def _launch(name: str, device: torch.device, **arguments) -> None:
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(extension()[0], name)(**arguments, device=device.index, stream=stream)
+
+
+def _kernel(device: torch.device) -> str | None:
+    """Which of the compiled kernels serves `device`."""
+    capability = torch.cuda.get_device_capability(device)
+    compiled = extension()[0].two_segment_kernels
+    if capability == (9, 0) and "sm90" in compiled:
+        return "sm90"
+    return "sm80" if capability >= (8, 0) and "sm80" in compiled else None
+
+
+def _variant(kernel: str, M: int, N: int, dropout: bool, device: torch.device) -> dict:
+    """The wide tile where it keeps every processor busy. With dropout there is no other."""
+    wide_tiles = -(-M // TILE) * -(-N // WIDE)
+    if kernel != "sm90" or not dropout and (N <= TILE or wide_tiles < _processors(device)):
+        return {"block_n": TILE, "cluster": 1}
+    return {"block_n": WIDE, "cluster": 1 if dropout else CLUSTER}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _dropout(p: float, seed) -> tuple:
+    """(seed, drop where the 16 random bits are below this, 1 / probability of being kept)."""
+    threshold = round(p * 65536)
+    return seed, threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+def _padded(cols: int) -> int:
+    return -(-cols // PER_16_BYTES) * PER_16_BYTES
+
+
+def _left(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy that the kernels can read as x, dy or an operand of a sum over rows."""
+    anywhere = _kernel(t.device) == "sm90" and len(t) >= 8 and t.stride(0) >= t.shape[1]
+    return t if anywhere and t.stride(1) == 1 and t.shape[1] > 0 else _rows(t)
+
+
+def _rows(t: torch.Tensor, dtype=None) -> torch.Tensor:
+    """`t` in `dtype`; a copy where its rows overlap, or start at other than multiples of 16 bytes."""
+    rows, cols = t.shape
+    starts = t.stride(0) % PER_16_BYTES == 0 and t.stride(0) >= cols and t.data_ptr() % 16 == 0
+    if t.dtype == (dtype or t.dtype) and starts and (t.stride(1) == 1 or cols == 1):
+        return t
+    return t.new_empty(rows, _padded(cols), dtype=dtype)[:, :cols].copy_(t)
+
+
+def _matrix(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    """Pointer and strides in elements."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), 1)
