@@ -238,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("archs") = std::vector<std::string>{RELORA_ARCHS};  // machine code, e.g. "80", "90a"
   m.attr("ptx") = std::vector<std::string>{RELORA_PTX};      // for newer GPUs, at most one
   m.attr("nvcc_version") = RELORA_NVCC_VERSION;
+  m.attr("sources") = RELORA_SOURCES;         // digest of csrc/
   m.attr("cudart_version") = CUDART_VERSION;  // 1000 * major + 10 * minor
   m.def("driver_version", &driver_version);
   m.attr("merge_layer_bytes") = sizeof(relora::MergeLayer);

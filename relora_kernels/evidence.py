@@ -28,6 +28,8 @@ from pathlib import Path
 
 import torch
 
+from relora_kernels import cuda
+
 FORMAT = 1
 CACHE_VARIABLE = "RELORA_KERNELS_CACHE"
 RECORDS = Path(__file__).parent / "records"
@@ -45,7 +47,7 @@ _CACHE_MATCHES = (
     "kernels",
     "build",
 )
-_RECORD_MATCHES = ("device", "capability", "package", "kernels")
+_RECORD_MATCHES = ("device", "capability", "package", "kernels", "sources")
 
 
 @dataclasses.dataclass
@@ -184,7 +186,14 @@ def identity(device: torch.device) -> dict[str, str]:
         "triton": _version("triton"),
         "kernels": _digest("_triton/*.py", "cuda/*.py", "reference/*.py"),
         "build": _digest("_C*.so"),
+        "sources": _sources(),
     }
+
+
+def _sources() -> str:
+    """A digest of csrc/ as the CUDA kernels were built from it; none where they are not."""
+    module, _ = cuda.extension()
+    return "none" if module is None else module.sources
 
 
 def _driver() -> str:
@@ -277,6 +286,8 @@ def _section(content: dict, here: dict[str, str], kind: str) -> dict:
     if not isinstance(made_with, dict):
         raise ValueError("it does not say what it was made with")
     for name in _CACHE_MATCHES if kind == "cache" else _RECORD_MATCHES:
+        if name == "sources" and here[name] == "none":
+            continue  # no CUDA kernel can be taken here, so it does not matter which were measured
         if made_with.get(name) != here[name]:
             raise ValueError(
                 f"it was made with {name} {made_with.get(name)!s:.60}, and this is {here[name]}"

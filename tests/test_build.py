@@ -299,6 +299,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
     module = cuda_build.compile_module(nvcc, tmp_path)
     use = (
         "import _C; print(_C.archs, _C.ptx, _C.nvcc_version, _C.cudart_version)\n"
+        f"assert _C.sources == {cuda_build.sources_digest()!r}\n"
         "import struct\n"
         "layer = struct.pack('18q4q2Q2q2f4I', *[0] * 18, 5, 7, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0)\n"
         "assert len(layer) == _C.merge_layer_bytes\n"

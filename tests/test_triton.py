@@ -196,6 +196,18 @@ def test_layer_and_compile():
     assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
 
 
+@pytest.mark.parametrize("name", ["triton", "triton_tma"])
+@pytest.mark.parametrize("shape", [(70, 48, 33), (3, 67, 41)])
+def test_main_loop_is_the_product_with_w_alone(name, shape, nan_filled):
+    if name == "triton_tma" and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("TMA needs compute capability 9.0")
+    M, K, N = shape
+    x, weight = torch.randn(M, K, device=DEVICE).half(), torch.randn(N, K, device=DEVICE).half()
+    with use_backend(name):
+        y = linear_op.IMPLEMENTATIONS[name].main_loop(x, weight)
+    torch.testing.assert_close(y, (x.float() @ weight.float().T).half(), rtol=2**-9, atol=1e-3)
+
+
 def test_float64_is_refused_by_name():
     x, weight, lora_A, lora_B, _ = operands(4, 8, 6, 2, torch.float64)
     with pytest.raises(backend.BackendUnavailable, match="float64"):

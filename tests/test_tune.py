@@ -22,7 +22,7 @@ from relora_kernels.worker import Worker
 
 HERE = {
     "device": "Some GPU", "capability": "sm_90", "driver": "580.1", "package": "1", "torch": "2",
-    "triton": "3", "kernels": "abc", "build": "def",
+    "triton": "3", "kernels": "abc", "build": "def", "sources": "cu",
 }  # fmt: skip
 CLASS = ["bfloat16", 14, 384, 256, 16, False]
 
@@ -116,7 +116,7 @@ class TestAutoFollowsTheRecord:
         evidence.forget()
         assert self.chosen() == "reference"
 
-    @pytest.mark.parametrize("changed", ["device", "package", "kernels"])
+    @pytest.mark.parametrize("changed", ["device", "package", "kernels", "sources"])
     def test_a_shipped_record_of_other_kernels_or_devices_counts_for_nothing(
         self, cache, tmp_path, changed
     ):
@@ -125,6 +125,13 @@ class TestAutoFollowsTheRecord:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert self.chosen() == "reference"
+
+    def test_where_no_cuda_kernels_are_built_a_record_of_any_holds(
+        self, cache, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(evidence, "identity", lambda device: {**HERE, "sources": "none"})
+        evidence.write(tmp_path / "records" / "gpu.json", HERE, [entry(["triton", "reference"])])
+        assert self.chosen() == "triton"
 
     def test_prune_and_merge_and_backward_have_classes_too(self, cache):
         weight, lora_A, lora_B = OnGpu(8, 4), OnGpu(2, 4), OnGpu(8, 2)

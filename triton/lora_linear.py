@@ -313,6 +313,23 @@ def backward(
     return dx, dlora_A, dlora_B, dbias
 
 
+def main_loop(x, weight, *, two_segment=None) -> torch.Tensor:
+    """x W^T (M, out): the two-segment product without its first segment, for benchmarks."""
+    none = x.new_empty(1, MULTIPLE)[:, :0]
+    two_segment = two_segment or _two_segment
+    with torch.cuda.device_of(x):
+        return two_segment(
+            none.expand(len(x), 0),
+            none,
+            unit_columns(x),
+            unit_columns(weight),
+            True,
+            None,
+            0.0,
+            None,
+        )
+
+
 def _low_rank(x, a, a_is_r_by_k: bool, scaling: float, dropout_p: float, seed) -> torch.Tensor:
     (M, K), r = x.shape, a.shape[0 if a_is_r_by_k else 1]
     p = x.new_empty(M, r)

@@ -131,6 +131,11 @@ def backward(
     )  # fmt: skip
 
 
+def main_loop(x, weight) -> torch.Tensor:
+    """x W^T (M, out): the two-segment product without its first segment, for benchmarks."""
+    return portable.main_loop(x, weight, two_segment=_two_segment)
+
+
 def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) -> torch.Tensor:
     (M, K), N, r = x.shape, w.shape[0 if w_is_n_by_k else 1], p.shape[1]
     out = x.new_empty(M, N)

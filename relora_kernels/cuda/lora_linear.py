@@ -111,6 +111,11 @@ def backward(
     return dx, dlora_A, dlora_B, dbias
 
 
+def main_loop(x, weight) -> torch.Tensor:
+    """x W^T (M, out): the two-segment product without its first segment, for benchmarks."""
+    return _product("nt", _left(x), _rows(weight))
+
+
 def _product(
     form: str, x, w, p=None, b=None, *, bias=None, scale=1.0, dropout=(None, 0, 1.0), padded=False
 ) -> torch.Tensor:
