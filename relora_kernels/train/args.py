@@ -87,6 +87,9 @@ class RunArgs:
         "bf16 compute (autocast) and bf16 frozen weights, with fp32 trainable parameters. Unset: "
         "on where the GPU supports it, off on a CPU.",
     )
+    diagnostics: bool = _option(
+        False, "Also measure the first updates after each restart, and what merges keep of theirs."
+    )
     cpu_threads: int = _preset("cpu_threads", "Threads on a CPU; 0 leaves the choice to torch.")
     log_every: int = _preset("log_every", "Steps between two rows of training loss.")
     eval_every: int = _preset("eval_every", "Steps between two validations.")
@@ -140,6 +143,9 @@ class TrainArgs:
     warm_start_learning_rate: float | None = _option(
         None, "Peak learning rate of the warm start. Unset: learning_rate."
     )
+    warm_start_from: str | None = _option(
+        None, "Take the warm start of the run in this folder, made with the same settings, instead."
+    )
     min_lr_ratio: float = _option(0.1, "Where the cosine ends, as a share of the peak.")
     batch_size: int = _preset("batch_size", "Sequences of one optimizer step, all devices.")
     micro_batch_size: int = _preset(
@@ -161,6 +167,9 @@ class ReLoRaArgs:
     lora_r: int = _preset("lora_r", "Rank of one cycle.")
     lora_alpha: float = _preset("lora_alpha", "The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float = _option(0.0, "Dropout before A.")
+    lora_dtype: Literal["float32", "bfloat16"] | None = _option(
+        None, "Of A, B and their moments. Unset: float32, also beside bf16 weights."
+    )
     target_modules: list[str] | None = _option(
         None,
         "Names of the linear layers to wrap, or one regular expression, or all-linear. Unset: the "
@@ -225,6 +234,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(Args)}
 _NOT_SAVED = ("output_dir", "resume", "overwrite")
 # A resumed run may use memory and devices differently, but not compute or log anything else.
 _FREE_ON_RESUME = (*_NOT_SAVED, "micro_batch_size", "sharding")
+# What a warm start depends on.
+WARM_START = (
+    "seed bf16 train_files validation_files dataset dataset_column tokenizer vocab_size seq_length "
+    "hidden_size intermediate_size num_layers num_heads steps warm_start_steps warmup_steps "
+    "warm_start_learning_rate min_lr_ratio batch_size max_grad_norm"
+).split()
 _POSITIVE = (
     "steps cycle_steps batch_size micro_batch_size learning_rate lora_r lora_alpha vocab_size "
     "seq_length hidden_size intermediate_size num_layers num_heads eval_tokens log_every "

@@ -10,11 +10,13 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 import accelerate
 import numpy as np
 import torch
 import transformers
+import yaml
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -39,11 +41,12 @@ from relora_kernels.model import relora_layers
 from relora_kernels.reference import philox
 
 from . import checkpoint, report
-from .args import Args, is_main_process, parse_args, world_size
+from .args import WARM_START, Args, is_main_process, parse_args, world_size
 from .callback import ReLoRaCallback, SkipNonFiniteCallback, StopOnSignalCallback
 from .data import Blocks, load_corpus, load_tokenizer, training_blocks
+from .diagnostics import DiagnosticCallback
 from .metrics import MetricsCallback, Progress, json_lines, tensorboard
-from .output import RunFolder, write_text
+from .output import RunFolder, write_json_lines, write_text
 from .spectrum import SpectrumCallback, figures, measure
 from .trainer import ReLoRaTrainer
 
@@ -117,6 +120,8 @@ class Run:
         }
         if args.relora_steps > 0:
             self._try_relora()
+        if args.warm_start_from:
+            self._check_warm_start()
         self._claim_folder()
         self.guard, self.stop = SkipNonFiniteCallback(), StopOnSignalCallback()
         self.sinks = []
@@ -129,6 +134,30 @@ class Run:
                 self.sinks.append(writer)
             else:
                 print("tensorboard is not installed: metrics go to metrics.jsonl alone")
+
+    def _check_warm_start(self):
+        """ValueError where args.warm_start_from is no finished warm start of these settings."""
+        donor, given = RunFolder(self.args.warm_start_from), "--warm_start_from"
+        try:
+            before = yaml.safe_load(donor.config.read_text(encoding="utf-8"))
+            corpus = json.loads(donor.corpus.read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{given}: expected the folder of a run, got {error}") from error
+        now = self.args.settings()
+        wrong = [
+            f"{name}: expected {now[name]}, got {before.get(name)}"
+            for name in WARM_START
+            if now[name] != before.get(name)
+        ]
+        if corpus != self.corpus["sha256"]:
+            wrong.append(f"corpus: expected {self.corpus['sha256'][:12]}, got {corpus[:12]}")
+        found = donor.last_checkpoint("warm_start")
+        if found is None or _step_of(found) != self.args.warm_start_steps:
+            wrong.append(
+                f"expected its checkpoint at step {self.args.warm_start_steps}, got {found}"
+            )
+        if wrong:
+            raise ValueError(f"{given} {donor.root}: " + "; ".join(wrong))
 
     def _try_relora(self):
         """On a model without memory: a bad target is told now, not after the warm start."""
@@ -193,7 +222,9 @@ class Run:
         model = LlamaForCausalLM(self._llama_config())
         model.to(self.device)
 
-        if args.warm_start_steps > 0 and "relora" not in self.resumed:
+        if args.warm_start_from and not self.resumed:
+            self._take_warm_start(model)
+        elif args.warm_start_steps > 0 and "relora" not in self.resumed:
             self._shard(model)
             optimizer = _adamw(model, args.warm_start_learning_rate)
             cosine = cosine_with_warmup(args.warmup_steps, args.steps, args.min_lr_ratio)
@@ -217,6 +248,15 @@ class Run:
             )
             self._fit("relora", model, optimizer, schedule.lr_scheduler, schedule)
         return self._unprepared(model) if args.sharding == "full" else model
+
+    def _take_warm_start(self, model: LlamaForCausalLM) -> None:
+        """Weights and rows of the run that args.warm_start_from names."""
+        donor = RunFolder(self.args.warm_start_from)
+        found = donor.last_checkpoint("warm_start")
+        checkpoint.load_model(model, checkpoint.load_tensors(Path(found) / "model.safetensors"))
+        if is_main_process():
+            rows = [row for row in donor.rows() if row["phase"] == "warm_start"]
+            write_json_lines(self.folder.metrics, rows)
 
     def _shard(self, model: LlamaForCausalLM) -> None:
         if self.args.sharding == "full" and torch.distributed.is_initialized():
@@ -243,6 +283,10 @@ class Run:
         rows = self.folder.rows()
         if resumed and is_main_process():
             rows = self.folder.forget_rows_after(phase, first + _step_of(resumed))
+        relora = []
+        if schedule:  # the spectrum first: it looks at the factors that a restart replaces
+            restart = DiagnosticCallback if args.diagnostics else ReLoRaCallback
+            relora = [SpectrumCallback(schedule, self.folder.spectrum), restart(schedule)]
         metrics = MetricsCallback(
             self.sinks,
             phase,
@@ -251,12 +295,10 @@ class Run:
             seconds=rows[-1]["seconds"] if rows else 0.0,
             schedule=schedule,
             guard=self.guard,
+            diagnostics=relora[-1] if relora and args.diagnostics else None,
         )
         self.guard.first_step = self.stop.first_step = first
         self.guard.in_a_row = 0
-        relora = []
-        if schedule:  # the spectrum first: it looks at the factors that a restart replaces
-            relora = [SpectrumCallback(schedule, self.folder.spectrum), ReLoRaCallback(schedule)]
         trainer = _InOrder(
             model=model,
             args=self._training_arguments(phase, steps, first == 0 and not resumed),
@@ -300,6 +342,7 @@ class Run:
             target_modules=args.targets,
             weight_dtype=torch.bfloat16 if args.bf16 else None,
             merge_rounding=args.merge_rounding,
+            lora_dtype=getattr(torch, args.lora_dtype) if args.lora_dtype else None,
             seed=args.seed,
         )
 

@@ -21,8 +21,8 @@ class MetricsCallback(TrainerCallback):
     """Turns what the Trainer reports into rows, and hands each row to every sink.
 
     A row holds phase, step, tokens, seconds, cycle, and either loss, lr, grad_norm,
-    tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true). Steps and
-    tokens are counted over both phases. Put it behind ReLoRaCallback. A sink that fails is told
+    tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true),
+    or what `diagnostics` measured. Steps and tokens are counted over both phases. Put it behind ReLoRaCallback. A sink that fails is told
     once and does not stop the training.
     """
 
@@ -35,12 +35,14 @@ class MetricsCallback(TrainerCallback):
         seconds: float = 0.0,
         schedule=None,
         guard=None,
+        diagnostics=None,
     ):
         self.sinks, self.phase, self.schedule = sinks, phase, schedule
         self.first_step, self.tokens_per_step = first_step, tokens_per_step
         self.started = time.perf_counter() - seconds
         self.failed: set[int] = set()
         self.cycle, self.guard, self.skipped = None, guard, 0
+        self.diagnostics = diagnostics
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.cycle = self.schedule and self.schedule.cycle
@@ -51,6 +53,8 @@ class MetricsCallback(TrainerCallback):
         if self.guard and self.guard.skipped != self.skipped:
             self.skipped = self.guard.skipped
             self._emit(state, skipped=True)
+        if self.diagnostics and (measured := self.diagnostics.take()):
+            self._emit(state, **measured)
         if self.schedule and self.schedule.cycle != self.cycle:
             self.cycle = self.schedule.cycle
             lr = self.schedule.lr_scheduler.get_last_lr()[0]

@@ -1,0 +1,226 @@
+"""What each part of ReLoRA brings: a grid of relora-train runs at equal tokens, a table and plots.
+
+    python bench/ablation.py                                   micro, core grid, seeds 0 1 2
+    python bench/ablation.py --grid core rank cycle --seeds 0
+    python bench/ablation.py --size 60m --train_files corpus/ --minutes 8     as often as it takes
+    python bench/ablation.py --report                          the table and plots of what is there
+
+Options that it does not know go to every run's relora-train.
+
+A run is a folder of relora-train, <output>/<run>-<seed>. Finished runs are passed over, interrupted ones
+resumed. Runs of one seed share one warm start. Equal steps and batches: equal tokens.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from ablation_report import write_report
+from tqdm import tqdm
+
+# run -> what it changes in relora-train's defaults for the size. "steps" and such stand for the preset's
+# values; {} is the project's defaults.
+BF16 = {"bf16": "true"}
+GRIDS = {
+    "core": {
+        "full-rank": {"warm_start_steps": "steps"},
+        "lora": {"cycle_steps": "steps"},
+        "relora": {},
+        "lora-from-scratch": {"warm_start_steps": 0, "cycle_steps": "steps"},
+        "relora-from-scratch": {"warm_start_steps": 0},
+        "relora-no-jagged": {"restart_warmup_steps": 0},
+        "reset-none": {"reset_mode": "none"},
+        "reset-zero": {"reset_mode": "zero"},
+        "reset-random": {"reset_mode": "random"},
+        "reset-paired-20": {"restart_warmup_steps": 20},
+        "reset-independent-20": {"restart_warmup_steps": 20, "no_paired": True},
+        "bf16-nearest": BF16 | {"merge_rounding": "nearest"},
+        "bf16-stochastic": BF16 | {"merge_rounding": "stochastic"},
+        "bf16-compensated": BF16 | {"merge_rounding": "compensated"},
+        # The authors' code: all of the model in bf16, moments too, each moment pruned by its own mask.
+        "upstream": BF16
+        | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True},
+    },
+    "rank": {
+        f"{kind}-r{r}": {"lora_r": r, "lora_alpha": r, **changes}
+        for r in (4, 8, 16, 64, 128)
+        for kind, changes in (("lora", {"cycle_steps": "steps"}), ("relora", {}))
+    },
+    "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (100, 200, 300, 500, 1000)},
+    "rate": {
+        f"{kind}-lr2": {"learning_rate": "double", **changes}
+        for kind, changes in (("lora", {"cycle_steps": "steps"}), ("relora", {}))
+    },
+}
+
+# What a size changes in its preset: fewer validations on a CPU; lora_alpha = lora_r keeps s = 1.
+SIZES = {"micro": {}, "60m": {}, "130m": {}}
+DONOR = "lora"  # whose warm start the other runs of its seed take
+
+
+def main() -> None:
+    options = parse_options()
+    output = Path(options.output or f"ablation-{options.size}")
+    runs = [(n, s) for s in options.seeds for n in chosen(options.grid, options.only)]
+    if not options.report:
+        train_all(runs, options, output)
+    finished = [(name, seed) for name, seed in runs if is_finished(output / f"{name}-{seed}")]
+    if not finished:
+        sys.exit(f"ablation: no finished run in {output}")
+    write_report(output, finished)
+    missing = len(runs) - len(finished)
+    print(
+        f"{len(finished)} runs in {output}/table.md and its plots"
+        + f", {missing} to do" * bool(missing)
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="micro")
+    parser.add_argument("--grid", nargs="+", choices=GRIDS, default=["core"])
+    parser.add_argument("--only", nargs="+", help="runs of the grids by name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", help="folder of the runs; default ablation-<size>")
+    parser.add_argument("--train_files", nargs="+", help="text; default: Python's standard library")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of each run; default: the preset's"
+    )
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
+                        help="runs at a time")  # fmt: skip
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    options, options.more = parser.parse_known_args()  # of relora-train, for every run
+    return options
+
+
+def chosen(grids: list[str], only: list[str] | None) -> list[str]:
+    names = [name for grid in grids for name in GRIDS[grid]]
+    if unknown := set(only or ()) - set(names):
+        sys.exit(f"ablation: expected --only out of {', '.join(names)}, got {', '.join(unknown)}")
+    return only or names
+
+
+def changes_of(name: str) -> dict:
+    return next(grid[name] for grid in GRIDS.values() if name in grid)
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train_all(runs: list, options, output: Path) -> None:
+    """One process a run, `jobs` at a time; the donor of each seed's warm start before its takers."""
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    waiting = sorted((r for r in runs if not is_finished(output / f"{r[0]}-{r[1]}")),
+                     key=lambda r: (r[1], r[0] != DONOR))  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    steps = options.steps or preset(options.size)["steps"]
+    bar = tqdm(total=len(runs) * steps, unit="step", mininterval=5, dynamic_ncols=True)
+    running: dict[str, subprocess.Popen] = {}
+    failed: list[str] = []
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            for name, seed in list(waiting):
+                if len(running) >= options.jobs:
+                    break
+                if can_start(name, seed, output, options.size, running):
+                    waiting.remove((name, seed))
+                    running[f"{name}-{seed}"] = start(name, seed, options, output)
+            time.sleep(1)
+            for run, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                    if process.returncode:
+                        failed.append(f"{run}: exit {process.returncode}, see {output / run}.log")
+                        tqdm.write(failed[-1])
+            bar.set_postfix_str(", ".join(running), refresh=False)
+            bar.update(sum(progress(output / f"{n}-{s}", steps) for n, s in runs) - bar.n)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)  # it saves a checkpoint and ends
+        for process in running.values():
+            process.wait()
+        bar.close()
+    if failed and not waiting and not running:
+        sys.exit("ablation: " + "; ".join(failed))
+
+
+def can_start(name: str, seed: int, output: Path, size: str, running) -> bool:
+    donor = output / f"{DONOR}-{seed}"
+    takes = takes_warm_start(name, size)
+    return not takes or f"{DONOR}-{seed}" not in running or has_warm_start(donor)
+
+
+def takes_warm_start(name: str, size: str) -> bool:
+    """Whether the run begins as the donor does: same warm start, same rate, same numbers."""
+    changes = changes_of(name)
+    return name != DONOR and not changes.keys() & {"warm_start_steps", "bf16", "learning_rate"}
+
+
+def has_warm_start(run: Path) -> bool:
+    return is_finished(run) or (run / "checkpoint" / "relora").exists()
+
+
+def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
+    folder = output / f"{name}-{seed}"
+    command = [sys.executable, "-m", "relora_kernels.train", "--output_dir", folder]
+    if (folder / "config.yaml").exists() and any(folder.glob("checkpoint/*/checkpoint-*")):
+        command += ["--resume", "true"]
+    else:
+        command += flags(name, seed, options)
+        donor = output / f"{DONOR}-{seed}"
+        if takes_warm_start(name, options.size) and has_warm_start(donor):
+            command += ["--warm_start_from", donor]
+        if folder.exists():
+            command += ["--overwrite", "true"]
+    with open(f"{folder}.log", "ab") as log:
+        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+
+
+def flags(name: str, seed: int, options) -> list:
+    values = preset(options.size)
+    steps = options.steps or values["steps"]
+    settings = {"seed": seed, "steps": steps, **SIZES[options.size], **changes_of(name)}
+    if settings.get("learning_rate") == "double":
+        settings["learning_rate"] = 2 * values["learning_rate"]
+        settings["warm_start_learning_rate"] = values["learning_rate"]
+    words = ["--preset", options.size, "--diagnostics", "true", *options.more]
+    for key, value in settings.items():
+        words += (
+            [f"--{key}"] if value is True else [f"--{key}", steps if value == "steps" else value]
+        )
+    if options.train_files:
+        words += ["--train_files", *options.train_files]
+    return words
+
+
+def preset(size: str) -> dict:
+    from relora_kernels.train.args import PRESETS
+
+    return {
+        key: float(value) if "e" in value else int(value) for key, value in PRESETS[size].items()
+    }
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "summary.json").exists()
+
+
+def progress(run: Path, steps: int) -> int:
+    """Steps done, from the last row of metrics.jsonl."""
+    if is_finished(run):
+        return steps
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["step"] if lines else 0
+    except (OSError, ValueError):  # not begun, or caught in the middle of a line
+        return 0
+
+
+if __name__ == "__main__":
+    main()
