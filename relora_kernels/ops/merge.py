@@ -103,7 +103,8 @@ def merge_(
         seed: int64, used by ``"stochastic"``.
 
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
-    share memory with weight or residual, and FloatingPointError where the update, or a float16 sum, is not finite; W is untouched then.
+    share memory with weight or residual, and FloatingPointError where the update, or a float16 sum,
+    is not finite; W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
