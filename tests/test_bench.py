@@ -27,7 +27,7 @@ from relora_kernels import measure, problems  # noqa: E402
 CPU = torch.device("cpu")
 H200 = {
     "device": "NVIDIA H200", "capability": "sm_90", "driver": "580.1", "package": "0.1.0",
-    "torch": "2.13", "triton": "3.7", "kernels": "k", "build": "b", "cuda": "13.0",
+    "torch": "2.13", "triton": "3.7", "kernels": "k", "build": "b", "sources": "cu", "cuda": "13.0",
     "l2_bytes": 50_000_000, "commit": "0123456789abcdef", "rates": {
         "copy_bytes_per_s": 4.3e12, "flop_per_s": 7.9e14,
     },
