@@ -1,6 +1,7 @@
 """bench/ablation.py and what it asks of relora-train: shared warm starts, diagnostics, bf16 factors."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -67,10 +68,10 @@ def test_diagnostics_tell_updates_and_what_merges_keep(text, tmp_path):
     kept = [row["merge_kept"] for row in rows if "merge_kept" in row]
     assert len(kept) == 3 and all(abs(k - 1) < 1e-5 for k in kept)  # float32 weights keep it all
     updates = {row["step"]: row["update"] for row in rows if "update" in row}
-    # The first step of a cycle has a learning rate of 0. Adam's second update from zeroed moments beside
-    # an old step count is larger than its usual one, and A and B have one moment each.
+    # The first step of a cycle has a learning rate of 0.
     assert set(updates) == set(range(7, 31)) - {7, 13, 19, 25}
-    assert all(0.0 < u < 10.0 for u in updates.values())
+    # Adam's step is about the rate itself; times it (0.01 at most) these would be below 0.1.
+    assert 0.1 < statistics.median(updates.values()) < 3.0
 
 
 def test_bf16_factors_have_bf16_moments(text, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ if backend.triton_missing() is not None:
 import interpreted_bf16  # noqa: E402
 
 from relora_kernels._triton import lora_linear as kernels  # noqa: E402
+from relora_kernels._triton import lora_linear_tma as tma  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -342,6 +343,17 @@ class TestTma:
             for dy in (None, torch.ones((), device=DEVICE).bfloat16().expand(37, 48)):
                 x = view.detach().requires_grad_()
                 check_against_fp64((x, weight, lora_A, lora_B, bias), dy=dy)
+
+    def test_a_descriptor_never_has_overlapping_or_unaligned_rows_case11_12(self):
+        row = torch.randn(40, device=DEVICE).half()
+        unaligned = torch.randn(37 * 40 + 3, device=DEVICE).half()[3:].view(37, 40)
+        odd = torch.randn(37, 41, device=DEVICE).half()
+        for view in (row.expand(37, 40), unaligned, odd, row.expand(37, 40)[:0]):
+            found = tma._described(view, [16, 16])
+            assert found.strides[0] >= found.shape[1] and found.strides[0] * 2 % 16 == 0
+            assert found.base.data_ptr() % 16 == 0
+            if view.numel():
+                assert torch.equal(found.base, view)
 
     def test_no_columns_and_no_rows(self):
         for rows, in_features in ((3, 0), (0, 8)):
