@@ -23,15 +23,18 @@ import torch
 from ablation_report import write_report
 from tqdm import tqdm
 
-# run -> what it changes in relora-train's defaults for the size. "steps" and such stand for the preset's
-# values; {} is the project's defaults.
-BF16 = {"bf16": "true"}
+# run -> what it changes in relora-train's defaults for the size. "steps" stands for the number of
+# steps, a rate of "x 2" for twice the preset's; {} is the project's defaults.
+ONE_CYCLE, BF16 = {"cycle_steps": "steps"}, {"bf16": "true"}
+# The authors' code: factors and their moments in bf16 too, each moment pruned by its own mask.
+UPSTREAM = BF16 | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True}
+ROUNDINGS = ("nearest", "stochastic", "compensated")
 GRIDS = {
     "core": {
         "full-rank": {"warm_start_steps": "steps"},
-        "lora": {"cycle_steps": "steps"},
+        "lora": ONE_CYCLE,
         "relora": {},
-        "lora-from-scratch": {"warm_start_steps": 0, "cycle_steps": "steps"},
+        "lora-from-scratch": {"warm_start_steps": 0} | ONE_CYCLE,
         "relora-from-scratch": {"warm_start_steps": 0},
         "relora-no-jagged": {"restart_warmup_steps": 0},
         "reset-none": {"reset_mode": "none"},
@@ -39,28 +42,34 @@ GRIDS = {
         "reset-random": {"reset_mode": "random"},
         "reset-paired-20": {"restart_warmup_steps": 20},
         "reset-independent-20": {"restart_warmup_steps": 20, "no_paired": True},
-        "bf16-nearest": BF16 | {"merge_rounding": "nearest"},
-        "bf16-stochastic": BF16 | {"merge_rounding": "stochastic"},
-        "bf16-compensated": BF16 | {"merge_rounding": "compensated"},
-        # The authors' code: all of the model in bf16, moments too, each moment pruned by its own mask.
-        "upstream": BF16
-        | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True},
+        **{f"bf16-{rounding}": BF16 | {"merge_rounding": rounding} for rounding in ROUNDINGS},
+        "upstream": UPSTREAM,
+        # As much re-warm-up as independent masks ask for.
+        "upstream-warmup100": UPSTREAM | {"restart_warmup_steps": 100, "cycle_steps": 200},
+    },
+    # Many small merges, as at the end of a long run or in fine-tuning.
+    "rounding": {
+        f"bf16-small-{rounding}": BF16
+        | {"merge_rounding": rounding, "learning_rate": "x 0.05", "cycle_steps": 10}
+        | {"restart_warmup_steps": 0}
+        for rounding in ROUNDINGS
     },
     "rank": {
-        f"{kind}-r{r}": {"lora_r": r, "lora_alpha": r, **changes}
-        for r in (4, 8, 16, 64, 128)
-        for kind, changes in (("lora", {"cycle_steps": "steps"}), ("relora", {}))
+        f"{kind}-r{r}": {"lora_r": r, **changes}
+        for r in (4, 16, 32, 128)
+        for kind, changes in (("lora", ONE_CYCLE), ("relora", {}))
     },
-    "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (100, 200, 300, 500, 1000)},
+    "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (50, 200, 300, 500, 1000)},
     "rate": {
-        f"{kind}-lr2": {"learning_rate": "double", **changes}
-        for kind, changes in (("lora", {"cycle_steps": "steps"}), ("relora", {}))
+        f"{kind}-lr{factor}": {"learning_rate": f"x {factor}", **changes}
+        for factor in (2, 4)
+        for kind, changes in (("lora", ONE_CYCLE), ("relora", {}))
     },
 }
 
-# What a size changes in its preset: fewer validations on a CPU; lora_alpha = lora_r keeps s = 1.
-SIZES = {"micro": {}, "60m": {}, "130m": {}}
-DONOR = "lora"  # whose warm start the other runs of its seed take
+SIZES = ("micro", "60m", "130m")
+# Whose warm start the other runs of its seed take: those in bf16 begin elsewhere.
+DONOR, BF16_DONOR = "lora", "bf16-compensated"
 
 
 def main() -> None:
@@ -117,7 +126,7 @@ def train_all(runs: list, options, output: Path) -> None:
     """One process a run, `jobs` at a time; the donor of each seed's warm start before its takers."""
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     waiting = sorted((r for r in runs if not is_finished(output / f"{r[0]}-{r[1]}")),
-                     key=lambda r: (r[1], r[0] != DONOR))  # fmt: skip
+                     key=lambda r: (r[1], r[0] not in (DONOR, BF16_DONOR)))  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     steps = options.steps or preset(options.size)["steps"]
     bar = tqdm(total=len(runs) * steps, unit="step", mininterval=5, dynamic_ncols=True)
@@ -128,7 +137,7 @@ def train_all(runs: list, options, output: Path) -> None:
             for name, seed in list(waiting):
                 if len(running) >= options.jobs:
                     break
-                if can_start(name, seed, output, options.size, running):
+                if can_start(name, seed, output, running):
                     waiting.remove((name, seed))
                     running[f"{name}-{seed}"] = start(name, seed, options, output)
             time.sleep(1)
@@ -150,16 +159,16 @@ def train_all(runs: list, options, output: Path) -> None:
         sys.exit("ablation: " + "; ".join(failed))
 
 
-def can_start(name: str, seed: int, output: Path, size: str, running) -> bool:
-    donor = output / f"{DONOR}-{seed}"
-    takes = takes_warm_start(name, size)
-    return not takes or f"{DONOR}-{seed}" not in running or has_warm_start(donor)
+def can_start(name: str, seed: int, output: Path, running) -> bool:
+    donor = f"{donor_of(name)}-{seed}"
+    return donor not in running or has_warm_start(output / donor)
 
 
-def takes_warm_start(name: str, size: str) -> bool:
-    """Whether the run begins as the donor does: same warm start, same rate, same numbers."""
+def donor_of(name: str) -> str | None:
+    """The run whose warm start `name` takes, if its own would be the same."""
     changes = changes_of(name)
-    return name != DONOR and not changes.keys() & {"warm_start_steps", "bf16", "learning_rate"}
+    donor = BF16_DONOR if "bf16" in changes else DONOR
+    return None if name == donor or "warm_start_steps" in changes else donor
 
 
 def has_warm_start(run: Path) -> bool:
@@ -173,8 +182,8 @@ def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
         command += ["--resume", "true"]
     else:
         command += flags(name, seed, options)
-        donor = output / f"{DONOR}-{seed}"
-        if takes_warm_start(name, options.size) and has_warm_start(donor):
+        donor = output / f"{donor_of(name)}-{seed}"
+        if has_warm_start(donor):
             command += ["--warm_start_from", donor]
         if folder.exists():
             command += ["--overwrite", "true"]
@@ -184,10 +193,13 @@ def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
 
 def flags(name: str, seed: int, options) -> list:
     values = preset(options.size)
+    given = dict(zip(options.more, options.more[1:]))
+    values |= {key: type(v)(given[f"--{key}"]) for key, v in values.items() if f"--{key}" in given}
     steps = options.steps or values["steps"]
-    settings = {"seed": seed, "steps": steps, **SIZES[options.size], **changes_of(name)}
-    if settings.get("learning_rate") == "double":
-        settings["learning_rate"] = 2 * values["learning_rate"]
+    settings = {"seed": seed, "steps": steps, **changes_of(name)}
+    if "learning_rate" in settings:
+        factor = float(settings["learning_rate"].removeprefix("x "))
+        settings["learning_rate"] = factor * values["learning_rate"]
         settings["warm_start_learning_rate"] = values["learning_rate"]
     words = ["--preset", options.size, "--diagnostics", "true", *options.more]
     for key, value in settings.items():

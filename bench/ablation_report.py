@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -10,26 +11,34 @@ import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
-DONOR = "lora"  # whose weights at the start of the second phase every run of its seed shares
+DONOR = "lora"  # through whose warm start the full-rank run passes too
+FULL = "full-rank"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def write_report(output: Path, runs: list[tuple[str, int]]) -> None:
-    """table.md, table.csv and plots/ in `output`; `runs`: (name, seed) of those that are finished."""
-    by_name: dict[str, list[dict]] = {}
+    """table.md, table.csv, runs.csv and plots/ in `output`; `runs`: (name, seed), finished ones."""
+    by_name: dict[str, dict[int, dict]] = {}
     for name, seed in runs:
         folder = output / f"{name}-{seed}"
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((folder / "summary.json").read_text())
         run = {"rows": rows, "summary": summary, "spectra": spectra(output, name, seed)}
-        by_name.setdefault(name, []).append(run | {"figures": figures(run)})
-    table = [table_row(name, found) for name, found in by_name.items()]
-    write_table(output, table, by_name)
+        by_name.setdefault(name, {})[seed] = run | {"figures": figures(run)}
+    table = [table_row(name, by_name) for name in by_name]
+    write_csv(output / "table.csv", table)
+    write_csv(output / "runs.csv", [
+        {"run": name, "seed": seed} | {t: run["figures"].get(key) for t, (key, _) in COLUMNS.items()}
+        for name, found in by_name.items() for seed, run in found.items()
+    ])  # fmt: skip
+    write_markdown(output / "table.md", table, by_name)
     plots = output / "plots"
     plots.mkdir(exist_ok=True)
     draw_validation(plots / "validation.png", by_name)
     draw_updates(plots / "updates.png", by_name)
     draw_spectra(plots / "spectrum.png", by_name)
+    draw_kept(plots / "kept.png", by_name)
+    draw_sweeps(plots / "sweeps.png", by_name)
 
 
 COLUMNS = {
@@ -45,14 +54,29 @@ COLUMNS = {
 }
 
 
-def table_row(name: str, found: list[dict]) -> dict:
+def table_row(name: str, by_name: dict) -> dict:
+    found = by_name[name]
     row = {"run": name, "seeds": len(found)}
     for title, (key, form) in COLUMNS.items():
-        values = [run["figures"][key] for run in found if run["figures"].get(key) is not None]
+        values = [run["figures"][key] for run in found.values() if key in run["figures"]]
         row[title] = form.format(statistics.mean(values)) if values else "-"
         if title == "validation loss":
             row["spread"] = f"{max(values) - min(values):.3f}" if len(values) > 1 else "-"
+            for other in (FULL, DONOR):
+                row[f"above {other}"] = difference(found, by_name.get(other, {}))
     return row
+
+
+def difference(found: dict, others: dict) -> str:
+    """Mean of the final losses' differences, seed by seed, and their range."""
+    values = [
+        found[seed]["figures"]["eval_loss_final"] - others[seed]["figures"]["eval_loss_final"]
+        for seed in found
+        if seed in others and others[seed] is not found[seed]
+    ]
+    if len(values) < 2:
+        return f"{values[0]:+.3f}" if values else "-"
+    return f"{statistics.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 def figures(run: dict) -> dict[str, float]:
@@ -92,12 +116,13 @@ def entropy_rank(values: list[float]) -> float:
 def spectra(output: Path, name: str, seed: int) -> dict[str, list[float]]:
     """Per projection, singular values of W_end - W_start, descending, averaged over the layers.
 
-    W_start is the donor's after its warm start, through which the full-rank run passes too. {} where a
-    run began elsewhere.
+    W_start is the run's own after its warm start, or the donor's where a full-rank run kept none. {}
+    where neither is there.
     """
-    start = output / f"{DONOR}-{seed}" / "spectrum" / "start.safetensors"
+    kept = [output / f"{run}-{seed}" / "spectrum" / "start.safetensors" for run in (name, DONOR)]
     final = output / f"{name}-{seed}" / "final" / "model.safetensors"
-    if "from-scratch" in name or not start.exists() or not final.exists():
+    start = next(filter(Path.exists, kept), None)
+    if start is None or not final.exists():
         return {}
     sums: dict[str, list[torch.Tensor]] = {}
     with safe_open(start, "pt") as before, safe_open(final, "pt") as after:
@@ -108,50 +133,81 @@ def spectra(output: Path, name: str, seed: int) -> dict[str, list[float]]:
     return {p: torch.stack(v).mean(0).tolist() for p, v in sums.items() if p in PROJECTIONS}
 
 
-def write_table(output: Path, table: list[dict], by_name: dict) -> None:
-    titles = list(table[0])
-    with open(output / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, titles)
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(table)
-    any_run = next(iter(by_name.values()))[0]["summary"]
+        writer.writerows(rows)
+
+
+def write_markdown(path: Path, table: list[dict], by_name: dict) -> None:
+    titles = list(table[0])
+    any_run = next(iter(next(iter(by_name.values())).values()))["summary"]
     lines = [
         f"{any_run['model']}, {any_run['tokens']:,} tokens a run, {any_run['corpus']}; "
         f"{any_run['device']}, torch {any_run['versions']['torch']}. Means over seeds; spread: largest "
-        "minus smallest.",
+        "minus smallest; above: differences seed by seed, mean and range.",
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
         *("| " + " | ".join(str(row[t]) for t in titles) + " |" for row in table),
     ]
-    (output / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# Names of runs, by their beginnings, of one panel; the first three are in each, for comparison.
+PANELS = {
+    "What ReLoRA is made of": ("lora-from", "relora-from", "relora-no"),
+    "Moments at a restart": ("reset",),
+    "bf16 weights": ("bf16", "upstream"),
+    "Sweeps": ("lora-", "relora-"),
+}
+ALWAYS = {FULL: "-", "lora": "--", "relora": "-."}
+
+
+def panels(by_name: dict) -> dict[str, list[str]]:
+    """Each run in the first panel that names it, beside those that are in all."""
+    left = [name for name in by_name if name not in ALWAYS]
+    found = {}
+    for title, starts in PANELS.items():
+        mine = [name for name in left if name.startswith(starts)]
+        left = [name for name in left if name not in mine]
+        if mine:
+            found[title] = [*(n for n in ALWAYS if n in by_name), *mine]
+    return found or {"Runs": list(by_name)}
 
 
 def draw_validation(path: Path, by_name: dict) -> None:
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (name, found) in enumerate(by_name.items()):
-        curves: dict[int, list[float]] = {}
-        for run in found:
-            for row in run["rows"]:
-                if row.get("eval_loss") is not None:
-                    curves.setdefault(row["step"], []).append(row["eval_loss"])
-        steps = sorted(curves)
-        means = [statistics.mean(curves[step]) for step in steps]
-        style = "-" if i < 10 else "--"
-        axes.plot(steps, means, style, label=name, linewidth=1.2)
-    restarts = {
-        row["step"] for run in by_name.get("relora", []) for row in run["rows"] if "restart" in row
-    }
-    for i, step in enumerate(sorted(restarts)):
-        axes.axvline(step, color="0.7", linewidth=0.8, linestyle=":",
-                     label=None if i else "restarts of relora")  # fmt: skip
-    ends = [run["figures"]["eval_loss_final"] for found in by_name.values() for run in found]
-    axes.set_ylim(min(ends) - 0.1, min(ends) + 2)
-    axes.set(title="Validation loss, mean over seeds", xlabel="optimizer steps",
-             ylabel="cross-entropy (nats per token)")  # fmt: skip
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=120)
+    chosen = panels(by_name)
+    figure = Figure(figsize=(7 * len(chosen), 6), layout="constrained")
+    restarts = {row["step"] for run in by_name.get("relora", {}).values()
+                for row in run["rows"] if "restart" in row}  # fmt: skip
+    ends = [
+        run["figures"]["eval_loss_final"] for found in by_name.values() for run in found.values()
+    ]
+    top = max(statistics.quantiles(ends, n=4)[2], min(ends) + 0.5) + 0.3 if len(ends) > 1 else None
+    for axes, (title, names) in zip(
+        figure.subplots(1, len(chosen), squeeze=False)[0], chosen.items()
+    ):
+        for name in names:
+            curves: dict[int, list[float]] = {}
+            for run in by_name[name].values():
+                for row in run["rows"]:
+                    if row.get("eval_loss") is not None:
+                        curves.setdefault(row["step"], []).append(row["eval_loss"])
+            steps = sorted(curves)
+            style = {"color": "0.2", "linestyle": ALWAYS[name]} if name in ALWAYS else {}
+            end = statistics.mean(r["figures"]["eval_loss_final"] for r in by_name[name].values())
+            axes.plot(steps, [statistics.mean(curves[step]) for step in steps],
+                      label=f"{name} {end:.3f}", linewidth=1.2, **style)  # fmt: skip
+        for i, step in enumerate(sorted(restarts)):
+            axes.axvline(step, color="0.8", linewidth=0.8, linestyle=":",
+                         label=None if i else "restarts of relora")  # fmt: skip
+        axes.set_ylim(min(ends) - 0.1, top)
+        axes.set(title=title, xlabel="optimizer steps")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("validation loss (nats per token), mean over seeds")
+    figure.savefig(path, dpi=100)
 
 
 def draw_updates(path: Path, by_name: dict) -> None:
@@ -159,7 +215,7 @@ def draw_updates(path: Path, by_name: dict) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, found in by_name.items():
-        cycles = [c for run in found for c in updates_after_restarts(run["rows"])]
+        cycles = [c for run in found.values() for c in updates_after_restarts(run["rows"])]
         if cycles and (name == "relora" or name.startswith(("reset", "upstream"))):
             length = min(map(len, cycles))
             mean = [statistics.mean(c[i] for c in cycles) for i in range(length)]
@@ -176,7 +232,8 @@ def draw_spectra(path: Path, by_name: dict) -> None:
     grid = figure.subplots(2, 4)
     for axes, projection in zip(grid.flat, PROJECTIONS):
         for name in ("full-rank", "lora", "relora"):
-            found = [run["spectra"][projection] for run in by_name.get(name, []) if run["spectra"]]
+            runs = by_name.get(name, {}).values()
+            found = [run["spectra"][projection] for run in runs if run["spectra"]]
             if found:
                 mean = [statistics.mean(values) for values in zip(*found)]
                 axes.plot(range(1, len(mean) + 1), mean, label=name, linewidth=1.2)
@@ -186,3 +243,58 @@ def draw_spectra(path: Path, by_name: dict) -> None:
     grid.flat[0].legend()
     figure.suptitle("Singular values of W_end - W_start, mean over layers and seeds")
     figure.savefig(path, dpi=120)
+
+
+def draw_kept(path: Path, by_name: dict) -> None:
+    """What each merge left of its update, per rounding of bf16 weights."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, found in by_name.items():
+        kept: dict[int, list[float]] = {}
+        for run in found.values():
+            for row in run["rows"]:
+                if "merge_kept" in row:
+                    kept.setdefault(row["step"], []).append(row["merge_kept"])
+        if kept and run["summary"]["settings"]["bf16"]:
+            axes.plot(kept.keys(), map_mean(kept), marker="o", markersize=3, label=name)
+    axes.set(title="Share of s B A that a merge leaves in W (projection)", xlabel="optimizer steps")
+    axes.axhline(1.0, color="0.8", linewidth=0.8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def map_mean(lists: dict) -> list[float]:
+    return [statistics.mean(values) for values in lists.values()]
+
+
+SWEEPS = {
+    "r": "rank of a cycle",
+    "cycle": "steps between merges",
+    "lr": "learning rate, times the warm start's",
+}
+
+
+def draw_sweeps(path: Path, by_name: dict) -> None:
+    """Final loss over rank, cycle length and learning rate; the runs are named <kind>-<key><number>."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), SWEEPS.items()):
+        points: dict[str, dict[float, list[float]]] = {}
+        for name, found in by_name.items():
+            if match := re.fullmatch(rf"(\w+)-{key}([\d.]+)", name):
+                kind, number = match[1], float(match[2])
+                points.setdefault(kind, {})[number] = [
+                    run["figures"]["eval_loss_final"] for run in found.values()
+                ]
+        for kind, losses in points.items():
+            losses = dict(sorted(losses.items()))
+            axes.plot(losses.keys(), map_mean(losses), marker="o", label=kind)
+        for name, style in ((FULL, "--"), (DONOR, ":")):
+            if name in by_name and points:
+                ends = [run["figures"]["eval_loss_final"] for run in by_name[name].values()]
+                axes.axhline(statistics.mean(ends), color="0.5", linestyle=style, label=name)
+        axes.set(xlabel=label, xscale="log")
+        if points:
+            axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("final validation loss")
+    figure.savefig(path, dpi=100)

@@ -1,5 +1,6 @@
 """bench/ablation.py and what it asks of relora-train: shared warm starts, diagnostics, bf16 factors."""
 
+import csv
 import json
 import statistics
 import sys
@@ -89,6 +90,30 @@ def test_bf16_factors_have_bf16_moments(text, tmp_path, monkeypatch):
     assert seen == {torch.bfloat16}
 
 
+def test_a_run_takes_the_warm_start_of_its_own_kind(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import ablation
+
+    names = [name for grid in ablation.GRIDS.values() for name in grid]
+    assert len(names) == len(set(names))
+    donors = {name: ablation.donor_of(name) for name in names}
+    assert donors["relora"] == donors["relora-r4"] == donors["relora-lr2"] == "lora"
+    assert donors["upstream"] == donors["bf16-nearest"] == "bf16-compensated"
+    none = {"lora", "bf16-compensated", "full-rank", "lora-from-scratch", "relora-from-scratch"}
+    assert {name for name, donor in donors.items() if donor is None} == none
+
+
+def test_rates_are_multiples_of_the_one_that_is_given(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import ablation
+
+    monkeypatch.setattr(sys, "argv", ["ablation", "--learning_rate", "3e-3", "--lora_r", "16"])
+    words = ablation.flags("relora-lr2", 0, ablation.parse_options())
+    last = {word: value for word, value in zip(words, words[1:])}
+    assert last["--learning_rate"] == 0.006 and last["--warm_start_learning_rate"] == 0.003
+    assert last["--lora_r"] == "16" and last["--steps"] == 800
+
+
 def test_grid_is_run_once_and_reported(text, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH))
     import ablation
@@ -104,6 +129,10 @@ def test_grid_is_run_once_and_reported(text, tmp_path, monkeypatch, capsys):
     ablation.main()
     table = (output / "table.md").read_text()
     assert "| lora | 1 |" in table and "| relora | 1 |" in table
+    with open(output / "runs.csv", newline="") as file:
+        ends = {row["run"]: float(row["validation loss"]) for row in csv.DictReader(file)}
+    relora = next(line for line in table.splitlines() if line.startswith("| relora |"))
+    assert f"| {ends['relora'] - ends['lora']:+.3f} |" in relora  # above lora
     for plot in ("validation", "updates", "spectrum"):
         assert (output / "plots" / f"{plot}.png").stat().st_size > 10_000
     # relora took the donor's warm start, and a second call finds nothing to do.
