@@ -73,6 +73,7 @@ DONOR, BF16_DONOR = "lora", "bf16-compensated"
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
     options = parse_options()
     output = Path(options.output or f"ablation-{options.size}")
     runs = [(n, s) for s in options.seeds for n in chosen(options.grid, options.only)]
