@@ -14,7 +14,7 @@ def test_presets_are_the_papers_models():
         for name, p in PRESETS.items()
     }
     assert shapes == {
-        "micro": [128, 344, 4, 4],
+        "micro": [128, 344, 6, 4],
         "60m": [512, 1376, 8, 8],
         "130m": [768, 2048, 12, 12],
         "250m": [768, 2560, 24, 16],

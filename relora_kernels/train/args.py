@@ -22,10 +22,10 @@ CONFIG_FILE = "config.yaml"  # in output_dir: the settings of the run
 # with one thread: a second makes 10.7k tokens/s of 6.0k on an idle machine, but 0.8k on a busy one.
 _PRESET_TABLE = """
                          micro    60m      130m     250m     350m     1.3b
-vocab_size               4096     32100    32100    32100    32100    32100
+vocab_size               1024     32100    32100    32100    32100    32100
 hidden_size              128      512      768      768      1024     2048
 intermediate_size        344      1376     2048     2560     2736     5461
-num_layers               4        8        12       24       24       24
+num_layers               6        8        12       24       24       24
 num_heads                4        8        12       16       16       32
 seq_length               128      256      256      512      512      512
 batch_size               8        480      600      1152     1152     1536
