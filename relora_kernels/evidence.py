@@ -147,7 +147,7 @@ def _merge_class(weight, lora_A, lora_B, scaling, rounding, *rest):
 
 def _prune_class(tensors, ratio, paired_with):
     """The number of tensors and of elements, each rounded up to a power of two."""
-    elements = sum(t.numel() for t in tensors)
+    elements = sum([t.numel() for t in tensors])
     return (
         DTYPE_NAMES[tensors[0].dtype], bool(paired_with), token_class(len(tensors)), token_class(elements)
     )  # fmt: skip

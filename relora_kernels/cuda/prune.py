@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from itertools import chain
 
 import torch
 
@@ -16,9 +15,8 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DT
 def why_not(tensors, ratio, paired_with) -> str | None:
     """Why the kernels cannot serve this call; None where they can."""
     given = [*tensors, *paired_with]
-    for t in given:
-        if t.dtype not in CODES:
-            return f"a tensor in {t.dtype}; the kernels take float32, bfloat16 and float16"
+    for dtype in {t.dtype for t in given} - CODES.keys():
+        return f"a tensor in {dtype}; the kernels take float32, bfloat16 and float16"
     return why_no_device(given[0].device) if given else None
 
 
@@ -68,15 +66,18 @@ class _Flat:
 
     def __init__(self, tensors, partners=(), seeds=None, first=None):
         self.given = [*tensors, *partners]
-        self.flat = [t.contiguous() for t in self.given]
+        self.flat = self.given
+        if not all([t.is_contiguous() for t in self.given]):
+            self.flat = [t.contiguous() for t in self.given]
         n = len(tensors)
         pointers = [t.data_ptr() for t in self.flat]
         codes = [CODES[t.dtype] for t in self.flat]
-        columns = (
-            pointers[:n], pointers[n:] or [0] * n, [t.numel() for t in tensors],
-            codes[:n], codes[n:] or [0] * n, seeds or [0] * n, first or [0] * n,
-        )  # fmt: skip
-        self.rows = array("q", chain.from_iterable(zip(*columns)))
+        sizes = [t.numel() for t in tensors]
+        columns = pointers[:n], pointers[n:], sizes, codes[:n], codes[n:], seeds, first
+        self.rows = array("q", bytes(8 * len(columns) * n))
+        for i, column in enumerate(columns):
+            if column:
+                self.rows[i :: len(columns)] = array("q", column)
 
     def run(self, op: str, function, *arguments, written: bool = True) -> None:
         device = self.given[0].device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -83,6 +84,12 @@ def apart(op: str, written, read=()) -> None:
     Views that interleave, as two column ranges of one matrix do, are apart; so a tensor that is not
     contiguous counts by its first element alone.
     """
+    # At a glance, as if every tensor were one span: in order, none begins before the last one ended.
+    starts = [t.data_ptr() for t in (*written, *read)]
+    ends = sorted(map(operator.add, starts, [t.nbytes for t in (*written, *read)]))
+    starts.sort()
+    if all(map(operator.le, ends, starts[1:])):
+        return
     spans = sorted(
         (t.data_ptr(), t.nbytes if t.is_contiguous() else t.itemsize, i)
         for i, t in enumerate((*written, *read))
