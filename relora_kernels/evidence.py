@@ -77,7 +77,7 @@ def order(op: str, args: tuple) -> tuple[str, ...]:
     if class_of is None:
         return ()
     first = args[0]
-    if type(first) is list:
+    if isinstance(first, list):
         if not first:
             return ()
         first = first[0]

@@ -4,6 +4,8 @@ shim, on a GPU where there is one, and what nvcc makes of it."""
 import contextlib
 import ctypes
 import re
+import time
+import types
 
 import numpy as np
 import pytest
@@ -362,6 +364,25 @@ def test_version_counters_move_for_what_is_written(shim):
     assert (t._version, partner._version) == (versions[0] + 2, versions[1] + 2)
     launcher.magnitude_counts([t], torch.zeros(1, dtype=torch.int64), 18, 13)
     assert t._version == versions[0] + 2
+
+
+def test_the_python_around_the_launches_of_a_models_moments(monkeypatch):
+    """In units of what a look-up at each of the 672 tensors takes, as the machine is not known: 15.5,
+    0.5 ms at 50 ns a look-up; 29 with checks tensor by tensor."""
+    nothing = types.SimpleNamespace(prune_workspace=lambda rows: 1, prune=lambda *arguments: None)
+    put_in_place(monkeypatch, launcher, nothing)
+    monkeypatch.setattr(launcher, "why_no_device", lambda device: None)
+    tensors, partners = ([torch.ones(3, 4) for _ in range(336)] for _ in range(2))
+    pairs, unit, spent = [*tensors, *partners], [], []
+    with use_backend("cuda"):
+        for _ in range(100):
+            start = time.thread_time()
+            [t.data_ptr() for t in pairs]
+            middle = time.thread_time()
+            prune_(tensors, 0.9, partners)
+            unit.append(middle - start)
+            spent.append(time.thread_time() - middle)
+    assert min(spent) < 22 * min(unit)
 
 
 def test_a_failed_launch_names_op_and_shapes(shim, monkeypatch):
