@@ -401,7 +401,19 @@ LORA_1B = [s * 128 for s in ([2048] * 8 + [2048, 5461] * 3) * 24]
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("sizes", [[10**8], [2**31 + 1], LORA_1B], ids=["1e8", "2^31", "1.3B"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [10**8],
+        [2**31 + 1],
+        LORA_1B,
+        [SPAN + 1] * 400,
+        [10**6] * 10,
+        [3 * 10**6] * 9,
+        [9 * 10**6] * 3,
+    ],
+    ids=["1e8", "2^31", "1.3B", "400 of 0.2 MB", "10 of 4 MB", "9 of 12 MB", "3 of 36 MB"],
+)
 def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype):
     partner = (16, launcher.CODES[dtype]) if paired else (0, 0)
     rows = [
@@ -411,6 +423,14 @@ def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype)
     ]
     shim.prune_workspace(launcher.array("q", rows))
     assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize * (1 + paired)
+
+
+def test_the_workspace_of_a_short_list_is_small(shim):
+    """As many tensors a launch as 320 KB hold, and one in any case."""
+    for sizes, most in (([SPAN + 1] * 16, 320 << 10), ([SPAN + 1], 40 << 10), ([10**6], 100 << 10)):
+        tensors = [torch.randn(n) for n in sizes]
+        check_against_reference([Guarded(t, 0) for t in tensors], 0.9)
+        assert 0 < shim.bytes <= most
 
 
 # ---- Random pruning and histograms --------------------------------------------------------------
