@@ -23,9 +23,10 @@
 // The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one
 // standard deviation, 1.51 %, and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % holds that at any
-// scale and ratio, and costs 1.56 % of the tensor's memory. The histograms of the tensors in one
-// launch are kept to the share that Format says, and reused by the next launches: less than 2 % of
-// the list in all for one tensor of 10 MB, or many of 0.2 GB; below, 16 histograms at most.
+// scale and ratio, and costs 1.56 % of the tensor's memory. A launch takes as many tensors as have
+// room for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, or in
+// 320 KB, and the next launches reuse it. One tensor is always taken: up to 10 MB its own needs are
+// more than that share.
 #include "launch.h"
 #include "numerics.cuh"
 
@@ -42,7 +43,8 @@ constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit coun
 constexpr int kRoomShare = 64;  // one element in so many may be listed
 constexpr int kLocal = 2048;    // listed elements that a block collects before it asks for room
 constexpr int kRows = 48;       // of 72 bytes: a kernel's parameters are at most 4 KB
-constexpr int kFewRows = 16;    // a launch takes so many tensors whatever the histograms cost
+constexpr int kMemoryShare = 52;          // a launch's workspace: one byte in so many of the list,
+constexpr int64_t kFewBytes = 320 << 10;  // or so many
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
@@ -57,7 +59,6 @@ struct Format<uint32_t> {
   static constexpr int bins = 1 << first;
   static constexpr bool packed = false;
   static constexpr int shared_bytes = 4 * bins;
-  static constexpr int64_t hist_share = 250;  // one byte of histogram in so many of tensors
 };
 template <>
 struct Format<uint16_t> {
@@ -65,7 +66,6 @@ struct Format<uint16_t> {
   static constexpr int bins = 1 << first;
   static constexpr bool packed = true;
   static constexpr int shared_bytes = 2 * bins;
-  static constexpr int64_t hist_share = 70;
 };
 
 enum class Source : uint32_t { list, whole, nothing };  // what recount and finish go over
@@ -757,23 +757,26 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
   for (int64_t i = 0; i < count; ++i)
     listed_bytes += tensors[i].size * bytes_of(tensors[i].dtype) +
                     (tensors[i].partner ? tensors[i].size * bytes_of(tensors[i].partner_dtype) : 0);
-  const int64_t slot_bytes = rounded(sizeof(Slot) + 4 * Format<Bits>::bins);
-  const int64_t rows = which != Which::large
-                           ? kRows
-                           : min(max(listed_bytes / Format<Bits>::hist_share / slot_bytes,
-                                     int64_t(kFewRows)),
-                                 int64_t(kRows));
+  const bool large = which == Which::large;
+  const int64_t most_bytes = max(listed_bytes / kMemoryShare, kFewBytes);
   for (int64_t i = 0; i < count;) {
     Group group{};
     Table& table = group.table;
     int64_t blocks = 0;
-    for (; i < count && table.count < rows; ++i) {
+    for (; i < count && table.count < kRows; ++i) {
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
       if (which != Which::any && (t.size <= kSmall) != (which == Which::small)) continue;
       const int64_t its_blocks =
           which == Which::small ? 1 : (t.size + kSpan<Bits> - 1) / kSpan<Bits>;
+      const bool wide = t.size >= kWideFrom;
+      const uint32_t room =
+          large && sizeof(Bits) == 4 && !wide ? uint32_t(t.size / kRoomShare) : 0;
+      const int64_t hist_bytes =
+          large ? rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins)) : 0;
+      const int64_t its_bytes = hist_bytes + rounded(4 * int64_t(room));
       if (blocks + its_blocks > INT32_MAX) break;
+      if (table.count > 0 && group.bytes + its_bytes > most_bytes) break;
       Row& row = table.rows[table.count++];
       row.data = t.data;
       row.partner = t.partner;
@@ -784,21 +787,20 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       row.index = uint32_t(i);
       row.dtype = uint8_t(t.dtype);
       row.partner_bytes = uint8_t(t.partner ? bytes_of(t.partner_dtype) : 0);
-      blocks += its_blocks;
-      if (which != Which::large) continue;
-      const bool wide = t.size >= kWideFrom;
-      row.room = sizeof(Bits) == 4 && !wide ? uint32_t(t.size / kRoomShare) : 0;
+      row.room = room;
       row.slot = reinterpret_cast<Slot*>(workspace + group.hist_bytes);
-      group.hist_bytes += rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins));
+      blocks += its_blocks;
+      group.hist_bytes += hist_bytes;
+      group.bytes += its_bytes;
     }
     if (table.count == 0) {
       if (i < count) return cudaErrorInvalidConfiguration;  // one tensor of over 10^13 elements
       break;
     }
-    group.bytes = group.hist_bytes;
+    char* list = workspace + group.hist_bytes;
     for (uint32_t r = 0; r < table.count; ++r) {
-      table.rows[r].list = reinterpret_cast<uint32_t*>(workspace + group.bytes);
-      group.bytes += rounded(4 * int64_t(table.rows[r].room));
+      table.rows[r].list = reinterpret_cast<uint32_t*>(list);
+      list += rounded(4 * int64_t(table.rows[r].room));
     }
     table.blocks = uint32_t(blocks);
     if (const cudaError_t error = run(group)) return error;

@@ -1,12 +1,13 @@
-"""Which implementation serves a call: `reference`, `triton`, `triton_tma` or `cuda`.
+"""Which implementation serves a call: `reference`, `triton_mask`, `triton`, `triton_tma` or `cuda`.
 
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
 in words. `auto` takes the first that can, of those on record for this kind of call on this device, fastest
 first (evidence.py), then of the op's order; a named backend that cannot raises.
 
-The order holds what needs no record: the reference, which on a GPU runs on cuBLAS, comes first. A kernel
-that is not on record, on that device, as right and as faster serves by name alone.
+The order holds what needs no record: the reference, which on a GPU runs on cuBLAS, comes first; with
+dropout `triton_mask` before it, the same plan with a mask drawn in one pass. Another kernel that is not on
+record, on that device, as right and as faster serves by name alone. `reference` by name is PyTorch alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 from relora_kernels import evidence
 
-BACKENDS = ("reference", "triton", "triton_tma", "cuda")
+BACKENDS = ("reference", "triton_mask", "triton", "triton_tma", "cuda")
 ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
 
@@ -54,7 +58,8 @@ def is_named(name: str) -> bool:
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Within the block every op runs on backend `name`: auto, reference, triton, triton_tma or cuda.
+    """Within the block every op runs on backend `name`: auto, reference, triton_mask, triton, triton_tma
+    or cuda.
 
     Process-wide, not per thread: autograd runs the backward of CUDA graphs in threads of its own,
     which have to see it. Compiled graphs see it too, since ops choose when they run. Where blocks of
@@ -123,6 +128,17 @@ def triton_missing() -> str | None:
     """None where the Triton compiler is installed, else the reason in words."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
+    return None
+
+
+@functools.cache
+def triton_cannot_start() -> str | None:
+    """None where Triton finds what it builds a kernel's launcher with, else what is missing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton starts kernels by a C compiler, and there is no CC, gcc or clang"
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    if not header.exists():
+        return f"Triton starts kernels by Python's C headers, and there is no {header}"
     return None
 
 

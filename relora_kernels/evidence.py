@@ -77,7 +77,7 @@ def order(op: str, args: tuple) -> tuple[str, ...]:
     if class_of is None:
         return ()
     first = args[0]
-    if type(first) is list:
+    if isinstance(first, list):
         if not first:
             return ()
         first = first[0]
@@ -147,7 +147,7 @@ def _merge_class(weight, lora_A, lora_B, scaling, rounding, *rest):
 
 def _prune_class(tensors, ratio, paired_with):
     """The number of tensors and of elements, each rounded up to a power of two."""
-    elements = sum(t.numel() for t in tensors)
+    elements = sum([t.numel() for t in tensors])
     return (
         DTYPE_NAMES[tensors[0].dtype], bool(paired_with), token_class(len(tensors)), token_class(elements)
     )  # fmt: skip

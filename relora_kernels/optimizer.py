@@ -15,6 +15,7 @@ from relora_kernels.reference import philox
 from relora_kernels.sharded_prune import prune_sharded_
 
 MODES = ("magnitude", "random", "zero")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @torch.no_grad()
@@ -56,19 +57,17 @@ def reset_optimizer(
     if not isinstance(params, Iterable):
         raise TypeError(f"reset_optimizer: expected params to be parameters, got {params!r}")
     states = adam_states(optimizer, [params] if isinstance(params, torch.Tensor) else list(params))
-    first = [(i, state["exp_avg"]) for i, state in states]
-    seconds = [
-        [(i, state[key]) for i, state in states if torch.is_tensor(state.get(key))]
-        for key in ("exp_avg_sq", "max_exp_avg_sq")
-    ]
+    first, second = ([(i, state[key]) for i, state in states] for key in MOMENTS)
+    key = "max_exp_avg_sq"
+    largest = [(i, state[key]) for i, state in states if isinstance(state.get(key), torch.Tensor)]
     if mode == "zero":
-        for _, moment in (*first, *seconds[0], *seconds[1]):
+        for _, moment in (*first, *second, *largest):
             moment.zero_()
     elif paired:
-        _prune_paired(first, seconds, mode, ratio, seed)
+        _prune_paired(first, second, largest, mode, ratio, seed)
     else:
         _warn_independent(ratio)
-        for group, moments in enumerate((first, *seconds)):
+        for group, moments in enumerate((first, second, largest)):
             _prune(moments, mode, ratio, (seed, group))
     if reset_step:
         for _, state in states:
@@ -80,21 +79,20 @@ def reset_optimizer(
                 state["mu_product"].fill_(1.0)
 
 
-def _prune_paired(first, seconds, mode, ratio, seed) -> None:
+def _prune_paired(first, second, largest, mode, ratio, seed) -> None:
     # prune_ zeroes one partner by each mask. |m| keeps its values until its own turn, so a third
     # tensor (AMSGrad's) is pruned through a copy of m.
-    by_index = dict(first)
-    if seconds[1]:
-        copies = [(i, by_index[i].clone()) for i, _ in seconds[1]]
-        _prune(copies, mode, ratio, (seed, 0), [t for _, t in seconds[1]])
-    partners = dict(seconds[0])
-    _prune(first, mode, ratio, (seed, 0), [partners[i] for i, _ in first])
+    if largest:
+        by_index = dict(first)
+        copies = [(i, by_index[i].clone()) for i, _ in largest]
+        _prune(copies, mode, ratio, (seed, 0), [t for _, t in largest])
+    _prune(first, mode, ratio, (seed, 0), [t for _, t in second])
 
 
 def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
     tensors = [t for _, t in moments]
     if mode == "magnitude":
-        prune = prune_sharded_ if any(map(sharding.is_sharded, tensors)) else prune_
+        prune = prune_sharded_ if sharding.any_sharded(tensors) else prune_
         prune(tensors, ratio, paired_with)
         return
     seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
@@ -110,7 +108,7 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise TypeError(f"reset_optimizer: expected a torch optimizer, got {optimizer!r}")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    states = []
+    state_of, states = optimizer.state, []
     for i, p in enumerate(params):
         if id(p) not in known:
             raise ValueError(
@@ -118,26 +116,31 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
                 f"{checks.describe(p)} that it does not hold; pass lora_parameters(model) and make "
                 f"the optimizer after apply_relora"
             )
-        if state := optimizer.state.get(p):
-            _refuse_other_state(optimizer, state)
+        if state := state_of.get(p):
             states.append((i, state))
+    for key in MOMENTS:
+        moments = [state.get(key) for _, state in states]
+        # At a glance, as plain tensors pass. A model has hundreds.
+        plain = {torch.Tensor}.issuperset(map(type, moments))
+        if not (plain and set(checks.FLOATS).issuperset([t.dtype for t in moments])):
+            for _, state in states:
+                _refuse_other_state(optimizer, state, key)
     return states
 
 
-def _refuse_other_state(optimizer, state) -> None:
-    for key in ("exp_avg", "exp_avg_sq"):
-        moment = state.get(key)
-        plain = type(moment) is torch.Tensor or sharding.is_sharded(moment)
-        if plain and moment.dtype in checks.FLOATS:
-            continue
-        got = f"no {key!r} (state: {', '.join(sorted(map(str, state)))})"
-        if moment is not None:
-            got = f"{key!r} as {type(moment).__name__} {checks.describe(moment)}"
-        raise TypeError(
-            f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating "
-            f"tensors, got {got} from {type(getattr(optimizer, 'optimizer', optimizer)).__name__}; "
-            f"use a full-precision Adam such as torch.optim.AdamW"
-        )
+def _refuse_other_state(optimizer, state, key: str) -> None:
+    moment = state.get(key)
+    plain = type(moment) is torch.Tensor or sharding.is_sharded(moment)
+    if plain and moment.dtype in checks.FLOATS:
+        return
+    got = f"no {key!r} (state: {', '.join(sorted(map(str, state)))})"
+    if moment is not None:
+        got = f"{key!r} as {type(moment).__name__} {checks.describe(moment)}"
+    raise TypeError(
+        f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating "
+        f"tensors, got {got} from {type(getattr(optimizer, 'optimizer', optimizer)).__name__}; "
+        f"use a full-precision Adam such as torch.optim.AdamW"
+    )
 
 
 def _warn_independent(ratio: float) -> None:

@@ -264,7 +264,7 @@ class LinearOperands:
         y = F.linear(x, weight)
         if "lora_A" in names:
             if self.dropout:
-                x = x * linear_reference.dropout_mask(self.x.detach(), self.dropout, self.seed)
+                x = x * linear_reference.dropout_mask(x.detach(), self.dropout, self.seed)
             y = y + self.scaling * F.linear(F.linear(x, t["lora_A"]), t["lora_B"])
         return [y.detach(), *torch.autograd.grad(y, [t[n] for n in names], self.dy.to(dtype))]
 

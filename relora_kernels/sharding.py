@@ -13,6 +13,10 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def any_sharded(tensors) -> bool:
+    return any([hasattr(t, "device_mesh") for t in tensors])
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The logical tensor, gathered from all ranks if it is sharded. A collective: call on every rank."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

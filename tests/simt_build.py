@@ -50,7 +50,7 @@ def put_in_place(monkeypatch, launcher, module) -> None:
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def assert_same_bits(actual, expected):

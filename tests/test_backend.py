@@ -45,7 +45,7 @@ def test_environment_variable(monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(
         ValueError,
-        match="RELORA_KERNELS_BACKEND.*auto, reference, triton, triton_tma, cuda; got 'fastest'",
+        match="RELORA_KERNELS_BACKEND.*auto, reference, triton_mask, triton, triton_tma, cuda; got 'fastest'",
     ):
         current_backend()
 

@@ -1,11 +1,14 @@
 """prune_ against torch.quantile bit for bit, and its contract for what quantile does not cover."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relora_kernels import prune_, use_backend
+from relora_kernels.ops import checks
 from relora_kernels.ops import prune as op
 from relora_kernels.reference import prune as reference
 
@@ -350,6 +353,37 @@ def test_tensors_that_share_memory_are_refused():
     for i, half in enumerate(halves):
         assert torch.equal(interleaved[:, i], expected(half, 0.5))
     prune_([t[:60], t[60:], torch.empty(0), torch.empty(0)], 0.5)
+
+
+def test_spans_of_memory_are_apart_where_no_element_is_written_that_another_holds():
+    generator, memory = torch.Generator().manual_seed(0), torch.zeros(60)
+    found = []
+    for case in range(400):
+        starts = torch.randint(0, 56, (case % 5 + 2,), generator=generator).tolist()
+        sizes = torch.randint(
+            0, 12 if case % 2 else 5, (len(starts),), generator=generator
+        ).tolist()
+        spans = [memory[a : a + n] for a, n in zip(starts, sizes)]
+        held = torch.zeros(len(spans), 60)
+        for row, a, n in zip(held, starts, sizes):
+            row[a : a + n] = 1
+        one, two = len(spans) // 3, len(spans) // 2 + 1  # [:one] and [one:two] are written
+        shared = (held[:two].sum(0) > 0) & (held.sum(0) > 1)
+        found.append(bool(shared.any()))
+        with pytest.raises(ValueError, match="x: ") if found[-1] else contextlib.nullcontext():
+            checks.apart("x", spans[:one], spans[one:two], read=spans[two:])
+    assert 100 < sum(found) < 300
+
+
+def test_a_list_over_several_devices_is_refused_before_anything_changes():
+    good = torch.randn(8)
+    before = good.clone()
+    windows = torch.empty(10, device="meta").as_strided((3, 3), (1, 1))
+    with pytest.raises(ValueError, match=r"tensors\[1\] without overlapping"):
+        prune_([good, windows], 0.5)
+    assert torch.equal(good, before)
+    prune_([torch.empty(4, device="meta"), good], 0.5)
+    assert torch.equal(good, expected(before, 0.5))
 
 
 def test_overlapping_windows_and_non_tensors_are_refused_before_anything_changes():

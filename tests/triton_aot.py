@@ -17,6 +17,7 @@ from pathlib import Path
 
 from relora_kernels._triton import (
     lora_linear,
+    lora_linear_mask,
     lora_linear_tma,
     magnitude_counts,
     merge,
@@ -58,6 +59,11 @@ def variants(arch: int):
 
     for dtype in ("bf16", "fp32"):
         yield from linear_variants(arch, dtype)
+
+    for name, bits in (("bf16", "*i16"), ("fp32", "*i32"), ("odd bf16", "*i16")):
+        types = {"out_ptr": bits, "x_ptr": bits, "seed_ptr": "*i64"}
+        constants = {"x_stride1": 1, **lora_linear_mask.MASK}
+        yield lora_linear_mask.mask_kernel, f"mask {name}", types, constants
 
 
 def linear_variants(arch: int, dtype: str):

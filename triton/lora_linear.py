@@ -14,6 +14,7 @@ import triton.language as tl
 
 from relora_kernels import backend
 from relora_kernels._triton import philox
+from relora_kernels.reference.lora_linear import dropout_constants
 
 # Tiles by bytes of an element. float32 is multiplied in float32 on the ordinary units, where large tiles
 # spill.
@@ -389,12 +390,6 @@ def _reduced(partial, scale: float, dtype) -> torch.Tensor:
         grid = (triton.cdiv(out.numel(), REDUCE["BLOCK"]),)
         reduce_kernel[grid](partial, out, out.numel(), len(partial), scale, **REDUCE)
     return out
-
-
-def dropout_constants(p: float) -> tuple[int, float]:
-    """(drop where the 16 random bits are below this, 1 / probability of being kept)."""
-    threshold = round(p * 65536)
-    return threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 def two_segment_config(M: int, dropout_p: float, x: torch.Tensor, odd: bool) -> dict:

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from relora_kernels import backend
 from relora_kernels._triton import lora_linear as portable
 from relora_kernels._triton import philox
+from relora_kernels.reference.lora_linear import dropout_constants
 
 NAME = "triton_tma"
 DTYPES = (
@@ -146,7 +147,7 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
     left = [config["BLOCK_M"], config["BLOCK_K"]]
     right = [config["BLOCK_N"], config["BLOCK_K"]] if w_is_n_by_k else [
         config["BLOCK_K"], config["BLOCK_N"]]  # fmt: skip
-    threshold, keep_scale = portable.dropout_constants(dropout_p)
+    threshold, keep_scale = dropout_constants(dropout_p)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     two_segment_tma_kernel[(tiles,)](
         out, _described(p, left), _described(b, right), _described(x, left), _described(w, right),

@@ -19,6 +19,7 @@ import functools
 import torch
 
 from relora_kernels.cuda import extension, why_no_device
+from relora_kernels.reference.lora_linear import dropout_constants
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 PER_16_BYTES = 8  # elements
@@ -242,8 +243,7 @@ def _processors(device: torch.device) -> int:
 
 def _dropout(p: float, seed) -> tuple:
     """(seed, drop where the 16 random bits are below this, 1 / probability of being kept)."""
-    threshold = round(p * 65536)
-    return seed, threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
+    return seed, *dropout_constants(p)
 
 
 def _padded(cols: int) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from itertools import chain
 
 import torch
 
 from relora_kernels.cuda import extension, why_no_device
+from relora_kernels.ops.checks import Tensors
 from relora_kernels.reference.prune import NONE_ABOVE, drop_below
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DType
@@ -15,11 +15,10 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DT
 
 def why_not(tensors, ratio, paired_with) -> str | None:
     """Why the kernels cannot serve this call; None where they can."""
-    given = [*tensors, *paired_with]
-    for t in given:
-        if t.dtype not in CODES:
-            return f"a tensor in {t.dtype}; the kernels take float32, bfloat16 and float16"
-    return why_no_device(given[0].device) if given else None
+    dtypes = {*Tensors.of(tensors).dtypes, *Tensors.of(paired_with).dtypes}
+    for dtype in dtypes - CODES.keys():
+        return f"a tensor in {dtype}; the kernels take float32, bfloat16 and float16"
+    return why_no_device(tensors[0].device) if tensors else None
 
 
 def why_not_random(tensors, ratio, paired_with, seeds, first_elements) -> str | None:
@@ -66,17 +65,27 @@ class _Flat:
     """A list and its partners as the kernels take them: contiguous (strided ones through copies), in
     rows of seven int64 (launch.h's PruneTensor)."""
 
-    def __init__(self, tensors, partners=(), seeds=None, first=None):
-        self.given = [*tensors, *partners]
-        self.flat = [t.contiguous() for t in self.given]
-        n = len(tensors)
-        pointers = [t.data_ptr() for t in self.flat]
-        codes = [CODES[t.dtype] for t in self.flat]
+    def __init__(self, tensors, partners=(), seeds=(), first=()):
+        self.given = self.flat = [*tensors, *partners]
+        tensors, partners = Tensors.of(tensors), Tensors.of(partners)
+        if not (tensors.contiguous and partners.contiguous):
+            tensors, partners = (
+                Tensors(t.contiguous() for t in some) for some in (tensors, partners)
+            )
+            self.flat = [*tensors, *partners]
         columns = (
-            pointers[:n], pointers[n:] or [0] * n, [t.numel() for t in tensors],
-            codes[:n], codes[n:] or [0] * n, seeds or [0] * n, first or [0] * n,
-        )  # fmt: skip
-        self.rows = array("q", chain.from_iterable(zip(*columns)))
+            tensors.pointers,
+            partners.pointers,
+            [t.numel() for t in tensors],
+            list(map(CODES.get, tensors.dtypes)),
+            list(map(CODES.get, partners.dtypes)),
+            seeds,
+            first,
+        )
+        self.rows = array("q", bytes(8 * len(columns) * len(tensors)))
+        for i, column in enumerate(columns):
+            if column:  # zeros: no partners, no seeds
+                self.rows[i :: len(columns)] = array("q", column)
 
     def run(self, op: str, function, *arguments, written: bool = True) -> None:
         device = self.given[0].device
@@ -90,8 +99,9 @@ class _Flat:
                 raise RuntimeError(f"{op}: tensors {shapes}{more} on {device}: {error}") from error
         if not written:
             return
-        for t, flat in zip(self.given, self.flat):
-            if flat is not t:
-                t.copy_(flat)
+        if self.flat is not self.given:
+            for t, flat in zip(self.given, self.flat):
+                if flat is not t:
+                    t.copy_(flat)
         # The kernels write through raw pointers, which autograd cannot see.
         torch.autograd.graph.increment_version(self.given)

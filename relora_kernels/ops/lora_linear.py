@@ -16,8 +16,10 @@ from relora_kernels.reference import lora_linear as _reference
 IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
 if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear as _triton
+    from relora_kernels._triton import lora_linear_mask as _triton_mask
     from relora_kernels._triton import lora_linear_tma as _triton_tma
 
+    IMPLEMENTATIONS = {_triton_mask.NAME: _triton_mask, **IMPLEMENTATIONS}
     IMPLEMENTATIONS |= {"triton": _triton, _triton_tma.NAME: _triton_tma}
 IMPLEMENTATIONS["cuda"] = _cuda
 

@@ -37,7 +37,7 @@ def _merge(*args):
     if check:
         weight, lora_A, lora_B, scaling, _, residual, _, _ = args
         written = [weight] if residual is None else [weight, residual]
-        checks.apart("merge_", written, [lora_A, lora_B])
+        checks.apart("merge_", written, read=[lora_A, lora_B])
         check_finite([(weight, lora_A, lora_B, scaling, residual, "merge_")])
     module.merge_(*args)
 

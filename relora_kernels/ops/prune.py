@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress, repeat
 
 import torch
 
 from relora_kernels import backend
 from relora_kernels.cuda import prune as _cuda
 from relora_kernels.ops import LIBRARY, checks
+from relora_kernels.ops.checks import Tensors
 from relora_kernels.reference import prune as _reference
-
-_USUAL = (torch.Tensor, torch.nn.Parameter)
 
 IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
 RANDOM_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
@@ -36,16 +36,27 @@ LIBRARY.define(
 )
 
 
-def _prune(*args):
+def _prune(tensors, ratio, paired_with):
+    args = tensors, _, paired_with = Tensors(tensors), ratio, Tensors(paired_with)
     module = backend.resolve("prune_", IMPLEMENTATIONS, "why_not", *args)
-    checks.apart("prune_", [*args[0], *args[2]])
+    _check_memory("prune_", tensors, paired_with)
     module.prune_(*args)
 
 
-def _prune_random(*args):
+def _prune_random(tensors, ratio, paired_with, *keys):
+    args = tensors, _, paired_with, *_ = Tensors(tensors), ratio, Tensors(paired_with), *keys
     module = backend.resolve("prune_random_", RANDOM_IMPLEMENTATIONS, "why_not_random", *args)
-    checks.apart("prune_random_", [*args[0], *args[2]])
+    _check_memory("prune_random_", tensors, paired_with)
     module.prune_random_(*args)
+
+
+def _check_memory(op: str, tensors: Tensors, paired_with: Tensors) -> None:
+    """Every element is written once: by no other tensor of the two lists, and no other index."""
+    for name, some in (("tensors", tensors), ("paired_with", paired_with)):
+        if not some.contiguous:
+            for i, t in enumerate(some):
+                checks.no_overlap(op, f"{name}[{i}]", t)
+    checks.apart(op, tensors, paired_with)
 
 
 def _magnitude_counts(*args):
@@ -105,15 +116,15 @@ def prune_(
             f"prune_: expected paired_with to have the shapes of tensors, "
             f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
         )
-    for t, partner in zip(tensors, paired):
-        if t.device != partner.device:
+    devices = [t.device for t in tensors]
+    if paired and [t.device for t in paired] != devices:
+        for t, partner in zip(tensors, paired):
             checks.plain_tensors("prune_", tensor=t, paired_with=partner)
-    # One call per device: a list may span several.
-    for device in dict.fromkeys(t.device for t in tensors):
-        at = [i for i, t in enumerate(tensors) if t.device == device]
-        torch.ops.relora_kernels._prune_(
-            [tensors[i] for i in at], ratio, [paired[i] for i in at if paired]
-        )
+    parts = list(_by_device(devices, tensors, paired))
+    if len(parts) > 1:  # before the first of them is pruned; each is checked by itself too
+        _check_memory("prune_", Tensors(tensors), Tensors(paired))
+    for chosen, partners in parts:
+        torch.ops.relora_kernels._prune_(chosen, ratio, partners)
 
 
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
@@ -122,22 +133,34 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
     `paired_with`: empty or as long, zeroed by the same masks. `first_elements`: each tensor's first flat
     index, 0 but for a shard.
     """
-    for device in dict.fromkeys(t.device for t in tensors):
-        at = [i for i, t in enumerate(tensors) if t.device == device]
-        columns = (tensors, paired_with, seeds, first_elements)
-        chosen, paired, *keys = ([column[i] for i in at if column] for column in columns)
+    columns = tensors, paired_with, seeds, first_elements
+    for chosen, paired, *keys in _by_device([t.device for t in tensors], *columns):
         torch.ops.relora_kernels._prune_random_(chosen, ratio, paired, *keys)
+
+
+def _by_device(devices, *columns):
+    """The columns (as long as `devices`, or empty) in parts of one device each: an op serves one."""
+    of_each = dict.fromkeys(devices)
+    for device in of_each:
+        chosen = [d == device for d in devices] if len(of_each) > 1 else repeat(True)
+        yield [list(compress(column, chosen)) for column in columns]
 
 
 def _as_list(name: str, tensors) -> list[torch.Tensor]:
     if not isinstance(tensors, (torch.Tensor, Iterable)):
         raise TypeError(f"prune_: expected {name} to be a tensor or a list, got {tensors!r}")
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    for i, t in enumerate(tensors):
-        # What passes all checks at a glance: they take 3 us a tensor, and a model has hundreds.
-        if type(t) in _USUAL and t.dtype in checks.FLOATS and t.layout is torch.strided:
-            if t.is_contiguous():
-                continue
-        checks.plain_tensors("prune_", **{f"{name}[{i}]": t})
-        checks.no_overlap("prune_", f"{name}[{i}]", t)
+    if not _usual(tensors):
+        for i, t in enumerate(tensors):
+            checks.plain_tensors("prune_", **{f"{name}[{i}]": t})
     return tensors
+
+
+def _usual(tensors) -> bool:
+    """Whether all pass every check at a glance: one by one they take 2 us a tensor, and a model has
+    hundreds. In columns, so that each look-up at a tensor costs no more than itself."""
+    return (
+        {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
+        and set(checks.FLOATS).issuperset([t.dtype for t in tensors])
+        and {torch.strided}.issuperset([t.layout for t in tensors])
+    )

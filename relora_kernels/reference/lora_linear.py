@@ -5,6 +5,9 @@
     Q  = s * dy B                  (M, r)
     dx = dy W + mask * (Q A)       dA = Q^T dropout(x)      dB = dy^T P      dbias = sum over M of dy
 
+dropout(x) = mask * x, where the mask is 0 or 1 / keep: elements are set to zero, whatever they held, and
+1 / keep goes into the products' scale, so it costs no rounding.
+
 There is no dW: W is frozen. lora_A and lora_B are rounded to x's dtype for the products (float32
 masters, bf16 compute); their gradients are summed in float32 and returned in their own dtype.
 The order (small product first, then the large GEMM adds onto it in place) hides the read of y behind
@@ -41,9 +44,11 @@ def why_not_backward(
     return None
 
 
-def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
-    """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
-    p = _scaled_mm(dropout(x, dropout_p, seed), lora_A.to(x.dtype).T, scaling)
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, drop=None):
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `drop`: another launcher of zero_dropped."""
+    drop = drop or zero_dropped
+    keep_scale = dropout_constants(dropout_p)[1]
+    p = _scaled_mm(drop(x, dropout_p, seed), lora_A.to(x.dtype).T, scaling * keep_scale)
     b = lora_B.to(x.dtype).T
     y = p @ b if bias is None else torch.addmm(bias.to(x.dtype), p, b)
     return y.addmm_(x, weight.T), p
@@ -63,23 +68,28 @@ def backward(
     need_dA,
     need_dB,
     need_dbias,
+    *,
+    drop=None,
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
 
     A gradient that is not needed comes back with 0 elements.
     """
+    drop = drop or zero_dropped
+    keep_scale = dropout_constants(dropout_p)[1]
     wide = torch.promote_types(dy.dtype, torch.float32)
     dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     dbias = dy.new_empty(0, dtype=wide)
     if need_dx or need_dA:
         q = _scaled_mm(dy, lora_B.to(dy.dtype), scaling)  # (M, r)
     if need_dx:
-        dx = q @ lora_A.to(dy.dtype)  # (M, in)
-        if dropout_p > 0.0:
-            dx *= dropout_mask(x, dropout_p, seed)
-        dx.addmm_(dy, weight)
+        dx = _scaled_mm(q, lora_A.to(dy.dtype), keep_scale)  # (M, in)
+        dx = drop(dx, dropout_p, seed, out=dx).addmm_(dy, weight)
     if need_dA:
-        dlora_A = _mm_wide(q.T, dropout(x, dropout_p, seed)).to(lora_A.dtype)
+        dlora_A = _mm_wide(q.T, drop(x, dropout_p, seed))
+        if keep_scale != 1.0:
+            dlora_A *= keep_scale
+        dlora_A = dlora_A.to(lora_A.dtype)
     if need_dB:
         dlora_B = _mm_wide(dy.T, p).to(lora_B.dtype)
     if need_dbias:
@@ -87,21 +97,29 @@ def backward(
     return dx, dlora_A, dlora_B, dbias
 
 
-def dropout(x: torch.Tensor, p: float, seed) -> torch.Tensor:
-    return x if p == 0.0 else x * dropout_mask(x, p, seed)
+def zero_dropped(x: torch.Tensor, p: float, seed, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, in) with zeros where elements are dropped, in `out` (x itself may be it) or a new tensor.
+
+    Element (m, k) is dropped where its 16 random bits are below round(p * 2^16). p < 2^-17 drops
+    nothing: x comes back.
+    """
+    threshold = dropout_constants(p)[0]
+    if threshold == 0:
+        return x
+    bits = philox.bits16(seed, philox.STREAM_DROPOUT, tuple(x.shape), device=x.device)
+    out = x.new_empty(x.shape) if out is None else out
+    return torch.where(bits < threshold, x.new_zeros(()), x, out=out)
+
+
+def dropout_constants(p: float) -> tuple[int, float]:
+    """(drop where the 16 random bits are below this, 1 / the probability of being kept that this gives)."""
+    threshold = round(p * 65536)
+    return threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 def dropout_mask(x: torch.Tensor, p: float, seed) -> torch.Tensor:
-    """(M, in) in x's dtype: 0 where dropped, 1 / keep elsewhere.
-
-    Element (m, k) is dropped where its 16 random bits are below round(p * 2^16); `keep` is the
-    probability that this gives, so the expectation is exact. p < 2^-17 drops nothing.
-    """
-    threshold = round(p * 65536)
-    if threshold == 65536:
-        return torch.zeros_like(x)
-    bits = philox.bits16(seed, philox.STREAM_DROPOUT, tuple(x.shape), device=x.device)
-    return (bits >= threshold).to(x.dtype) * (65536.0 / (65536 - threshold))
+    """(M, in) in x's dtype: 0 where dropped, 1 / keep elsewhere. For oracles: no backend forms it."""
+    return zero_dropped(torch.full_like(x, dropout_constants(p)[1]), p, seed)
 
 
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

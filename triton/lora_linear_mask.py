@@ -1,0 +1,118 @@
+"""lora_linear by the reference's plan, its dropout mask drawn in one pass: PyTorch draws it in dozens.
+
+    mask    out = x where kept, else 0      x read once, out written once; three times a training step
+
+Equal bit for bit to the reference, whose matrix products (on a GPU cuBLAS's) it takes. A backend of its
+own, `triton_mask`: where there is dropout, `auto` takes it rather than the reference, which when named
+stays the independent oracle.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from relora_kernels import backend
+from relora_kernels._triton import philox
+from relora_kernels.reference import lora_linear as reference
+
+NAME = "triton_mask"
+MASK = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+@triton.jit
+def mask_kernel(
+    out_ptr, x_ptr, seed_ptr, M, K, out_stride0, x_stride0, x_stride1, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (M, K), its columns next to each other, = x where the 16 random bits are >= threshold, else 0."""
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col0 = (tl.program_id(0) % tiles_k) * BLOCK_K
+    cols = (col0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+    inside = (rows < M)[:, None] & (cols < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride0 + cols[None, :] * x_stride1, mask=inside, other=0)
+    bits = philox.bits16(tl.load(seed_ptr), philox.STREAM_DROPOUT, rows, col0, BLOCK_K)
+    out_ptrs = out_ptr + rows[:, None] * out_stride0 + cols[None, :]
+    tl.store(out_ptrs, tl.where(bits >= threshold, x, 0), mask=inside)
+
+
+def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
+    return _why_not(x, dropout_p)
+
+
+def why_not_backward(
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
+) -> str | None:
+    return _why_not(x, dropout_p)
+
+
+def _why_not(x, dropout_p) -> str | None:
+    if not x.is_cuda and not (interpreted() and backend.is_named(NAME)):
+        return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
+    # `auto` takes it without a record that a kernel ever ran here.
+    nothing = "nothing is dropped, and all else is the reference's" if dropout_p == 0.0 else None
+    reason = nothing or backend.triton_cannot_start()
+    return None if reason is None or backend.is_named(NAME) else reason
+
+
+def interpreted() -> bool:
+    return not isinstance(mask_kernel, triton.JITFunction)
+
+
+def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
+    return reference.forward(
+        x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, drop=zero_dropped
+    )
+
+
+def backward(
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    p,
+    scaling,
+    dropout_p,
+    seed,
+    need_dx,
+    need_dA,
+    need_dB,
+    need_dbias,
+):
+    """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32."""
+    return reference.backward(
+        dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
+        need_dx, need_dA, need_dB, need_dbias, drop=zero_dropped,
+    )  # fmt: skip
+
+
+def zero_dropped(x, p: float, seed, out=None) -> torch.Tensor:
+    """As reference.zero_dropped, with the seed on x's device; `out` has its columns next to each other."""
+    threshold = reference.dropout_constants(p)[0]
+    if threshold == 0:
+        return x
+    (M, K), bits = x.shape, _BITS[x.element_size()]
+    out = x.new_empty(M, K) if out is None else out
+    if x.numel() > 0:
+        tiles = triton.cdiv(M, MASK["BLOCK_M"]) * triton.cdiv(K, MASK["BLOCK_K"])
+        with torch.cuda.device_of(x):
+            mask_kernel[(tiles,)](  # on bits: one kernel for all dtypes of a width, NaNs as they are
+                out.view(bits), x.view(bits), seed, M, K,
+                out.stride(0), *x.stride(), threshold, **MASK,
+            )  # fmt: skip
+    return out
