@@ -56,7 +56,7 @@ GRIDS = {
     },
     "rank": {
         f"{kind}-r{r}": {"lora_r": r, **changes}
-        for r in (4, 16, 32, 128)
+        for r in (1, 4, 16, 32, 128)
         for kind, changes in (("lora", ONE_CYCLE), ("relora", {}))
     },
     "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (50, 200, 300, 500, 1000)},
