@@ -107,15 +107,18 @@ struct Dropout {
 struct TwoSegmentArgs {
   Form form;
   Matrix out;  // tn: an even pitch, the slabs one after the other
-  Matrix p, b;  // r = 0: unused
+  Matrix p, b;  // r = 0: unused, but for `sums`
   Matrix x, w;
   int64_t m, n, k, r;
   DType dtype;
   float scale;
   Bias bias;
   Dropout dropout;  // of (m, n): on p @ b
-  int slab_steps;   // tn
+  int slab_steps;   // tn, and of `sums`
   int block_n, cluster;  // the variant of sm_90: 256 and 1 or 2, or 128 and 1; elsewhere 128 and 1
+  // nn with r = 0, p (m, n), no dropout: also sums (slabs, k, n) = x^T @ p as by tn, in the same
+  // launch. sm_90 alone, 128 and 1 or 2; slab_steps a multiple of 2 * cluster. Null: not wanted.
+  Matrix sums;
 };
 
 // Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where

@@ -82,6 +82,44 @@ struct Steps {
   }
 };
 
+// ---- Pairs -------------------------------------------------------------------------------------
+
+// Two products that read the same x (m, k), in one launch, slab by slab of x's rows: those tiles of
+// x W (m, n) that lie in a slab, then x^T P (k, n) over the slab. They do not need each other.
+//
+// Q and dB of 16384 x 4096, r = 128, on an H200, by its data sheet and not measured: a launch each
+// reads dy's 134 MB twice from HBM, 63 us at 4.3 TB/s; their 34 GFLOP are 44 us. Here the units in
+// flight read what the other kind's do: with slabs of k rows all units have k / 64 steps, each of
+// 132 blocks is within 128 k elements of dy, half of them another's: 132 x 128 k bytes or 69 MB,
+// through which rows and columns pass at right angles, so that a third of it lies between the two
+// readings on average, less than the L2 of 50 MB. (Smaller slabs do not help: a tile of Q takes all
+// columns.) But tiles of 128 x 128 fetch 32 KB a step through L2, 537 MB, 70 us at 7.5 TB/s; blocks
+// that share W and P 403 MB, 54 us. So clusters of two may win 15 %, and nothing else can.
+//
+// Instead: two launches a slab leave 16 tiles of Q to 132 blocks where the slab is 16 MB; cutting Q
+// over k as well writes and reads 8 x 4 bytes for each of n, half as much as dy has.
+struct Pair {
+  Schedule across, down;  // of x W, of x^T P
+  int per_slab;           // units of x W in a slab
+
+  struct Unit { bool down; int unit; };
+
+  // Slabs are whole units of x W: slab_steps is a multiple of kBlockM / kBlockK * cluster.
+  RELORA_HD Pair(int64_t m, int64_t n, int64_t k, int slab_steps, int block_n, int cluster)
+      : across(m, n, Steps(0, k).total, Steps(0, k).total, block_n, cluster),
+        down(k, n, Steps(0, m).total, slab_steps, block_n, cluster),
+        per_slab(slab_steps / (kBlockM / kBlockK * cluster) * across.col_units) {}
+
+  RELORA_HD int64_t units() const { return across.units() + down.units(); }
+
+  RELORA_HD Unit at(int unit) const {
+    const int tiles = int(down.tiles()), slab = unit / (per_slab + tiles);
+    const int within = unit % (per_slab + tiles), first = slab * per_slab;
+    const int left = int(across.tiles()) - first, count = left < per_slab ? left : per_slab;
+    return within < count ? Unit{false, first + within} : Unit{true, slab * tiles + within - count};
+  }
+};
+
 // ---- The ring ----------------------------------------------------------------------------------
 
 // A position in the ring. Consumers wait for the stage's "full" barrier to leave phase `phase`, the

@@ -194,6 +194,7 @@ class TwoSegmentArgs(ctypes.Structure):
         ("bias", Bias),
         ("dropout", Dropout),
         *((name, ctypes.c_int) for name in ("slab_steps", "block_n", "cluster")),
+        ("sums", Matrix),
     ]
 
 
@@ -228,11 +229,12 @@ class Shim:
 
     def two_segment(
         self, kernel, form, out, p, b, x, w, bias, sizes, dtype, bias_dtype, scale, dropout,
-        slab_steps, block_n, cluster, device, stream,
+        slab_steps, block_n, cluster, sums, device, stream,
     ):  # fmt: skip
         args = TwoSegmentArgs(
             FORMS.index(form), *(Matrix(*t) for t in (out, p, b, x, w)), *sizes, DTYPES.index(dtype),
             scale, Bias(bias, DTYPES.index(bias_dtype)), Dropout(*dropout), slab_steps, block_n, cluster,
+            Matrix(*sums),
         )  # fmt: skip
         self._run(f"two_segment_{kernel}", args, (form, block_n, cluster))
 
@@ -310,7 +312,7 @@ def product_case(
         shim.kernel, form, *(launcher._matrix(t) for t in (out, low, b, x, w)),
         0 if bias is None else bias.data_ptr(), (m, n, k, r), launcher.DTYPES[dtype],
         launcher.DTYPES[dtype if bias is None else bias.dtype], scale,
-        (seed.data_ptr(), *dropout[1:]), 1, *variant, 0, 0,
+        (seed.data_ptr(), *dropout[1:]), 1, *variant, (0, 0, 0), 0, 0,
     )  # fmt: skip
     assert (out[:, n:] == 7).all()
 
@@ -533,7 +535,8 @@ def test_what_the_launchers_refuse(shim):
             shim.two_segment(
                 shim.kernel, case["form"], launcher._matrix(x), (0, 0, 0), (0, 0, 0),
                 launcher._matrix(case["x"]), launcher._matrix(case["w"]), 0, case["sizes"], "bfloat16",
-                "bfloat16", 1.0, case["dropout"], case.get("slab_steps", 1), *case["variant"], 0, 0,
+                "bfloat16", 1.0, case["dropout"], case.get("slab_steps", 1), *case["variant"],
+                case.get("sums", (0, 0, 0)), 0, 0,
             )  # fmt: skip
 
 
