@@ -49,7 +49,7 @@ struct Schedule {
         slab_steps(slab_steps) {}
 
   RELORA_HD int64_t tiles() const { return int64_t(row_units) * col_units; }
-  RELORA_HD int64_t units() const { return tiles() * ceil_div(steps, slab_steps); }
+  RELORA_HD int64_t units() const { return tiles() * ((steps - 1) / slab_steps + 1); }
 
   // For the block with rank `rank` in its cluster; the last tile may lie beyond M as a whole.
   RELORA_HD Work work(int unit, int rank) const {
@@ -84,20 +84,18 @@ struct Steps {
 
 // ---- Pairs -------------------------------------------------------------------------------------
 
-// Two products that read the same x (m, k), in one launch, slab by slab of x's rows: those tiles of
-// x W (m, n) that lie in a slab, then x^T P (k, n) over the slab. They do not need each other.
+// x W (m, n) and x^T P (k, n) in one launch, slab by slab of x's rows: the tiles of x W in a slab,
+// then the sums over it. Neither needs the other.
 //
-// Q and dB of 16384 x 4096, r = 128, on an H200, by its data sheet and not measured: a launch each
-// reads dy's 134 MB twice from HBM, 63 us at 4.3 TB/s; their 34 GFLOP are 44 us. Here the units in
-// flight read what the other kind's do: with slabs of k rows all units have k / 64 steps, each of
-// 132 blocks is within 128 k elements of dy, half of them another's: 132 x 128 k bytes or 69 MB,
-// through which rows and columns pass at right angles, so that a third of it lies between the two
-// readings on average, less than the L2 of 50 MB. (Smaller slabs do not help: a tile of Q takes all
-// columns.) But tiles of 128 x 128 fetch 32 KB a step through L2, 537 MB, 70 us at 7.5 TB/s; blocks
-// that share W and P 403 MB, 54 us. So clusters of two may win 15 %, and nothing else can.
-//
-// Instead: two launches a slab leave 16 tiles of Q to 132 blocks where the slab is 16 MB; cutting Q
-// over k as well writes and reads 8 x 4 bytes for each of n, half as much as dy has.
+// Q and dB of 16384 x 4096, r = 128, on an H200, estimated and not measured: in a launch each, dy's
+// 134 MB come twice from HBM, 63 us at 4.3 TB/s; 34 GFLOP are 44 us; 32 KB a step of a 128 x 128
+// tile make 537 MB through L2, 70 us at some 7.5 TB/s, but 54 us where two blocks share a tile of W
+// or P. So a pair in clusters of two may gain 16 us, 2 % of the backward, another none.
+// A tile of x W takes all columns: with k / 64 steps for units of either kind, that is slabs of k
+// rows, 132 blocks pass through 132 x 128 k bytes of dy, 69 MB, rows across columns, so that on
+// average a third of it lies between two readings, in an L2 of 50 MB, or 25 where both halves hold a
+// line. Smaller slabs change nothing. Two launches a slab of 16 MB leave 16 tiles of Q to 132
+// blocks; cut over k, these write and read float32 sums of half of dy's bytes.
 struct Pair {
   Schedule across, down;  // of x W, of x^T P
   int per_slab;           // units of x W in a slab
@@ -108,7 +106,10 @@ struct Pair {
   RELORA_HD Pair(int64_t m, int64_t n, int64_t k, int slab_steps, int block_n, int cluster)
       : across(m, n, Steps(0, k).total, Steps(0, k).total, block_n, cluster),
         down(k, n, Steps(0, m).total, slab_steps, block_n, cluster),
-        per_slab(slab_steps / (kBlockM / kBlockK * cluster) * across.col_units) {}
+        per_slab(int(across.tiles())) {
+    const int rows = slab_steps / (kBlockM / kBlockK * cluster);  // of units
+    if (rows < across.row_units) per_slab = rows * across.col_units;
+  }
 
   RELORA_HD int64_t units() const { return across.units() + down.units(); }
 

@@ -45,8 +45,8 @@ struct Params {
 static_assert(sizeof(Params) <= 4096);  // what a kernel may be given before CUDA 12.1
 
 // What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
-// lie, whether the low-rank sum is masked, whether it is one half of a pair. The halves share the
-// stages, and a ring that goes on from a unit of one to a unit of the other.
+// lie, whether the low-rank sum is masked, whether it is a half of a pair: the ring, of which both
+// fill every stage, goes on from units of one to units of the other.
 template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_,
           bool kDropout_ = false, bool kPair_ = false>
 struct Variant : Layout<kBlockN_, kStages_> {
@@ -55,17 +55,8 @@ struct Variant : Layout<kBlockN_, kStages_> {
   static constexpr Form kForm = kForm_;
   static constexpr bool kDropout = kDropout_, kPair = kPair_;
   static constexpr bool kLeftK = kForm != Form::tn, kRightK = kForm == Form::nt;  // K-contiguous
-  // Rows of a box of the left operand, the halves of a pair having the same boxes of it.
-  static constexpr int kLeftBox = kLeftK && !kPair ? kBlockM : kSpan;
-  // Of a pair x^T p, for which p lies in low_left.
-  static constexpr bool kDown = kPair && kForm == Form::tn;
-  using Plan = std::conditional_t<kPair, Pair, Schedule>;
-  RELORA_HD static Plan plan(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps) {
-    if constexpr (kPair)
-      return Pair(m, n, k, slab_steps, kBlockN, kCluster);
-    else
-      return Schedule(m, n, Steps(r, k).total, slab_steps, kBlockN, kCluster);
-  }
+  static constexpr int kLeftBox = kLeftK && !kPair ? kBlockM : kSpan;  // rows; a pair's is for both
+  static constexpr bool kDown = kPair && kForm == Form::tn;  // x^T p, where p is in low_left
   using Down = Variant<T, kBlockN, kStages, kCluster, Form::tn, false, true>;
 };
 
@@ -78,20 +69,23 @@ struct Barriers {
 
 // call(variant, work) for what this block computes, one after the other.
 template <typename V, typename Call>
-__device__ __forceinline__ void each_unit(const Schedule& schedule, int rank, Call&& call) {
-  const int units = int(schedule.units()), stride = gridDim.x / V::kCluster;
-  for (int unit = blockIdx.x / V::kCluster; unit < units; unit += stride)
-    call(V{}, schedule.work(unit, rank));
-}
-template <typename V, typename Call>
-__device__ __forceinline__ void each_unit(const Pair& pair, int rank, Call&& call) {
-  const int units = int(pair.units()), stride = gridDim.x / V::kCluster;
-  for (int unit = blockIdx.x / V::kCluster; unit < units; unit += stride) {
-    const Pair::Unit at = pair.at(unit);
-    if (at.down)
-      call(typename V::Down{}, pair.down.work(at.unit, rank));
-    else
-      call(V{}, pair.across.work(at.unit, rank));
+__device__ __forceinline__ void each_unit(const Params& p, int rank, Call&& call) {
+  const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
+  if constexpr (V::kPair) {
+    const Pair pair(p.m, p.n, p.k, p.slab_steps, V::kBlockN, V::kCluster);
+    const int units = int(pair.units());
+    for (int unit = first; unit < units; unit += stride) {
+      const Pair::Unit at = pair.at(unit);
+      if (at.down)
+        call(typename V::Down{}, pair.down.work(at.unit, rank));
+      else
+        call(V{}, pair.across.work(at.unit, rank));
+    }
+  } else {
+    const int steps = Steps(p.r, p.k).total;
+    const Schedule schedule(p.m, p.n, steps, p.slab_steps, V::kBlockN, V::kCluster);
+    const int units = int(schedule.units());
+    for (int unit = first; unit < units; unit += stride) call(V{}, schedule.work(unit, rank));
   }
 }
 
@@ -118,14 +112,13 @@ __device__ __forceinline__ void load_eighths(const Operand& operand, uint32_t to
 }
 
 template <typename V>
-__device__ __forceinline__ void produce(const Params& p, const typename V::Plan& plan,
-                                        uint32_t memory, int rank) {
+__device__ __forceinline__ void produce(const Params& p, uint32_t memory, int rank) {
   const Barriers<V> barriers{memory};
   const Steps steps(p.r, p.k);
   Ring<V::kStages> ring;
   const auto fetch = [&](auto variant, const Work& work) {
     using U = decltype(variant);
-    const int& m = U::kDown ? p.k : p.m;
+    const int m = U::kDown ? p.k : p.m;
     constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
     for (int s = work.from; s < work.to; ++s, ring.advance()) {
       const Step step = steps.at(s);
@@ -167,14 +160,14 @@ __device__ __forceinline__ void produce(const Params& p, const typename V::Plan&
       }
     }
   };
-  each_unit<V>(plan, rank, fetch);
+  each_unit<V>(p, rank, fetch);
 }
 
 // ---- Consumers ---------------------------------------------------------------------------------
 
 template <typename V>
-__device__ __forceinline__ void consume(const Params& p, const typename V::Plan& plan,
-                                        uint32_t memory, int rank, int warpgroup, int thread) {
+__device__ __forceinline__ void consume(const Params& p, uint32_t memory, int rank,
+                                        int warpgroup, int thread) {
   using T = typename V::T;
   const Barriers<V> barriers{memory};
   const Steps steps(p.r, p.k);
@@ -214,7 +207,7 @@ __device__ __forceinline__ void consume(const Params& p, const typename V::Plan&
       ptx::hold(acc);
       release(before);
     };
-    const int& m = U::kDown ? p.k : p.m;
+    const int& m = U::kDown ? p.k : p.m;  // read at each use: a register more, and wide tiles spill
     const int row = work.row + warpgroup * (kBlockM / kConsumers);
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
@@ -284,7 +277,7 @@ __device__ __forceinline__ void consume(const Params& p, const typename V::Plan&
       }
     }
   };
-  each_unit<V>(plan, rank, compute);
+  each_unit<V>(p, rank, compute);
   if (thread == 0) ptx::store_wait_read<0>();  // shared memory has to outlive its readers
 }
 
@@ -296,7 +289,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t memory = ptx::shared_memory();
   const Barriers<V> barriers{memory};
   const int rank = V::kCluster == 1 ? 0 : int(ptx::cluster_rank());
-  const auto plan = V::plan(p.m, p.n, p.k, p.r, p.slab_steps);
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
@@ -313,10 +305,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<V>(p, plan, memory, rank);
+    if (threadIdx.x == 0) produce<V>(p, memory, rank);
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<V>(p, plan, memory, rank, warpgroup - 1, threadIdx.x % 128);
+    consume<V>(p, memory, rank, warpgroup - 1, threadIdx.x % 128);
   }
   if constexpr (V::kCluster > 1)
     ptx::cluster_sync();  // the other block still arrives at our barriers
@@ -395,15 +387,15 @@ const Entry* find_entry(const TwoSegmentArgs& a) {
 
 cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   const Entry* const e = find_entry(a);
-  const bool partial = a.form == Form::tn, pair = a.sums.data;
+  const bool partial = a.form == Form::tn, pair = a.sums.data, slabs = partial || pair;
   if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0 ||
-      ((partial || pair) && (a.r > 0 || a.slab_steps < 1)) || (partial && a.out.row % 2) ||
-      (pair && (a.slab_steps % (kBlockM / kBlockK * e->cluster) || a.sums.row % 2)) ||
+      (slabs && (a.r > 0 || a.slab_steps < 1 || (pair ? a.sums : a.out).row % 2)) ||
+      (pair && a.slab_steps % (kBlockM / kBlockK * e->cluster)) ||
       (a.dropout.threshold > 0 && a.r < 1))
     return cudaErrorInvalidValue;
   const int64_t most = INT32_MAX - 2 * kBlockM;  // coordinates are 32-bit, past the last tile too
   if (std::max({a.m, a.n, a.k, a.r}) > most) return cudaErrorInvalidConfiguration;
-  const int steps = Steps(a.r, a.k).total, slab_steps = partial || pair ? a.slab_steps : steps;
+  const int steps = Steps(a.r, a.k).total, slab_steps = slabs ? a.slab_steps : steps;
   const int64_t units =
       pair ? Pair(a.m, a.n, a.k, slab_steps, e->block_n, e->cluster).units()
            : Schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster).units();
@@ -421,11 +413,11 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
 
   static const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
+  cudaError_t error = cudaSuccess;  // the first
   const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
-    return make_map(encode, a.dtype, spec, to);
+    if (!error) error = make_map(encode, a.dtype, spec, to);
   };
-  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64
-  // x 64.
+  // K-contiguous operands come in boxes of 64 k by a block's rows, or 64; others of 64 x 64.
   const auto left_spec = [&](const Matrix& t, int64_t depth) {
     return partial ? map_spec(t.data, depth, a.m, t.row, kBlockK)
                    : map_spec(t.data, a.m, depth, t.row, e->left_box);
@@ -434,44 +426,36 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
     return a.form == Form::nt ? map_spec(t.data, a.n, depth, t.row, e->block_n / e->cluster)
                               : map_spec(t.data, depth, a.n, t.row, kBlockK);
   };
-  const auto p_spec = [&] { return map_spec(a.p.data, a.m, a.n, a.p.row, kBlockK); };  // of a pair
-  p.eighths = !has_map(left_spec(a.x, a.k)) || (partial && !has_map(right_spec(a.w, a.k))) ||
-              (pair && !has_map(p_spec()));
+  // What x^T is multiplied by.
+  const Matrix& under = pair ? a.p : a.w;
+  const MapSpec under_spec = map_spec(under.data, pair ? a.m : a.k, a.n, under.row, kBlockK);
+  p.eighths = !has_map(left_spec(a.x, a.k)) || (slabs && !has_map(under_spec));
   const auto operand = [&](Operand* to, const Matrix& t, const MapSpec& whole) {
     if (!p.eighths) return map(to->maps, whole);
-    if (t.row < int64_t(whole.extent[0])) return cudaErrorInvalidValue;  // rows overlap
+    if (t.row < int64_t(whole.extent[0])) error = cudaErrorInvalidValue;  // rows overlap
     for (int i = 0; i < 8; ++i) {
       const Eighth eighth =
           eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
       to->shifts |= uint32_t(eighth.shift) << (4 * i);
-      if (const cudaError_t error = map(to->maps + i, eighth.spec)) return error;
+      map(to->maps + i, eighth.spec);
     }
-    return cudaSuccess;
   };
-  if (const cudaError_t error = operand(&p.left, a.x, left_spec(a.x, a.k))) return error;
-  if (a.r > 0) {
-    if (const cudaError_t error = operand(&p.low_left, a.p, left_spec(a.p, a.r))) return error;
-    if (const cudaError_t error = map(&p.low_right, right_spec(a.b, a.r))) return error;
-  }
-  if (pair)
-    if (const cudaError_t error = operand(&p.low_left, a.p, p_spec())) return error;
-  if (const cudaError_t error = partial ? operand(&p.right, a.w, right_spec(a.w, a.k))
-                                        : map(p.right.maps, right_spec(a.w, a.k)))
-    return error;
-  const int out_rows = kBlockM / kConsumers;
-  p.stores_by_tma = !partial && has_map(map_spec(a.out.data, a.m, a.n, a.out.row, out_rows));
-  if (p.stores_by_tma)
-    if (const cudaError_t error = map(&p.out, map_spec(a.out.data, a.m, a.n, a.out.row, out_rows)))
-      return error;
+  operand(&p.left, a.x, left_spec(a.x, a.k));
+  if (a.r > 0) operand(&p.low_left, a.p, left_spec(a.p, a.r));
+  if (a.r > 0) map(&p.low_right, right_spec(a.b, a.r));
+  if (slabs) operand(pair ? &p.low_left : &p.right, under, under_spec);
+  if (!partial) map(p.right.maps, right_spec(a.w, a.k));
+  const MapSpec out_spec = map_spec(a.out.data, a.m, a.n, a.out.row, kBlockM / kConsumers);
+  p.stores_by_tma = !partial && has_map(out_spec);
+  if (p.stores_by_tma) map(&p.out, out_spec);
 
   int device, processors;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          e->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e->shared))
-    return error;
+  if (!error) error = cudaGetDevice(&device);
+  if (!error)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!error)
+    error = cudaFuncSetAttribute(e->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e->shared);
+  if (error) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(e->cluster), 1, 1};

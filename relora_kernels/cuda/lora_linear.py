@@ -10,7 +10,10 @@ wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_
 
 Rows of x and dy may start anywhere on sm_90, as with in or out = 5461, and results of any pitch are
 written directly. Other operands whose rows do not start at multiples of 16 bytes (weight with in = 5461,
-and on sm_80 x and dy) are copied to a padded pitch at each call.
+and on sm_80 x and dy) are copied to a padded pitch at each call. Of 2048 x 5461 in bfloat16 that reads and
+writes 45 MB, on an H200 10 us at 4.3 TB/s: at 16384 tokens 2.2 % of the product's 464 us at 790 TFLOP/s,
+forward and backward, but 18 % at 2048 tokens. Estimates, and floors: the copy's rows are not aligned
+alike, and it may take twice as long.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ WIDE = 256  # columns of sm_90's large tile
 # Blocks of sm_90 that share a tile of W: 1, or 2 for the undropped wide tiles. Which is faster is for a
 # device to say.
 CLUSTER = 1
-# Q and dB on sm_90: 0, a launch each, or a pair in clusters of this many blocks (csrc/two_segment.h says what
-# may be won). For a device to say, too.
+# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of so many blocks. csrc/two_segment.h
+# says what it may gain, and again a device has to: "backward by PAIR" of bench/gpu_check.py.
 PAIR = 0
 PAIRS = (0, 1, 2)
 
