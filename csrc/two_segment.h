@@ -93,9 +93,9 @@ struct Steps {
 // or P. So a pair in clusters of two may gain 16 us, 2 % of the backward, another none.
 // A tile of x W takes all columns: with k / 64 steps for units of either kind, that is slabs of k
 // rows, 132 blocks pass through 132 x 128 k bytes of dy, 69 MB, rows across columns, so that on
-// average a third of it lies between two readings, in an L2 of 50 MB, or 25 where both halves hold a
-// line. Smaller slabs change nothing. Two launches a slab of 16 MB leave 16 tiles of Q to 132
-// blocks; cut over k, these write and read float32 sums of half of dy's bytes.
+// average a third of it lies between two readings, in an L2 of 50 MB, or 25 where both its halves
+// hold a line. Smaller slabs change nothing. Two launches a slab of 16 MB leave 16 tiles of Q to
+// 132 blocks; cut over k, these write and read float32 sums of half of dy's bytes.
 struct Pair {
   Schedule across, down;  // of x W, of x^T P
   int per_slab;           // units of x W in a slab
