@@ -134,20 +134,18 @@ def cases() -> dict:
     for variant, form, shape in itertools.product(VARIANTS["sm90"], ("nt", "nn"), SHAPES[3:5]):
         name = f"sm90 {variant[0]}x{variant[1]} {form} odd pitch {'x'.join(map(str, shape))}"
         found[name] = (product, "sm90", variant, form, shape, bf16, 0.0, shape[2] // 2 * 2 + 3)
-    for cluster, (m, n, k, r) in itertools.product((1, 2), SHAPES):
-        name, dtype = f"sm90 pair of {cluster} ", fp16 if m % 2 else bf16
-        found[f"{name}{m}x{k}x{r}"] = (pair, cluster, (m, k, r), dtype)
-        if m in (129, 300, 1000):
-            found[f"{name}odd pitch {m}x{k}x{r}"] = (
+    for cluster, (m, n, k, r) in itertools.product((1, 2), [*SHAPES, (16384, 2048, 4096, 128)]):
+        name, dtype = f"sm90 pair of {cluster}", fp16 if m % 2 else bf16
+        found[f"{name} {m}x{k}x{r}"] = (pair, cluster, (m, k, r), dtype)
+        found[f"{name} layer {m}x{k}x{n}x{r}"] = (pair_layer, cluster, m, k, n, r)
+        if m >= 8:
+            found[f"{name} odd pitch {m}x{k}x{r}"] = (
                 pair,
                 cluster,
                 (m, k, r),
                 dtype,
                 k // 2 * 2 + 3,
             )
-        for sizes in ((m, k, n, r), (m, n, k, r))[: 1 + (n == 1376)]:
-            found[f"{name}layer {'x'.join(map(str, sizes))}"] = (pair_layer, cluster, *sizes)
-    found["sm90 pair of 2 layer 16384x4096"] = (pair_layer, 2, 16384, 4096, 4096, 128)
     for rows, i, o, r, lora_dtype in (
         (1, 8, 8, 1, bf16),
         (7, 4096, 4096, 128, torch.float32),
