@@ -28,7 +28,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
-MAIN_LOOP = "main loop"
+MAIN_LOOP, PAIR = "main loop", "backward by PAIR"
 KEY_SHAPES = [(4096, 4096), (2048, 5461), (1024, 1024)]
 # Every (in, out) of the paper's models and of a 7B model; 5464 is what an odd 5461 is compared with.
 SHAPES = list(
@@ -49,6 +49,7 @@ SHAPES = list(
 # What is measured of lora_linear on a GPU: shapes, tokens, ranks, directions.
 LINEAR = [
     ([(4096, 4096), (2048, 5464)], [16384], [128], [MAIN_LOOP]),
+    (KEY_SHAPES, [16384], [128], [PAIR]),
     (SHAPES, [16384], [128], [BOTH, FORWARD, BACKWARD]),
     (KEY_SHAPES, [2048, 4096, 8192, 32768], [128], [BOTH]),
     (KEY_SHAPES, [16384], [16, 64, 512], [BOTH]),

@@ -92,7 +92,7 @@ def peft_layer(o):
 
 
 def linear_rows(problem: Linear) -> dict[str, Row]:
-    if problem.direction == "main loop":
+    if problem.direction in ("main loop", "backward by PAIR"):
         return {problem.BASELINE: problem.baseline(), **problem.ours()}
     return {
         problem.BASELINE: problem.baseline(),

@@ -169,7 +169,8 @@ void two_segment(const std::string& kernel, const std::string& form, const Tenso
                  const Tensor& p, const Tensor& b, const Tensor& x, const Tensor& w, uintptr_t bias,
                  std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const std::string& dtype,
                  const std::string& bias_dtype, double scale, const Dropout& dropout,
-                 int slab_steps, int block_n, int cluster, int device, uintptr_t stream) {
+                 int slab_steps, int block_n, int cluster, const Tensor& sums, int device,
+                 uintptr_t stream) {
   const auto [m, n, k, r] = sizes;
   const relora::TwoSegmentArgs args{code(kForms, "two_segment: form", form),
                                     matrix(out),
@@ -188,13 +189,15 @@ void two_segment(const std::string& kernel, const std::string& form, const Tenso
                                     dropout_of(dropout),
                                     slab_steps,
                                     block_n,
-                                    cluster};
+                                    cluster,
+                                    matrix(sums)};
   const Launcher launcher = code(kTwoSegment, "two_segment: kernel", kernel);
   const std::string call = "two_segment: " + kernel + " " + form + ", m = " + std::to_string(m) +
                            ", n = " + std::to_string(n) + ", k = " + std::to_string(k) +
                            ", r = " + std::to_string(r) + ", " + dtype + ", dropout of " +
                            std::to_string(args.dropout.threshold) + " / 65536, tile of " +
                            std::to_string(block_n) + ", cluster of " + std::to_string(cluster) +
+                           (args.sums.data ? ", with x^T p" : "") +
                            ", device " + std::to_string(device);
   check(cudaSetDevice(device), call);
   check(launcher(args, reinterpret_cast<cudaStream_t>(stream)), call);
@@ -262,8 +265,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("two_segment", &two_segment, py::arg("kernel"), py::arg("form"), py::arg("out"),
         py::arg("p"), py::arg("b"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("sizes"),
         py::arg("dtype"), py::arg("bias_dtype"), py::arg("scale"), py::arg("dropout"),
-        py::arg("slab_steps"), py::arg("block_n"), py::arg("cluster"), py::arg("device"),
-        py::arg("stream"));
+        py::arg("slab_steps"), py::arg("block_n"), py::arg("cluster"), py::arg("sums"),
+        py::arg("device"), py::arg("stream"));
   m.def("mask_rows", &mask_rows, py::arg("out"), py::arg("x"), py::arg("sizes"), py::arg("dropout"),
         py::arg("device"), py::arg("stream"));
   m.def("sum_slabs", &sum_slabs, py::arg("out"), py::arg("partial"), py::arg("sizes"),

@@ -107,20 +107,23 @@ struct Dropout {
 struct TwoSegmentArgs {
   Form form;
   Matrix out;  // tn: an even pitch, the slabs one after the other
-  Matrix p, b;  // r = 0: unused
+  Matrix p, b;  // r = 0: unused, but for `sums`
   Matrix x, w;
   int64_t m, n, k, r;
   DType dtype;
   float scale;
   Bias bias;
   Dropout dropout;  // of (m, n): on p @ b
-  int slab_steps;   // tn
+  int slab_steps;   // tn, and of `sums`
   int block_n, cluster;  // the variant of sm_90: 256 and 1 or 2, or 128 and 1; elsewhere 128 and 1
+  // nn with r = 0, p (m, n), no dropout: also sums (slabs, k, n) = x^T @ p as by tn, in the same
+  // launch. sm_90 alone, 128 and 1 or 2; slab_steps a multiple of 2 * cluster. Null: not wanted.
+  Matrix sums;
 };
 
 // Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where
 // an operand's start or pitch is no multiple of 16 bytes, or there is no such variant. sm_90 takes
-// any start and pitch of x, and in tn of w as well, where they have eight rows or more.
+// any start and pitch of x, and of what x^T is multiplied by, where they have eight rows or more.
 cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a alone
 cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_80 and newer
 

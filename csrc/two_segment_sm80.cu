@@ -5,6 +5,9 @@
 // k-steps run while one is multiplied, first those of (P, B), then those of (x, W): the
 // accumulators do not change hands. The tile leaves through shared memory in rows of 16 bytes a
 // thread.
+//
+// Q and dB are a launch each: of 16384 x 4096, r = 128, an A100 reads dy in 67 us at 2 TB/s, and
+// multiplies for as long at an estimated 250 TFLOP/s: one launch for both would gain nothing.
 #include <algorithm>
 
 #include "launch.h"
@@ -171,7 +174,7 @@ cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream) {
                                                : kernel_of<fp16>(a.form, dropout);
   if (!kernel || a.dtype == DType::f32 || a.block_n != kTile || a.cluster != 1 || a.m < 1 ||
       a.n < 1 || a.k < 1 || a.r < 0 || !can_copy(a.x) || !can_copy(a.w) ||
-      (a.r > 0 && !(can_copy(a.p) && can_copy(a.b))) || (dropout && a.r < 1) ||
+      (a.r > 0 && !(can_copy(a.p) && can_copy(a.b))) || (dropout && a.r < 1) || a.sums.data ||
       (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)))
     return cudaErrorInvalidValue;
   const int64_t most = INT32_MAX - 2 * kTile;  // coordinates are 32-bit, past the last tile too

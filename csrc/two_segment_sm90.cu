@@ -1,5 +1,6 @@
 // out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear;
-// with r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB.
+// with r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB;
+// or Q and dB in one launch, which takes turns between the two.
 //
 // One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled
 // by TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor
@@ -28,12 +29,13 @@ struct Operand {
 };
 
 struct Params {
-  Operand low_left, left, right;  // right in eighths: tn alone
+  Operand low_left, left, right;  // right, and of a pair p, in eighths: as k of tn alone
   CUtensorMap low_right, out;
   bool eighths;        // x, and p or w with it: rows that start at other than multiples of 16 bytes
   bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
   void* out_data;
   int64_t out_pitch;
+  Matrix sums;  // of a pair
   int slab_steps;
   int m, n, k, r;
   float scale;  // of the whole sum
@@ -43,15 +45,19 @@ struct Params {
 static_assert(sizeof(Params) <= 4096);  // what a kernel may be given before CUDA 12.1
 
 // What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
-// lie, whether the low-rank sum is masked.
+// lie, whether the low-rank sum is masked, whether it is a half of a pair: the ring, of which both
+// fill every stage, goes on from units of one to units of the other.
 template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_,
-          bool kDropout_ = false>
+          bool kDropout_ = false, bool kPair_ = false>
 struct Variant : Layout<kBlockN_, kStages_> {
   using T = T_;
   static constexpr int kBlockN = kBlockN_, kStages = kStages_, kCluster = kCluster_;
   static constexpr Form kForm = kForm_;
-  static constexpr bool kDropout = kDropout_;
+  static constexpr bool kDropout = kDropout_, kPair = kPair_;
   static constexpr bool kLeftK = kForm != Form::tn, kRightK = kForm == Form::nt;  // K-contiguous
+  static constexpr int kLeftBox = kLeftK && !kPair ? kBlockM : kSpan;  // rows; a pair's is for both
+  static constexpr bool kDown = kPair && kForm == Form::tn;  // x^T p, where p is in low_left
+  using Down = Variant<T, kBlockN, kStages, kCluster, Form::tn, false, true>;
 };
 
 template <typename V>
@@ -61,74 +67,107 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return memory + V::empty + 8 * stage; }
 };
 
+// call(variant, work) for what this block computes, one after the other.
+template <typename V, typename Call>
+__device__ __forceinline__ void each_unit(const Params& p, int rank, Call&& call) {
+  const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
+  if constexpr (V::kPair) {
+    const Pair pair(p.m, p.n, p.k, p.slab_steps, V::kBlockN, V::kCluster);
+    const int units = int(pair.units());
+    for (int unit = first; unit < units; unit += stride) {
+      const Pair::Unit at = pair.at(unit);
+      if (at.down)
+        call(typename V::Down{}, pair.down.work(at.unit, rank));
+      else
+        call(V{}, pair.across.work(at.unit, rank));
+    }
+  } else {
+    const int steps = Steps(p.r, p.k).total;
+    const Schedule schedule(p.m, p.n, steps, p.slab_steps, V::kBlockN, V::kCluster);
+    const int units = int(schedule.units());
+    for (int unit = first; unit < units; unit += stride) call(V{}, schedule.work(unit, rank));
+  }
+}
+
 // ---- Producer ----------------------------------------------------------------------------------
 
+// For this block, or the same for each of a cluster.
+template <int kBlocks>
+__device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32_t full, int c0,
+                                     int c1) {
+  if constexpr (kBlocks == 1)
+    ptx::load(map, to, full, c0, c1);
+  else
+    ptx::load_multicast(map, to, full, c0, c1, (1 << kBlocks) - 1);
+}
+
+// 64 rows by 64 columns, eighth by eighth. Rows beyond the edge are zeros, as they have to be where
+// they are k.
+template <int kBlocks>
+__device__ __forceinline__ void load_eighths(const Operand& operand, uint32_t to, uint32_t full,
+                                             int col, int row) {
+  for (int i = 0; i < 8; ++i)
+    load<kBlocks>(operand.maps + i, to + i * kAtomBytes, full,
+                  col + int(operand.shifts >> (4 * i) & 7), row / 8);
+}
+
 template <typename V>
-__device__ __forceinline__ void produce(const Params& p, const Schedule& schedule, uint32_t memory,
-                                        int first, int stride, int rank) {
+__device__ __forceinline__ void produce(const Params& p, uint32_t memory, int rank) {
   const Barriers<V> barriers{memory};
   const Steps steps(p.r, p.k);
-  constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
   Ring<V::kStages> ring;
-  for (int unit = first; unit < schedule.units(); unit += stride) {
-    const Work work = schedule.work(unit, rank);
+  const auto fetch = [&](auto variant, const Work& work) {
+    using U = decltype(variant);
+    const int m = U::kDown ? p.k : p.m;
+    constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
     for (int s = work.from; s < work.to; ++s, ring.advance()) {
       const Step step = steps.at(s);
       const Operand& left_operand = step.low ? p.low_left : p.left;
-      const CUtensorMap* const right_map = step.low ? &p.low_right : p.right.maps;
+      const Operand& right_operand = U::kDown ? p.low_left : p.right;
+      const CUtensorMap* const right_map = step.low ? &p.low_right : right_operand.maps;
       const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
       const uint32_t full = barriers.full(ring.stage);
-      const auto load_right = [&](int column, int c0, int c1) {
-        const uint32_t to = right + column * kRowBytes;
-        if constexpr (V::kCluster == 1)
-          ptx::load(right_map, to, full, c0, c1);
-        else
-          ptx::load_multicast(right_map, to, full, c0, c1, (1 << V::kCluster) - 1);
-      };
-
-      // 64 rows by 64 columns, eighth by eighth. Rows beyond the edge are zeros, as they have to be
-      // where they are k.
-      const auto load_eighths = [&](const Operand& operand, uint32_t to, int col, int row) {
-        for (int i = 0; i < 8; ++i)
-          ptx::load(operand.maps + i, to + i * kAtomBytes, full,
-                    col + int(operand.shifts >> (4 * i) & 7), row / 8);
-      };
 
       ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
       ptx::arrive_expect(full, V::stage_bytes);
       if (p.eighths) {
-        for (int i = 0; i < kBlockM; i += kSpan)
-          load_eighths(left_operand, left + i * kRowBytes,
-                       V::kLeftK ? step.k : box_start(work.row + i, p.m),
-                       V::kLeftK ? work.row + i : step.k);
-      } else if constexpr (V::kLeftK) {
-        ptx::load(left_operand.maps, left, full, step.k, box_start(work.row, p.m));
+        for (int i = 0; i < kBlockM; i += kSpan) {
+          const int row = box_start(work.row + i, m);
+          load_eighths<1>(left_operand, left + i * kRowBytes, full, U::kLeftK ? step.k : row,
+                          U::kLeftK ? row : step.k);
+        }
       } else {
 #pragma unroll
-        for (int i = 0; i < kBlockM; i += kSpan)
-          ptx::load(left_operand.maps, left + i * kRowBytes, full, box_start(work.row + i, p.m),
-                    step.k);
+        for (int i = 0; i < kBlockM; i += U::kLeftBox) {
+          const int row = box_start(work.row + i, m);
+          ptx::load(left_operand.maps, left + i * kRowBytes, full, U::kLeftK ? step.k : row,
+                    U::kLeftK ? row : step.k);
+        }
       }
-      if constexpr (V::kRightK) {
-        load_right(rank * kShare, step.k, box_start(work.col + rank * kShare, p.n));
-      } else if (V::kForm == Form::tn && p.eighths) {
-        for (int i = 0; i < kShare; i += kSpan)
-          load_eighths(p.right, right + i * kRowBytes, box_start(work.col + i, p.n), step.k);
+      const int from = rank * kShare;
+      if constexpr (U::kRightK) {
+        load<V::kCluster>(right_map, right + from * kRowBytes, full, step.k,
+                          box_start(work.col + from, p.n));
+      } else if (U::kForm == Form::tn && p.eighths) {
+        for (int i = from; i < from + kShare; i += kSpan)
+          load_eighths<V::kCluster>(right_operand, right + i * kRowBytes, full,
+                                    box_start(work.col + i, p.n), step.k);
       } else {
 #pragma unroll
-        for (int i = rank * kShare; i < (rank + 1) * kShare; i += kSpan)
-          load_right(i, box_start(work.col + i, p.n), step.k);
+        for (int i = from; i < from + kShare; i += kSpan)
+          load<V::kCluster>(right_map, right + i * kRowBytes, full, box_start(work.col + i, p.n),
+                            step.k);
       }
     }
-  }
+  };
+  each_unit<V>(p, rank, fetch);
 }
 
 // ---- Consumers ---------------------------------------------------------------------------------
 
 template <typename V>
-__device__ __forceinline__ void consume(const Params& p, const Schedule& schedule, uint32_t memory,
-                                        int first, int stride, int rank, int warpgroup,
-                                        int thread) {
+__device__ __forceinline__ void consume(const Params& p, uint32_t memory, int rank,
+                                        int warpgroup, int thread) {
   using T = typename V::T;
   const Barriers<V> barriers{memory};
   const Steps steps(p.r, p.k);
@@ -145,30 +184,30 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
       if (lane < V::kCluster) ptx::arrive_remote(barriers.empty(stage), lane);
     }
   };
-  // Leaves one step's products in flight while the next step's are issued.
-  const auto multiply = [&](int from, int to, bool accumulate) {
-    int before = 0;
-    for (int s = from; s < to; ++s, ring.advance()) {
-      const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
-      ptx::wait(barriers.full(ring.stage), ring.phase);
-      ptx::wgmma_fence();
+  const auto compute = [&](auto variant, const Work& work) {
+    using U = decltype(variant);
+    // Leaves one step's products in flight while the next step's are issued.
+    const auto multiply = [&](int from, int to, bool accumulate) {
+      int before = 0;
+      for (int s = from; s < to; ++s, ring.advance()) {
+        const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
+        ptx::wait(barriers.full(ring.stage), ring.phase);
+        ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kBlockK; k += 16)
-        ptx::wgmma<T, V::kLeftK, V::kRightK>(
-            acc, operand_descriptor<V::kLeftK>(left + warpgroup * V::left_bytes / kConsumers, k),
-            operand_descriptor<V::kRightK>(right, k), accumulate || s > from || k > 0);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();
-      if (s > from) release(before);
-      before = ring.stage;
-    }
-    ptx::wgmma_wait<0>();
-    ptx::hold(acc);
-    release(before);
-  };
-
-  for (int unit = first; unit < schedule.units(); unit += stride) {
-    const Work work = schedule.work(unit, rank);
+        for (int k = 0; k < kBlockK; k += 16)
+          ptx::wgmma<T, U::kLeftK, U::kRightK>(
+              acc, operand_descriptor<U::kLeftK>(left + warpgroup * V::left_bytes / kConsumers, k),
+              operand_descriptor<U::kRightK>(right, k), accumulate || s > from || k > 0);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();
+        if (s > from) release(before);
+        before = ring.stage;
+      }
+      ptx::wgmma_wait<0>();
+      ptx::hold(acc);
+      release(before);
+    };
+    const int& m = U::kDown ? p.k : p.m;  // read at each use: a register more, and wide tiles spill
     const int row = work.row + warpgroup * (kBlockM / kConsumers);
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
@@ -182,20 +221,21 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
 
     // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
     const int my_col = work.col + lane % 4 * 2;
-    if constexpr (V::kForm == Form::tn) {
+    if constexpr (U::kForm == Form::tn) {
       const int my_row = row + warp * 16 + lane / 4;
-      float* const out = static_cast<float*>(p.out_data) +
-                         (int64_t(work.slab) * p.m + my_row) * p.out_pitch + my_col;
+      const int64_t pitch = U::kDown ? p.sums.row : p.out_pitch;
+      float* const out = static_cast<float*>(U::kDown ? p.sums.data : p.out_data) +
+                         (int64_t(work.slab) * m + my_row) * pitch + my_col;
 #pragma unroll
       for (int i = 0; i < V::kBlockN / 2; i += 2) {
         const int down = i / 2 % 2 * 8, across = i / 4 * 8;
-        if (my_row + down < p.m && my_col + across < p.n)
-          *reinterpret_cast<float2*>(out + down * p.out_pitch + across) = {acc[i], acc[i + 1]};
+        if (my_row + down < m && my_col + across < p.n)
+          *reinterpret_cast<float2*>(out + down * pitch + across) = {acc[i], acc[i + 1]};
       }
-      continue;
+      return;
     }
     // The output: 64 columns at a time through shared memory.
-    if (row >= p.m) continue;
+    if (row >= m) return;
     finish<T>(acc, p.scale, p.bias, my_col, p.n);
 #pragma unroll
     for (int chunk = 0; chunk < V::kBlockN / kSpan; ++chunk) {
@@ -228,7 +268,7 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
       } else {
         ptx::named_barrier(1 + warpgroup, 128);
         uint16_t* const out = static_cast<uint16_t*>(p.out_data);
-        for (int i = warp * 16; i < warp * 16 + 16 && row + i < p.m; ++i)
+        for (int i = warp * 16; i < warp * 16 + 16 && row + i < m; ++i)
 #pragma unroll
           for (int j = lane; j < kSpan; j += 32)
             if (col + j < p.n)
@@ -236,7 +276,8 @@ __device__ __forceinline__ void consume(const Params& p, const Schedule& schedul
                   ptx::load_shared_16(to + swizzled(i, j / 8) + j % 8 * 2);
       }
     }
-  }
+  };
+  each_unit<V>(p, rank, compute);
   if (thread == 0) ptx::store_wait_read<0>();  // shared memory has to outlive its readers
 }
 
@@ -248,8 +289,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t memory = ptx::shared_memory();
   const Barriers<V> barriers{memory};
   const int rank = V::kCluster == 1 ? 0 : int(ptx::cluster_rank());
-  const Schedule schedule(p.m, p.n, Steps(p.r, p.k).total, p.slab_steps, V::kBlockN, V::kCluster);
-  const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
   const int warpgroup = threadIdx.x / 128;
 
   if (threadIdx.x == 0) {
@@ -266,10 +305,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<V>(p, schedule, memory, first, stride, rank);
+    if (threadIdx.x == 0) produce<V>(p, memory, rank);
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    consume<V>(p, schedule, memory, first, stride, rank, warpgroup - 1, threadIdx.x % 128);
+    consume<V>(p, memory, rank, warpgroup - 1, threadIdx.x % 128);
   }
   if constexpr (V::kCluster > 1)
     ptx::cluster_sync();  // the other block still arrives at our barriers
@@ -313,14 +352,15 @@ using Kernel = void (*)(Params);
 struct Entry {
   int block_n, cluster;
   Form form;
-  bool dropout;
-  int shared;
+  bool dropout, pair;
+  int left_box, shared;
   Kernel kernel;
 };
 
 template <typename V>
 constexpr Entry entry() {
-  return {V::kBlockN, V::kCluster, V::kForm, V::kDropout, V::bytes, two_segment_kernel<V>};
+  return {V::kBlockN, V::kCluster, V::kForm,  V::kDropout,
+          V::kPair,   V::kLeftBox, V::bytes, two_segment_kernel<V>};
 }
 
 // 128 x 256 for the large products; 128 x 128 where N is small (P, Q, narrow layers) and for dA and
@@ -331,12 +371,14 @@ constexpr Entry kEntries[] = {
     entry<Variant<T, 256, 4, 1, Form::nn>>(),       entry<Variant<T, 256, 4, 2, Form::nn>>(),
     entry<Variant<T, 256, 4, 1, Form::nn, true>>(), entry<Variant<T, 128, 6, 1, Form::nt>>(),
     entry<Variant<T, 128, 6, 1, Form::nn>>(),       entry<Variant<T, 128, 6, 1, Form::tn>>(),
+    entry<Variant<T, 128, 6, 1, Form::nn, false, true>>(),
+    entry<Variant<T, 128, 6, 2, Form::nn, false, true>>(),
 };
 
 const Entry* find_entry(const TwoSegmentArgs& a) {
   for (const Entry& e : a.dtype == DType::bf16 ? kEntries<bf16> : kEntries<fp16>)
     if (e.block_n == a.block_n && e.cluster == a.cluster && e.form == a.form &&
-        e.dropout == (a.dropout.threshold > 0))
+        e.dropout == (a.dropout.threshold > 0) && e.pair == (a.sums.data != nullptr))
       return &e;
   return nullptr;
 }
@@ -345,19 +387,24 @@ const Entry* find_entry(const TwoSegmentArgs& a) {
 
 cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   const Entry* const e = find_entry(a);
-  const bool partial = a.form == Form::tn;
+  const bool partial = a.form == Form::tn, pair = a.sums.data, slabs = partial || pair;
   if (!e || a.dtype == DType::f32 || a.m < 1 || a.n < 1 || a.k < 1 || a.r < 0 ||
-      (partial && (a.r > 0 || a.slab_steps < 1 || a.out.row % 2)) ||
+      (slabs && (a.r > 0 || a.slab_steps < 1 || (pair ? a.sums : a.out).row % 2)) ||
+      (pair && a.slab_steps % (kBlockM / kBlockK * e->cluster)) ||
       (a.dropout.threshold > 0 && a.r < 1))
     return cudaErrorInvalidValue;
-  const int steps = Steps(a.r, a.k).total, slab_steps = partial ? a.slab_steps : steps;
-  const Schedule schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster);
   const int64_t most = INT32_MAX - 2 * kBlockM;  // coordinates are 32-bit, past the last tile too
-  if (std::max({a.m, a.n, a.k, a.r, schedule.units()}) > most) return cudaErrorInvalidConfiguration;
+  if (std::max({a.m, a.n, a.k, a.r}) > most) return cudaErrorInvalidConfiguration;
+  const int steps = Steps(a.r, a.k).total, slab_steps = slabs ? a.slab_steps : steps;
+  const int64_t units =
+      pair ? Pair(a.m, a.n, a.k, slab_steps, e->block_n, e->cluster).units()
+           : Schedule(a.m, a.n, steps, slab_steps, e->block_n, e->cluster).units();
+  if (units > most) return cudaErrorInvalidConfiguration;
 
   Params p{};
   p.out_data = a.out.data;
   p.out_pitch = a.out.row;
+  p.sums = a.sums;
   p.slab_steps = slab_steps;
   p.m = int(a.m), p.n = int(a.n), p.k = int(a.k), p.r = int(a.r);
   p.scale = a.scale;
@@ -366,60 +413,56 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
 
   static const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
+  cudaError_t error = cudaSuccess;  // the first
   const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
-    return make_map(encode, a.dtype, spec, to);
+    if (!error) error = make_map(encode, a.dtype, spec, to);
   };
-  // K-contiguous operands come in boxes of 64 k by the rows that a block fetches, others of 64
-  // x 64.
+  // K-contiguous operands come in boxes of 64 k by a block's rows, or 64; others of 64 x 64.
   const auto left_spec = [&](const Matrix& t, int64_t depth) {
     return partial ? map_spec(t.data, depth, a.m, t.row, kBlockK)
-                   : map_spec(t.data, a.m, depth, t.row, kBlockM);
+                   : map_spec(t.data, a.m, depth, t.row, e->left_box);
   };
   const auto right_spec = [&](const Matrix& t, int64_t depth) {
     return a.form == Form::nt ? map_spec(t.data, a.n, depth, t.row, e->block_n / e->cluster)
                               : map_spec(t.data, depth, a.n, t.row, kBlockK);
   };
-  p.eighths = !has_map(left_spec(a.x, a.k)) || (partial && !has_map(right_spec(a.w, a.k)));
+  // What x^T is multiplied by.
+  const Matrix& under = pair ? a.p : a.w;
+  const MapSpec under_spec = map_spec(under.data, pair ? a.m : a.k, a.n, under.row, kBlockK);
+  p.eighths = !has_map(left_spec(a.x, a.k)) || (slabs && !has_map(under_spec));
   const auto operand = [&](Operand* to, const Matrix& t, const MapSpec& whole) {
     if (!p.eighths) return map(to->maps, whole);
-    if (t.row < int64_t(whole.extent[0])) return cudaErrorInvalidValue;  // rows overlap
+    if (t.row < int64_t(whole.extent[0])) error = cudaErrorInvalidValue;  // rows overlap
     for (int i = 0; i < 8; ++i) {
       const Eighth eighth =
           eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
       to->shifts |= uint32_t(eighth.shift) << (4 * i);
-      if (const cudaError_t error = map(to->maps + i, eighth.spec)) return error;
+      map(to->maps + i, eighth.spec);
     }
-    return cudaSuccess;
   };
-  if (const cudaError_t error = operand(&p.left, a.x, left_spec(a.x, a.k))) return error;
-  if (a.r > 0) {
-    if (const cudaError_t error = operand(&p.low_left, a.p, left_spec(a.p, a.r))) return error;
-    if (const cudaError_t error = map(&p.low_right, right_spec(a.b, a.r))) return error;
-  }
-  if (const cudaError_t error = partial ? operand(&p.right, a.w, right_spec(a.w, a.k))
-                                        : map(p.right.maps, right_spec(a.w, a.k)))
-    return error;
-  const int out_rows = kBlockM / kConsumers;
-  p.stores_by_tma = !partial && has_map(map_spec(a.out.data, a.m, a.n, a.out.row, out_rows));
-  if (p.stores_by_tma)
-    if (const cudaError_t error = map(&p.out, map_spec(a.out.data, a.m, a.n, a.out.row, out_rows)))
-      return error;
+  operand(&p.left, a.x, left_spec(a.x, a.k));
+  if (a.r > 0) operand(&p.low_left, a.p, left_spec(a.p, a.r));
+  if (a.r > 0) map(&p.low_right, right_spec(a.b, a.r));
+  if (slabs) operand(pair ? &p.low_left : &p.right, under, under_spec);
+  if (!partial) map(p.right.maps, right_spec(a.w, a.k));
+  const MapSpec out_spec = map_spec(a.out.data, a.m, a.n, a.out.row, kBlockM / kConsumers);
+  p.stores_by_tma = !partial && has_map(out_spec);
+  if (p.stores_by_tma) map(&p.out, out_spec);
 
   int device, processors;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  if (const cudaError_t error =
-          cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-    return error;
-  if (const cudaError_t error = cudaFuncSetAttribute(
-          e->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e->shared))
-    return error;
+  if (!error) error = cudaGetDevice(&device);
+  if (!error)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (!error)
+    error = cudaFuncSetAttribute(e->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, e->shared);
+  if (error) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(e->cluster), 1, 1};
   cudaLaunchConfig_t config{};
   // A cluster of two is the two SMs of one TPC, so that as many fit as there are pairs of SMs.
   config.gridDim = dim3(unsigned(
-      std::min<int64_t>(schedule.units(), std::max(1, processors / e->cluster)) * e->cluster));
+      std::min<int64_t>(units, std::max(1, processors / e->cluster)) * e->cluster));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = size_t(e->shared);
   config.stream = stream;

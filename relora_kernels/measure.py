@@ -38,16 +38,21 @@ class Row:
 
     make(operands) gives the function to time, without arguments. Of Linear it returns y, differentiable
     in `leaves`; of Merge and Prune it changes the operands. `computes`: which formula is its oracle.
-    `backend`: the one in force while it runs. `why_not(operands)`: None or why it cannot.
+    `backend`: the one in force while it runs; `setting()`: a context that is, too. `why_not(operands)`:
+    None or why it cannot.
     """
 
     make: Callable
     backend: str | None = None
     computes: str = "lora"
     why_not: Callable = lambda operands: None
+    setting: Callable = contextlib.nullcontext
 
+    @contextlib.contextmanager
     def in_force(self):
-        return backend.use_backend(self.backend) if self.backend else contextlib.nullcontext()
+        named = backend.use_backend(self.backend) if self.backend else contextlib.nullcontext()
+        with named, self.setting():
+            yield
 
 
 def errors(name: str, got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:

@@ -7,7 +7,9 @@ and checks a row against fp64 (`check`), by the rule that the tests go by.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -75,7 +77,8 @@ class Linear(Problem):
     """y = x W^T + s (x A^T) B^T of x (tokens, in), W (out, in), A (r, in), B (out, r), and its gradients.
 
     `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both; or "main loop", for
-    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part.
+    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part; or
+    "backward by PAIR", for each value of a backend's PAIR (cuda: Q and dB in one launch, or in two).
     """
 
     tokens: int
@@ -106,6 +109,7 @@ class Linear(Problem):
             "main loop": base,
             "forward": base + low_rank,
             "backward": base + 2 * low_rank,
+            "backward by PAIR": base + 2 * low_rank,
         }.get(self.direction, 2 * base + 3 * low_rank)
 
     @property
@@ -122,6 +126,7 @@ class Linear(Problem):
             "main loop": ends + weight,
             "forward": forward,
             "backward": backward,
+            "backward by PAIR": backward,
         }.get(self.direction, forward + backward)
 
     @property
@@ -135,6 +140,14 @@ class Linear(Problem):
         if self.direction == "main loop":
             modules = linear_op.IMPLEMENTATIONS.items()
             return {f"ours {n}": _our_main_loop(n) for n, m in modules if hasattr(m, "main_loop")}
+        if self.direction == "backward by PAIR":
+            return {
+                f"ours {name}, PAIR = {value}": dataclasses.replace(
+                    _our_linear(name), setting=functools.partial(_constant, module, "PAIR", value)
+                )
+                for name, module in linear_op.IMPLEMENTATIONS.items()
+                for value in getattr(module, "PAIRS", ())
+            }
         return {f"ours {name}": _our_linear(name) for name in linear_op.IMPLEMENTATIONS}
 
     def baseline(self) -> Row:
@@ -162,7 +175,7 @@ class Linear(Problem):
 
         if self.direction in ("forward", "main loop"):
             return only_forward
-        if self.direction != "backward":
+        if not self.direction.startswith("backward"):
             return both
         y = only_forward()
 
@@ -295,6 +308,16 @@ def _our_linear(name: str) -> Row:
         )
 
     return Row(make, name, why_not=why_not)
+
+
+@contextlib.contextmanager
+def _constant(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _our_main_loop(name: str) -> Row:

@@ -62,6 +62,24 @@ def product(kernel, variant, form, shape, dtype, p=0.0, x_pitch=None):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+def pair(cluster, shape, dtype, x_pitch=None):
+    """Two products of one launch, against fp64; three times, bit for bit the same."""
+    launcher.PAIR = cluster
+    m, k, n = shape
+    x, w, p = drawn(m, k, dtype, x_pitch), drawn(k, n, dtype), drawn(m, n, dtype)
+    results = [launcher._pair(x, w, p, 0.5, dtype) for _ in range(3)]
+    exact = 0.5 * (x.double() @ w.double()), x.double().T @ p.double()
+    for got, eager, right in zip(results[0], (0.5 * (x @ w), x.T @ p), exact):
+        assert_as_good_as(got, eager, right, 2, dtype)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def pair_layer(cluster, *sizes):
+    launcher.PAIR = cluster
+    layer(*sizes, torch.bfloat16, torch.float32)
+
+
 def layer(rows, in_features, out_features, r, dtype, lora_dtype):
     with use_backend("cuda"):
         tensors = operands(
@@ -116,6 +134,18 @@ def cases() -> dict:
     for variant, form, shape in itertools.product(VARIANTS["sm90"], ("nt", "nn"), SHAPES[3:5]):
         name = f"sm90 {variant[0]}x{variant[1]} {form} odd pitch {'x'.join(map(str, shape))}"
         found[name] = (product, "sm90", variant, form, shape, bf16, 0.0, shape[2] // 2 * 2 + 3)
+    for cluster, (m, n, k, r) in itertools.product((1, 2), [*SHAPES, (16384, 2048, 4096, 128)]):
+        name, dtype = f"sm90 pair of {cluster}", fp16 if m % 2 else bf16
+        found[f"{name} {m}x{k}x{r}"] = (pair, cluster, (m, k, r), dtype)
+        found[f"{name} layer {m}x{k}x{n}x{r}"] = (pair_layer, cluster, m, k, n, r)
+        if m >= 8:
+            found[f"{name} odd pitch {m}x{k}x{r}"] = (
+                pair,
+                cluster,
+                (m, k, r),
+                dtype,
+                k // 2 * 2 + 3,
+            )
     for rows, i, o, r, lora_dtype in (
         (1, 8, 8, 1, bf16),
         (7, 4096, 4096, 128, torch.float32),
@@ -147,11 +177,11 @@ def main(names) -> None:
         return out.fill_(torch.nan) if out.is_floating_point() else out
 
     torch.Tensor.new_empty = filled
-    originals = launcher._kernel, launcher._variant
+    originals = launcher._kernel, launcher._variant, launcher.PAIR
     known = cases()
     for name in names or known:
         function, *arguments = known[name]
-        launcher._kernel, launcher._variant = originals
+        launcher._kernel, launcher._variant, launcher.PAIR = originals
         torch.manual_seed(0)
         try:
             function(*arguments)

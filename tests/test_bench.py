@@ -63,6 +63,25 @@ def test_every_row_passes_its_check_or_says_why_not(problem, monkeypatch):
     assert statuses["ours reference"] == "ok" and "wrong" not in statuses.values()
 
 
+def test_the_values_of_PAIR_are_rows_of_their_own_and_no_evidence():
+    from relora_kernels.cuda import lora_linear as cuda
+
+    problem = problems.Linear(37, 48, 33, 8, common.PAIR)
+    backward = dataclasses.replace(problem, direction="backward")
+    assert (problem.flops, problem.bytes) == (backward.flops, backward.bytes)
+    assert sum(getattr(p, "direction", "") == common.PAIR for p in common.by_worth(gpu=True)) == 3
+    rows, before = problem.ours(), cuda.PAIR
+    assert list(rows) == [f"ours cuda, PAIR = {value}" for value in (0, 1, 2)]
+    for value, row in enumerate(rows.values()):
+        with row.in_force():
+            assert cuda.PAIR == value
+        assert cuda.PAIR == before
+        assert measure.run(problem, row, CPU)["status"] == "unavailable"
+    assert problem.evidence_class(problem.prepare(CPU)) is None
+    row = backward.ours()["ours reference"]
+    assert measure.run(problem, row, CPU, seconds=0.0)["status"] == "ok"  # the direction itself
+
+
 def test_flops_and_bytes_are_those_of_the_shapes():
     linear = problems.Linear(16384, 4096, 4096, 128)
     base = 2 * 16384 * 4096 * 4096

@@ -314,7 +314,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "nothing = (0, 0, 0)\n"
         "call = lambda **changes: _C.two_segment(**{**dict(kernel='sm80', form='nt', out=nothing,\n"
         "    p=nothing, b=nothing, x=nothing, w=nothing, bias=0, sizes=(5, 7, 3, 2), dtype='bfloat16',\n"
-        "    bias_dtype='float32', scale=1.0, dropout=(0, 9, 1.0), slab_steps=1, block_n=128, cluster=1,\n"
+        "    bias_dtype='float32', scale=1.0, dropout=(0, 9, 1.0), slab_steps=1, block_n=128, cluster=1, sums=nothing,\n"
         "    device=0, stream=0), **changes})\n"
         "for changes in ({}, dict(kernel='sm90'), dict(form='tt')):\n"
         "    try: call(**changes)\n"

@@ -51,8 +51,10 @@ def plan(tmp_path_factory):
         out, "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{CSRC}",
         TESTS / "gemm/schedule.cpp",
     )  # fmt: skip
-    library.walk.restype = library.turn_ring.restype = ctypes.c_char_p
+    for function in (library.walk, library.walk_pair, library.turn_ring):
+        function.restype = ctypes.c_char_p
     library.walk.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] * 4
+    library.walk_pair.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 4
     library.descriptor.restype = ctypes.c_uint64
     library.map_of.argtypes = [
         ctypes.c_size_t,
@@ -81,6 +83,20 @@ def test_every_k_step_of_every_tile_is_done_once(plan, m, n, k, r, block_n, clus
 )  # fmt: skip
 def test_every_k_step_of_every_slab_is_done_once(plan, m, n, k, slab_steps, blocks):
     assert plan.walk(m, n, k, 0, slab_steps, 128, 1, blocks) is None
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    m=st.integers(1, 3000), n=st.integers(1, 400), k=st.integers(1, 3000), cluster=st.sampled_from([1, 2]),
+    slab=st.integers(1, 20), clusters=st.integers(1, 140),
+)  # fmt: skip
+@example(m=16384, n=128, k=4096, cluster=2, slab=16, clusters=66)
+@example(m=16384, n=512, k=5461, cluster=2, slab=22, clusters=66)
+def test_every_unit_of_a_pair_is_done_once_and_slab_by_slab(plan, m, n, k, cluster, slab, clusters):
+    steps = slab * 2 * cluster
+    assert plan.walk(m, n, k, 0, 2**30, 128, cluster, clusters * cluster) is None
+    assert plan.walk(k, n, m, 0, steps, 128, cluster, clusters * cluster) is None
+    assert plan.walk_pair(m, n, k, steps, 128, cluster, clusters * cluster) is None
 
 
 @settings(deadline=None, max_examples=100)
@@ -194,6 +210,7 @@ class TwoSegmentArgs(ctypes.Structure):
         ("bias", Bias),
         ("dropout", Dropout),
         *((name, ctypes.c_int) for name in ("slab_steps", "block_n", "cluster")),
+        ("sums", Matrix),
     ]
 
 
@@ -228,12 +245,14 @@ class Shim:
 
     def two_segment(
         self, kernel, form, out, p, b, x, w, bias, sizes, dtype, bias_dtype, scale, dropout,
-        slab_steps, block_n, cluster, device, stream,
+        slab_steps, block_n, cluster, sums, device, stream,
     ):  # fmt: skip
         args = TwoSegmentArgs(
             FORMS.index(form), *(Matrix(*t) for t in (out, p, b, x, w)), *sizes, DTYPES.index(dtype),
             scale, Bias(bias, DTYPES.index(bias_dtype)), Dropout(*dropout), slab_steps, block_n, cluster,
+            Matrix(*sums),
         )  # fmt: skip
+        form += "+tn" if sums[0] else ""
         self._run(f"two_segment_{kernel}", args, (form, block_n, cluster))
 
     def mask_rows(self, out, x, sizes, dropout, device, stream):
@@ -310,7 +329,7 @@ def product_case(
         shim.kernel, form, *(launcher._matrix(t) for t in (out, low, b, x, w)),
         0 if bias is None else bias.data_ptr(), (m, n, k, r), launcher.DTYPES[dtype],
         launcher.DTYPES[dtype if bias is None else bias.dtype], scale,
-        (seed.data_ptr(), *dropout[1:]), 1, *variant, 0, 0,
+        (seed.data_ptr(), *dropout[1:]), 1, *variant, (0, 0, 0), 0, 0,
     )  # fmt: skip
     assert (out[:, n:] == 7).all()
 
@@ -387,6 +406,63 @@ def test_any_interleaving_gives_the_same_bits(shim, variant):
     assert_as_good_as(results[0], eager, exact, 2, torch.bfloat16)
 
 
+@pytest.mark.parametrize("shim", ["sm90"], indirect=True)
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(
+    "m, n, k, slab, options",
+    [
+        (1, 1, 1, 1, {}),
+        (700, 40, 200, 1, {}),  # slab after slab; in clusters the last tiles have no partner
+        (520, 136, 300, 2, {"processors": 2}),  # two tiles of columns; one cluster takes turns
+        (
+            300,
+            23,
+            390,
+            5,
+            {"pitch": 23, "scale": -0.75},
+        ),  # one slab; an output that TMA cannot store
+        (270, 24, 133, 1, {"anywhere": "xp"}),  # rows start anywhere: x and p in eighths
+        (130, 72, 61, 1, {"anywhere": "p", "processors": 2}),
+    ],
+)
+def test_a_pair_is_its_two_products_on_the_model(shim, cluster, m, n, k, slab, options):
+    """Bit for bit what a launch each gives."""
+    shim.processors, scale = options.get("processors", 6), options.get("scale", 0.5)
+    dtype = (torch.bfloat16, torch.float16)[m // 10 % 2]
+    anywhere = options.get("anywhere", "")
+    x = padded(m, k, dtype, *((k + 3, 5) if "x" in anywhere else ()))
+    p = padded(m, n, dtype, *((n + 1, 3) if "p" in anywhere else ()))
+    w = padded(k, n, dtype)
+    steps, pitch = slab * 2 * cluster, options.get("pitch", -(-n // 8) * 8)
+    out = torch.full((2, m, pitch), 7.0, dtype=dtype)
+    sums = torch.full((2, -(-m // (64 * steps)), k, n + n % 2), torch.nan)
+    sizes, sums_of = (m, n, k, 0), {"slab_steps": steps, "cluster": cluster}
+    launcher._multiply("nn", out[0], x, w, sizes, p, scale=scale, sums=sums[0, 0], **sums_of)
+    launcher._multiply("nn", out[1], x, w, sizes, scale=scale)
+    launcher._multiply("tn", sums[1, 0], x, p, (k, n, m, 0), slab_steps=steps)
+    assert torch.equal(out[0], out[1]) and torch.equal(sums[0, :, :, :n], sums[1, :, :, :n])
+    exact = scale * (x.double() @ w.double()), x.double().T @ p.double()
+    assert_as_good_as(out[0, :, :n], scale * (x @ w), exact[0], 2, dtype)
+    assert (sums[0, :, :, :n].sum(0) - exact[1]).abs().max() <= 1e-5 * exact[1].abs().max()
+
+
+@pytest.mark.parametrize("shim", ["sm90"], indirect=True)
+def test_any_interleaving_of_a_pair_gives_the_same_bits(shim):
+    shim.processors, results = 4, []
+    x, w, p = (padded(*shape, torch.bfloat16) for shape in ((520, 390), (390, 30), (520, 30)))
+    for number in range(4):
+        shim.seed = 100 * number
+        out = torch.full((520, 32), torch.nan, dtype=torch.bfloat16)
+        sums = torch.full((3, 390, 30), torch.nan)
+        launcher._multiply(
+            "nn", out, x, w, (520, 30, 390, 0), p, slab_steps=4, sums=sums[0], cluster=2
+        )
+        results.append((out[:, :30].clone(), sums))
+    assert results[0][0].isfinite().all() and results[0][1].isfinite().all()
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 def test_wgmma_and_tma_do_the_work_of_sm90(shim):
     product_case(shim, "nt", 130, 260, 130, 5, torch.bfloat16, VARIANTS[shim.kernel][-1])
     ((_, _, loads, stores, wgmmas),) = shim.launches
@@ -415,6 +491,49 @@ def test_forward_and_gradients(shim, rows, in_features, out_features, r, dtype, 
             operands(rows, in_features, out_features, r, dtype, lora_dtype, bias=bias)
         )
     assert {launch[0] for launch in shim.launches} == {f"two_segment_{shim.kernel}", "sum_slabs"}
+
+
+@pytest.mark.parametrize("pair", launcher.PAIRS[1:])
+def test_gradients_with_q_and_dB_in_one_launch(shim, monkeypatch, pair):
+    monkeypatch.setattr(launcher, "PAIR", pair)
+
+    def pairs():
+        """Since the last time."""
+        found = [launch[1] for launch in shim.launches if "+tn" in str(launch[1])]
+        shim.launches.clear()
+        return found
+
+    with use_backend("cuda"):
+        for sizes in ((330, 72, 264, 24), (33, 61, 43, 5)):
+            tensors = operands(*sizes, torch.bfloat16, torch.float32)
+            check_against_fp64(tensors)
+            assert pairs() == ([("nn+tn", 128, pair)] if shim.kernel == "sm90" else [])
+        x, weight, lora_A, lora_B, _ = tensors
+        y = lora_linear(x, weight, lora_A, lora_B, 0.5)
+        both = torch.autograd.grad(y, (lora_A, lora_B), y.detach(), retain_graph=True)
+        assert len(pairs()) == (shim.kernel == "sm90")
+        for i in range(2):  # one of the two alone
+            factors = [t.detach().requires_grad_(i == j) for j, t in enumerate((lora_A, lora_B))]
+            y = lora_linear(x.detach(), weight, *factors, 0.5)
+            (alone,) = torch.autograd.grad(y, factors[i], y.detach())
+            torch.testing.assert_close(alone, both[i], rtol=1e-5, atol=1e-5)
+        lora_linear(x[:0], weight, lora_A, lora_B, 0.5).sum().backward()
+        assert pairs() == [] and not lora_B.grad.any()
+
+
+def test_slabs_of_a_pair_are_square_where_that_fills_the_machine(monkeypatch):
+    slabs = []
+    monkeypatch.setattr(launcher, "_processors", lambda device: 132)
+    monkeypatch.setattr(
+        launcher, "_multiply", lambda *_, sums, slab_steps, **__: slabs.append(slab_steps)
+    )
+    monkeypatch.setattr(launcher, "_total", lambda partial, *_: partial)
+    monkeypatch.setattr(launcher, "PAIR", 2)
+    for M, K in ((16384, 4096), (65536, 4096), (16384, 5461), (16384, 768), (2048, 4096), (100, 8)):
+        x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+        out, sums = launcher._pair(x, x.new_empty(K, 128), x.new_empty(M, 128), 1.0, torch.float32)
+        assert out.shape == (M, 128) and sums.shape == (-(-M // (64 * slabs[-1])), K, 128)
+    assert slabs == [64, 64, 88, 12, 8, 4]  # of 64 rows, a multiple of the 256 of two blocks
 
 
 def test_sums_over_slabs_are_added_in_order(shim):
@@ -516,6 +635,13 @@ def test_the_variant_fills_the_machine():
 
 def test_what_the_launchers_refuse(shim):
     x = torch.zeros(8, 16).bfloat16()
+    sums = torch.zeros(16, 8)
+    pair = dict(form="nn", p=x, sums=launcher._matrix(sums), slab_steps=2)
+    pairs = (
+        dict(slab_steps=3), dict(slab_steps=0), dict(slab_steps=2, variant=(128, 2)), dict(variant=(256, 1)),
+        dict(form="nt"), dict(form="tn"), dict(sizes=(7, 7, 16, 3)), dict(dropout=(x.data_ptr(), 5, 1.0)),
+        dict(p=None), dict(sums=(sums.data_ptr(), 7, 1)),
+    )  # fmt: skip
     good = dict(form="nt", x=x, w=x, sizes=(7, 7, 16, 0), dropout=(0, 0, 1.0), variant=(128, 1))
     for changes in (
         dict(x=torch.zeros(7, 17).bfloat16()),
@@ -527,13 +653,15 @@ def test_what_the_launchers_refuse(shim):
         dict(dropout=(x.data_ptr(), 5, 1.0)),  # no low-rank segment to drop from
         dict(form="tn", slab_steps=0),
         dict(sizes=(7, 2**31 - 1, 16, 0)),
+        *({**pair, **c} for c in pairs),
     ):
         case = {**good, **changes}
         with pytest.raises(RuntimeError, match="cudaError (1|9): $"):
             shim.two_segment(
-                shim.kernel, case["form"], launcher._matrix(x), (0, 0, 0), (0, 0, 0),
+                shim.kernel, case["form"], launcher._matrix(x), launcher._matrix(case.get("p")), (0, 0, 0),
                 launcher._matrix(case["x"]), launcher._matrix(case["w"]), 0, case["sizes"], "bfloat16",
-                "bfloat16", 1.0, case["dropout"], case.get("slab_steps", 1), *case["variant"], 0, 0,
+                "bfloat16", 1.0, case["dropout"], case.get("slab_steps", 1), *case["variant"],
+                case.get("sums", (0, 0, 0)), 0, 0,
             )  # fmt: skip
 
 
@@ -563,6 +691,12 @@ def test_the_program_for_gpus_finds_what_is_wrong(shim, monkeypatch):
         gemm_program.product(shim.kernel, variant, "nn", (9, 40, 70, 3), torch.float16, 0.0, 73)
     gemm_program.product(shim.kernel, (variant[0], 1), "nn", (7, 72, 40, 3), torch.bfloat16, 0.3)
     gemm_program.layer(9, 24, 40, 4, torch.bfloat16, torch.float32)
+    if shim.kernel == "sm90":
+        monkeypatch.setattr(launcher, "PAIR", 0)  # it sets that, too
+        gemm_program.pair(2, (130, 40, 3), torch.bfloat16)
+        gemm_program.pair(1, (9, 70, 3), torch.float16, 73)
+        gemm_program.pair_layer(2, 9, 24, 40, 4)
+        assert sum("+tn" in str(launch[1]) for launch in shim.launches) == 7
     gemm_program.dropout_layer(0.3, (20, 24, 40, 4))
     product = launcher._product
     monkeypatch.setattr(launcher, "_product", lambda *a, **k: product(*a, **k).mul_(1.02))
@@ -601,9 +735,9 @@ def test_sm90_registers_and_machine_code(nvcc, tmp_path):
     )  # fmt: skip
     used = re.findall(r"Used (\d+) registers", report)
     # setmaxnreg hands out exactly these: fewer at the launch and the consumers would wait for ever.
-    assert used == ["168"] * 16, report
+    assert used == ["168"] * 20, report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
-    assert frames == [("0", "0", "0")] * 16, report
+    assert frames == [("0", "0", "0")] * 20, report
     assert "serialized" not in report and "setmaxnreg" not in report, report
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -3,13 +3,17 @@
     product  y = P B^T + x W^T + bias, dx = mask * (Q A) + dy W: both segments in one float32 accumulator
              P = s dropout(x) A^T, Q = s dy B: one segment, the scale applied before the one rounding
     summed   dA = Q^T dropout(x), dB = dy^T P: slabs of M in float32, added in a fixed order
+    pair     Q and dB in one launch, which takes turns between the two
 
 dbias is torch's sum. No atomics: the results are bitwise repeatable. On sm_90 the products are TMA and
 wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
 
 Rows of x and dy may start anywhere on sm_90, as with in or out = 5461, and results of any pitch are
 written directly. Other operands whose rows do not start at multiples of 16 bytes (weight with in = 5461,
-and on sm_80 x and dy) are copied to a padded pitch at each call.
+and on sm_80 x and dy) are copied to a padded pitch at each call. Of 2048 x 5461 in bfloat16 that reads and
+writes 45 MB, on an H200 10 us at 4.3 TB/s: at 16384 tokens 2.2 % of the product's 464 us at 790 TFLOP/s,
+forward and backward, but 18 % at 2048 tokens. Estimates, and floors: the copy's rows are not aligned
+alike, and it may take twice as long.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ WIDE = 256  # columns of sm_90's large tile
 # Blocks of sm_90 that share a tile of W: 1, or 2 for the undropped wide tiles. Which is faster is for a
 # device to say.
 CLUSTER = 1
+# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of so many blocks. csrc/two_segment.h
+# says what it may gain, and again a device has to: "backward by PAIR" of bench/gpu_check.py.
+PAIR = 0
+PAIRS = (0, 1, 2)
 
 
 def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
@@ -100,15 +108,19 @@ def backward(
         dbias = dy.sum(0, dtype=torch.float32)
     if need_dx or need_dA or need_dB:
         dy = _left(dy)
-    if need_dx or need_dA:
-        q = _product("nn", dy, _rows(lora_B, dy.dtype), scale=scaling, padded=True)
+    need_q = need_dx or need_dA
+    if PAIR and need_q and need_dB and len(dy) and _kernel(dy.device) == "sm90":
+        q, dlora_B = _pair(dy, _rows(lora_B, dy.dtype), _rows(p), scaling, lora_B.dtype)
+    else:
+        if need_q:
+            q = _product("nn", dy, _rows(lora_B, dy.dtype), scale=scaling, padded=True)
+        if need_dB:  # right behind Q, which leaves some of dy in L2, or all where it fits
+            dlora_B = _summed(dy, _rows(p), 1.0, lora_B.dtype)
     if need_dx:
         a = _rows(lora_A, dy.dtype)
         dx = _product("nn", dy, _rows(weight), q, a, dropout=dropout)
     if need_dA:
         dlora_A = _summed(q, _masked(_left(x), dropout), dropout[2], lora_A.dtype)
-    if need_dB:
-        dlora_B = _summed(dy, _rows(p), 1.0, lora_B.dtype)
     return dx, dlora_A, dlora_B, dbias
 
 
@@ -129,28 +141,9 @@ def _product(
     out = x.new_empty(M, pitch)[:, :N]
     if M == 0:
         return out
-    bias = None if bias is None else bias.contiguous()
-    seed, threshold, keep_scale = dropout
-    kernel = _kernel(x.device)
-    _launch(
-        "two_segment",
-        x.device,
-        kernel=kernel,
-        form=form,
-        out=_matrix(out),
-        p=_matrix(p),
-        b=_matrix(b),
-        x=_matrix(x),
-        w=_matrix(w),
-        bias=0 if bias is None else bias.data_ptr(),
-        sizes=(M, N, K, 0 if p is None else p.shape[1]),
-        dtype=DTYPES[x.dtype],
-        bias_dtype=DTYPES[x.dtype if bias is None else bias.dtype],
-        scale=scale,
-        dropout=(seed.data_ptr() if threshold else 0, threshold, keep_scale),
-        slab_steps=1,
-        **_variant(kernel, M, N, threshold > 0, x.device),
-    )
+    variant = _variant(_kernel(x.device), M, N, dropout[1] > 0, x.device)
+    sizes = M, N, K, 0 if p is None else p.shape[1]
+    _multiply(form, out, x, w, sizes, p, b, bias=bias, scale=scale, dropout=dropout, **variant)
     return out
 
 
@@ -159,34 +152,54 @@ def _summed(x, w, scale: float, dtype) -> torch.Tensor:
     (M, m), n = x.shape, w.shape[1]
     if M == 0:
         return x.new_zeros(m, n, dtype=dtype)
-    out = x.new_empty(m, n, dtype=dtype)
-    steps, tiles = -(-M // STEP), -(-m // TILE) * -(-n // TILE)
-    slab_steps = -(-steps // max(1, min(_processors(x.device) // tiles, steps // 4)))
-    slabs = -(-steps // slab_steps)
-    partial = x.new_empty(slabs, m, n + n % 2, dtype=torch.float32)  # pairs are stored at once
-    _launch(
-        "two_segment",
-        x.device,
-        kernel=_kernel(x.device),
-        form="tn",
-        out=_matrix(partial[0]),
-        p=_matrix(None),
-        b=_matrix(None),
-        x=_matrix(x),
-        w=_matrix(w),
-        bias=0,
-        sizes=(m, n, M, 0),
-        dtype=DTYPES[x.dtype],
-        bias_dtype="float32",
-        scale=1.0,
-        dropout=(0, 0, 1.0),
+    slab_steps = _slab_steps(M, m, n, x.device)
+    partial = _partial(x, n, slab_steps)
+    _multiply("tn", partial[0], x, w, (m, n, M, 0), slab_steps=slab_steps)
+    return _total(partial, n, scale, dtype)
+
+
+def _pair(x, w, p, scale: float, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale * x (M, K) @ w (K, n), as a `padded` product, and x^T @ p (M, n) in `dtype`, in one launch."""
+    (M, K), n = x.shape, w.shape[1]
+    # Slabs of as many steps as a tile of x @ w takes, so that all units last alike; of fewer where that
+    # would leave processors without work; of whole tiles of rows.
+    most, rows = min(-(-K // STEP), _slab_steps(M, K, n, x.device)), TILE // STEP * PAIR
+    slab_steps = -(-most // rows) * rows
+    out, sums = x.new_empty(M, _padded(n))[:, :n], _partial(x, n, slab_steps)
+    _multiply(
+        "nn",
+        out,
+        x,
+        w,
+        (M, n, K, 0),
+        p,
+        scale=scale,
         slab_steps=slab_steps,
-        block_n=TILE,
-        cluster=1,
+        sums=sums[0],
+        cluster=PAIR,
     )
+    return out, _total(sums, n, 1.0, dtype)
+
+
+def _slab_steps(M: int, m: int, n: int, device: torch.device) -> int:
+    """Steps of M for sums (m, n): a tile of a slab for each processor, but no fewer than four steps."""
+    steps, tiles = -(-M // STEP), -(-m // TILE) * -(-n // TILE)
+    return -(-steps // max(1, min(_processors(device) // tiles, steps // 4)))
+
+
+def _partial(x, n: int, slab_steps: int) -> torch.Tensor:
+    """Sums (slabs, m, n) of x (M, m), with an even pitch: pairs are stored at once."""
+    M, m = x.shape
+    return x.new_empty(-(-M // (slab_steps * STEP)), m, n + n % 2, dtype=torch.float32)
+
+
+def _total(partial, n: int, scale: float, dtype) -> torch.Tensor:
+    """scale * the sum of `partial`, slab by slab: (m, n) in `dtype`."""
+    slabs, m, _ = partial.shape
+    out = partial.new_empty(m, n, dtype=dtype)
     _launch(
         "sum_slabs",
-        x.device,
+        partial.device,
         out=_matrix(out),
         partial=_matrix(partial[0]),
         sizes=(slabs, m, n),
@@ -194,6 +207,36 @@ def _summed(x, w, scale: float, dtype) -> torch.Tensor:
         dtype=DTYPES[dtype],
     )
     return out
+
+
+def _multiply(
+    form: str, out, x, w, sizes, p=None, b=None, *, bias=None, scale=1.0, dropout=(None, 0, 1.0),
+    slab_steps=1, sums=None, block_n=TILE, cluster=1,
+) -> None:  # fmt: skip
+    """What csrc/launch.h calls TwoSegmentArgs."""
+    bias = None if bias is None else bias.contiguous()
+    seed, threshold, keep_scale = dropout
+    _launch(
+        "two_segment",
+        x.device,
+        kernel=_kernel(x.device),
+        form=form,
+        out=_matrix(out),
+        p=_matrix(p),
+        b=_matrix(b),
+        x=_matrix(x),
+        w=_matrix(w),
+        bias=0 if bias is None else bias.data_ptr(),
+        sizes=sizes,
+        dtype=DTYPES[x.dtype],
+        bias_dtype=DTYPES[x.dtype if bias is None else bias.dtype],
+        scale=scale,
+        dropout=(seed.data_ptr() if threshold else 0, threshold, keep_scale),
+        slab_steps=slab_steps,
+        block_n=block_n,
+        cluster=cluster,
+        sums=_matrix(sums),
+    )
 
 
 def _masked(x, dropout) -> torch.Tensor:

@@ -105,6 +105,37 @@ const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int
   return nullptr;
 }
 
+// Both products of a pair, as `blocks` blocks compute them: every unit once, slab after slab, x W's
+// tiles of a slab's rows before its sums.
+const char* walk_pair(int64_t m, int64_t n, int64_t k, int slab_steps, int block_n, int cluster,
+                      int blocks) {
+  const Pair pair(m, n, k, slab_steps, block_n, cluster);
+  std::vector<int> done[2] = {std::vector<int>(size_t(pair.across.units())),
+                              std::vector<int>(size_t(pair.down.units()))};
+  for (int block = 0; block < blocks; block += cluster)
+    for (int64_t unit = block / cluster; unit < pair.units(); unit += blocks / cluster) {
+      const Pair::Unit at = pair.at(int(unit));
+      if (at.unit < 0 || size_t(at.unit) >= done[at.down].size()) return failed("no such unit");
+      ++done[at.down][size_t(at.unit)];
+    }
+  for (const auto& units : done)
+    for (int count : units)
+      if (count != 1) return failed("a unit is done " + std::to_string(count) + " times");
+  int64_t begun = 0;  // rows of x that are multiplied by W so far, where that has one tile of columns
+  for (int unit = 0; unit < pair.units(); ++unit) {
+    const Pair::Unit at = pair.at(unit);
+    const Work work = at.down ? pair.down.work(at.unit, 0) : pair.across.work(at.unit, cluster - 1);
+    const int64_t slab = int64_t(slab_steps) * kBlockK;
+    if (at.down ? n <= block_n && begun != std::min((work.slab + 1) * slab, ceil_div(m, kBlockM * cluster) * kBlockM * cluster)
+                : n <= block_n && work.row != begun + kBlockM * (cluster - 1))
+      return failed("not slab by slab");
+    if (!at.down) begun += kBlockM * cluster;
+    if (at.down && (work.from != work.slab * slab_steps || work.to <= work.from))
+      return failed("not the slab's steps");
+  }
+  return nullptr;
+}
+
 const char* turn_ring(int stages, int steps, int consumers, unsigned seed) {
   switch (stages) {
     case 1: return turn<1>(steps, consumers, seed);
