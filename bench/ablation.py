@@ -28,7 +28,8 @@ from tqdm import tqdm
 from relora_kernels.train.args import parse_args
 
 # run -> what it changes in relora-train's defaults for the size. "steps" stands for the number of
-# steps, a rate of "x 2" for twice the preset's; {} is the project's defaults.
+# steps, a rate of "x 2" for twice the preset's, "<= 25" for its value but 25 at most; {} is the
+# project's defaults.
 ONE_CYCLE, BF16 = {"cycle_steps": "steps"}, {"bf16": "true"}
 # The authors' code: factors and their moments in bf16 too, each moment pruned by its own mask.
 UPSTREAM = BF16 | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True}
@@ -63,7 +64,10 @@ GRIDS = {
         for r in (4, 16, 32, 128)
         for kind, changes in (("lora", ONE_CYCLE), ("relora", {}))
     },
-    "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (50, 200, 300, 500, 1000)},
+    "cycle": {
+        f"relora-cycle{n}": {"cycle_steps": n, "restart_warmup_steps": f"<= {n // 2}"}
+        for n in (50, 200, 300, 500, 1000)
+    },
     "rate": {
         f"{kind}-lr{factor}": {"learning_rate": f"x {factor}", **changes}
         for factor in (2, 4)
@@ -103,7 +107,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="micro")
-    parser.add_argument("--grid", nargs="+", choices=GRIDS, default=["core"])
+    parser.add_argument("--grid", nargs="+", choices=GRIDS, help="default: core; all for --report")
     parser.add_argument("--only", nargs="+", help="runs of the grids by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", help="folder of the runs; default ablation-<size>")
@@ -119,6 +123,7 @@ def parse_options() -> argparse.Namespace:
     options, more = parser.parse_known_args()  # of relora-train, for every run
     if taken := [word for word in more if word.split("=")[0].lstrip("-") in OWN]:
         parser.error(f"expected options that all runs can share, got {', '.join(taken)}")
+    options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
     options.words = ["--preset", options.size, "--diagnostics", "true", *more]
     if options.steps:
         options.words += ["--steps", str(options.steps)]
@@ -243,6 +248,8 @@ def flags(name: str, seed: int, options) -> list:
     words = list(options.words)
     for key, value in settings.items():
         value = base.steps if value == "steps" else value
+        if str(value).startswith("<= "):
+            value = min(getattr(base, key), int(value.removeprefix("<= ")))
         words += [f"--{key}"] if value is True else [f"--{key}", value]
     return words
 

@@ -159,7 +159,9 @@ def write_markdown(path: Path, table: list[dict], by_name: dict) -> None:
     lines = [
         f"{any_run['model']}, {any_run['tokens']:,} tokens a run, {any_run['corpus']}; "
         f"{any_run['device']}, torch {any_run['versions']['torch']}. Means over seeds; spread: largest "
-        "minus smallest; above: differences seed by seed, mean and range.",
+        "minus smallest; above: differences seed by seed, mean and range. Ranks: means over all layers "
+        "of W_end - W_start. Memory: allocated on a GPU, on a CPU that of the process. Tokens/s: median "
+        "over the run, as the machine was loaded then.",
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),

@@ -188,9 +188,10 @@ def test_bad_options_are_told_before_any_run(ablation, monkeypatch, capsys, word
 @pytest.mark.parametrize("size", ["micro", "60m", "130m"])
 def test_every_run_of_every_size_has_valid_flags(ablation, monkeypatch, tmp_path, size):
     """And is made with the settings of the others but for its own."""
-    monkeypatch.setattr(sys, "argv", ["ablation", "--size", size, "--grid", *ablation.GRIDS])
+    monkeypatch.setattr(sys, "argv", ["ablation", "--size", size, "--report"])
     options = ablation.parse_options()
-    runs = [(name, seed) for name in ablation.chosen(options.grid, None) for seed in (0, 1)]
+    assert options.grid == list(ablation.GRIDS)
+    runs = [(name, 0) for name in ablation.chosen(options.grid, None)]
     for name, seed in runs:
         args = parse_args([*map(str, ablation.flags(name, seed, options))])
         folder = tmp_path / f"{name}-{seed}"
@@ -199,11 +200,11 @@ def test_every_run_of_every_size_has_valid_flags(ablation, monkeypatch, tmp_path
         (folder / "corpus.json").write_text('{"sha256": "0"}')
         (folder / "summary.json").write_text("{}")
     assert ablation.mixed(runs, tmp_path, options.base) == []
-    folder = tmp_path / "relora-1"
+    folder = tmp_path / "relora-0"
     settings = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval_tokens": 7}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     [line] = ablation.mixed(runs, tmp_path, None)
-    assert line.startswith("relora-1: eval_tokens 7, full-rank-0: ")
+    assert line.startswith("relora-0: eval_tokens 7, full-rank-0: ")
     (folder / "summary.json").unlink()  # begun and never saved: it will be made anew
     assert ablation.mixed(runs, tmp_path, options.base) == []
 
