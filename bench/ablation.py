@@ -79,7 +79,8 @@ SIZES = ("micro", "60m", "130m")
 # Whose warm start the other runs of its seed take: those in bf16 begin elsewhere.
 DONOR, BF16_DONOR = "lora", "bf16-compensated"
 # Options of relora-train that are the driver's, and settings that may differ between runs of a table.
-OWN = ("config", "output_dir", "overwrite", "preset", "resume", "seed", "warm_start_from")
+OWN = ("--config", "--output_dir", "--overwrite", "--preset", "--resume", "--seed",
+       "--warm_start_from")  # fmt: skip
 FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
 
 
@@ -121,7 +122,7 @@ def parse_options() -> argparse.Namespace:
                         "saving and the table); the next call goes on")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="train nothing")
     options, more = parser.parse_known_args()  # of relora-train, for every run
-    if taken := [word for word in more if word.split("=")[0].lstrip("-") in OWN]:
+    if taken := [word for word in more if word.split("=")[0] in OWN]:
         parser.error(f"expected options that all runs can share, got {', '.join(taken)}")
     options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
     options.words = ["--preset", options.size, "--diagnostics", "true", *more]
