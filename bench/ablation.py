@@ -8,7 +8,8 @@
 Options that it does not know go to every run's relora-train.
 
 A run is a folder of relora-train, <output>/<run>-<seed>. Finished runs are passed over, interrupted ones
-resumed. Runs of one seed share one warm start. Equal steps and batches: equal tokens.
+resumed; runs made with other options are refused. Runs of one seed share one warm start. Equal steps and
+batches: equal tokens. Exit code 1: a run failed; the others go on, and the next call tries it again.
 """
 
 import argparse
@@ -20,11 +21,15 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from ablation_report import write_report
 from tqdm import tqdm
 
+from relora_kernels.train.args import parse_args
+
 # run -> what it changes in relora-train's defaults for the size. "steps" stands for the number of
-# steps, a rate of "x 2" for twice the preset's; {} is the project's defaults.
+# steps, a rate of "x 2" for twice the preset's, "<= 25" for its value but 25 at most; {} is the
+# project's defaults.
 ONE_CYCLE, BF16 = {"cycle_steps": "steps"}, {"bf16": "true"}
 # The authors' code: factors and their moments in bf16 too, each moment pruned by its own mask.
 UPSTREAM = BF16 | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True}
@@ -59,7 +64,10 @@ GRIDS = {
         for r in (1, 4, 16, 32, 128)
         for kind, changes in (("lora", ONE_CYCLE), ("relora", {}))
     },
-    "cycle": {f"relora-cycle{n}": {"cycle_steps": n} for n in (50, 200, 300, 500, 1000)},
+    "cycle": {
+        f"relora-cycle{n}": {"cycle_steps": n, "restart_warmup_steps": f"<= {n // 2}"}
+        for n in (50, 200, 300, 500, 1000)
+    },
     "rate": {
         f"{kind}-lr{factor}": {"learning_rate": f"x {factor}", **changes}
         for factor in (2, 4)
@@ -70,30 +78,37 @@ GRIDS = {
 SIZES = ("micro", "60m", "130m")
 # Whose warm start the other runs of its seed take: those in bf16 begin elsewhere.
 DONOR, BF16_DONOR = "lora", "bf16-compensated"
+# Options of relora-train that are the driver's, and settings that may differ between runs of a table.
+OWN = ("--config", "--output_dir", "--overwrite", "--preset", "--resume", "--seed",
+       "--warm_start_from")  # fmt: skip
+FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the runs too
     options = parse_options()
     output = Path(options.output or f"ablation-{options.size}")
-    runs = [(n, s) for s in options.seeds for n in chosen(options.grid, options.only)]
-    if not options.report:
-        train_all(runs, options, output)
+    names = chosen(options.grid, options.only)
+    runs = [(n, s) for s in dict.fromkeys(options.seeds) for n in names]
+    if wrong := mixed(runs, output, None if options.report else options.base):
+        sys.exit(
+            f"ablation: runs in {output} differ, give another --output: " + "; ".join(wrong[:5])
+        )
+    failed = [] if options.report else train_all(runs, options, output)
     finished = [(name, seed) for name, seed in runs if is_finished(output / f"{name}-{seed}")]
-    if not finished:
-        sys.exit(f"ablation: no finished run in {output}")
-    write_report(output, finished)
-    missing = len(runs) - len(finished)
-    print(
-        f"{len(finished)} runs in {output}/table.md and its plots"
-        + f", {missing} to do" * bool(missing)
-    )
+    if finished:
+        write_report(output, finished)
+        print(f"{len(finished)} runs in {output}/table.md and its plots", end=", ")
+    print(f"{len(runs) - len(finished)} to do")
+    if failed or not finished and options.report:
+        sys.exit("ablation: " + ("; ".join(failed) or f"no finished run in {output}"))
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--size", choices=SIZES, default="micro")
-    parser.add_argument("--grid", nargs="+", choices=GRIDS, default=["core"])
+    parser.add_argument("--grid", nargs="+", choices=GRIDS, help="default: core; all for --report")
     parser.add_argument("--only", nargs="+", help="runs of the grids by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", help="folder of the runs; default ablation-<size>")
@@ -103,34 +118,67 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else 2,
                         help="runs at a time")  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument("--minutes", type=float, help="be done within so long (a tenth is kept for "
+                        "saving and the table); the next call goes on")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="train nothing")
-    options, options.more = parser.parse_known_args()  # of relora-train, for every run
+    options, more = parser.parse_known_args()  # of relora-train, for every run
+    if taken := [word for word in more if word.split("=")[0] in OWN]:
+        parser.error(f"expected options that all runs can share, got {', '.join(taken)}")
+    options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
+    options.words = ["--preset", options.size, "--diagnostics", "true", *more]
+    if options.steps:
+        options.words += ["--steps", str(options.steps)]
+    if options.train_files:
+        options.words += ["--train_files", *options.train_files]
+    options.base = parse_args(options.words)  # ends with a message for a bad one
     return options
 
 
 def chosen(grids: list[str], only: list[str] | None) -> list[str]:
-    names = [name for grid in grids for name in GRIDS[grid]]
+    names = list(dict.fromkeys(name for grid in grids for name in GRIDS[grid]))
     if unknown := set(only or ()) - set(names):
         sys.exit(f"ablation: expected --only out of {', '.join(names)}, got {', '.join(unknown)}")
-    return only or names
+    return list(dict.fromkeys(only or names))
 
 
 def changes_of(name: str) -> dict:
     return next(grid[name] for grid in GRIDS.values() if name in grid)
 
 
+def mixed(runs: list, output: Path, base) -> list[str]:
+    """Settings in which runs that are there differ from `base` or each other, and not by their names."""
+    seen = {key: (value, "these options") for key, value in base.settings().items()} if base else {}
+    wrong = []
+    for name, seed in runs:
+        folder = output / f"{name}-{seed}"
+        if not is_finished(folder) and not can_resume(folder):
+            continue
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        settings["corpus"] = json.loads((folder / "corpus.json").read_text())["sha256"]
+        own = {key.removeprefix("no_") for key in changes_of(name)}
+        for key in settings.keys() - own - set(FREE):
+            value, other = seen.setdefault(key, (settings[key], folder.name))
+            if value != settings[key]:
+                wrong.append(f"{folder.name}: {key} {settings[key]}, {other}: {value}")
+    return sorted(wrong)
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def train_all(runs: list, options, output: Path) -> None:
-    """One process a run, `jobs` at a time; the donor of each seed's warm start before its takers."""
-    deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+def train_all(runs: list, options, output: Path) -> list[str]:
+    """One process a run, `jobs` at a time; the donor of each seed's warm start before its takers.
+
+    Returns a line for each run that failed.
+    """
+    deadline = time.monotonic() + 54 * options.minutes if options.minutes else float("inf")
     waiting = sorted((r for r in runs if not is_finished(output / f"{r[0]}-{r[1]}")),
                      key=lambda r: (r[1], r[0] not in (DONOR, BF16_DONOR)))  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
-    steps = options.steps or preset(options.size)["steps"]
-    bar = tqdm(total=len(runs) * steps, unit="step", mininterval=5, dynamic_ncols=True)
+    steps = options.base.steps
+    done = sum(progress(output / f"{n}-{s}", steps) for n, s in runs)
+    bar = tqdm(total=len(runs) * steps, initial=done, unit="step", mininterval=5,
+               dynamic_ncols=True)  # fmt: skip
     running: dict[str, subprocess.Popen] = {}
     failed: list[str] = []
     try:
@@ -156,8 +204,7 @@ def train_all(runs: list, options, output: Path) -> None:
         for process in running.values():
             process.wait()
         bar.close()
-    if failed and not waiting and not running:
-        sys.exit("ablation: " + "; ".join(failed))
+    return failed
 
 
 def can_start(name: str, seed: int, output: Path, running) -> bool:
@@ -179,7 +226,7 @@ def has_warm_start(run: Path) -> bool:
 def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
     folder = output / f"{name}-{seed}"
     command = [sys.executable, "-m", "relora_kernels.train", "--output_dir", folder]
-    if (folder / "config.yaml").exists() and any(folder.glob("checkpoint/*/checkpoint-*")):
+    if can_resume(folder):
         command += ["--resume", "true"]
     else:
         command += flags(name, seed, options)
@@ -193,31 +240,23 @@ def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
 
 
 def flags(name: str, seed: int, options) -> list:
-    values = preset(options.size)
-    given = dict(zip(options.more, options.more[1:]))
-    values |= {key: type(v)(given[f"--{key}"]) for key, v in values.items() if f"--{key}" in given}
-    steps = options.steps or values["steps"]
-    settings = {"seed": seed, "steps": steps, **changes_of(name)}
+    base = options.base
+    settings = {"seed": seed, "steps": base.steps, **changes_of(name)}
     if "learning_rate" in settings:
         factor = float(settings["learning_rate"].removeprefix("x "))
-        settings["learning_rate"] = factor * values["learning_rate"]
-        settings["warm_start_learning_rate"] = values["learning_rate"]
-    words = ["--preset", options.size, "--diagnostics", "true", *options.more]
+        settings["learning_rate"] = factor * base.learning_rate
+        settings["warm_start_learning_rate"] = base.warm_start_learning_rate
+    words = list(options.words)
     for key, value in settings.items():
-        words += (
-            [f"--{key}"] if value is True else [f"--{key}", steps if value == "steps" else value]
-        )
-    if options.train_files:
-        words += ["--train_files", *options.train_files]
+        value = base.steps if value == "steps" else value
+        if str(value).startswith("<= "):
+            value = min(getattr(base, key), int(value.removeprefix("<= ")))
+        words += [f"--{key}"] if value is True else [f"--{key}", value]
     return words
 
 
-def preset(size: str) -> dict:
-    from relora_kernels.train.args import PRESETS
-
-    return {
-        key: float(value) if "e" in value else int(value) for key, value in PRESETS[size].items()
-    }
+def can_resume(run: Path) -> bool:
+    return (run / "config.yaml").exists() and any(run.glob("checkpoint/*/checkpoint-*"))
 
 
 def is_finished(run: Path) -> bool:

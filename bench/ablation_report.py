@@ -82,28 +82,36 @@ def difference(found: dict, others: dict) -> str:
 def figures(run: dict) -> dict[str, float]:
     """What the table shows of one run."""
     rows, found = run["rows"], dict(run["summary"])
+    # Not the summary's, which is the last finite one.
+    found["eval_loss_final"] = [finite(r["eval_loss"]) for r in rows if "eval_loss" in r][-1]
     found["perplexity"] = math.exp(found["eval_loss_final"])
-    kept = [row["merge_kept"] for row in rows if "merge_kept" in row]
+    kept = [finite(row["merge_kept"]) for row in rows if "merge_kept" in row]
     if kept:
         found["merge_kept"] = statistics.mean(kept)
-    after = [u for cycle in updates_after_restarts(rows) for u in cycle]
+    after = [u for cycle in updates_after_restarts(rows) for u in cycle.values()]
     if after:
-        found["largest_update"] = max(after)
-    spectra = run["spectra"]
-    if spectra:
-        found["entropy_rank"] = statistics.mean(entropy_rank(v) for v in spectra.values())
+        found["largest_update"] = math.nan if any(map(math.isnan, after)) else max(after)
+    layers = [values for found in run["spectra"].values() for values in found]
+    if layers:
+        found["entropy_rank"] = statistics.mean(map(entropy_rank, layers))
         found["rank_1_percent"] = statistics.mean(
-            sum(x > 0.01 * v[0] for x in v) for v in spectra.values()
+            sum(x > 0.01 * values[0] for x in values) for values in layers
         )
     return found
 
 
-def updates_after_restarts(rows: list[dict]) -> list[list[float]]:
-    """Of each cycle but the first, the size of its first updates over the learning rate."""
-    cycles: dict[int, list[float]] = {}
+def finite(value: float | None) -> float:
+    """A number of metrics.jsonl, whose null is NaN or inf."""
+    return math.nan if value is None else value
+
+
+def updates_after_restarts(rows: list[dict]) -> list[dict[int, float]]:
+    """Of each cycle but the first, step after the restart -> size of its update over the rate."""
+    restarts = {row["cycle"]: row["step"] for row in rows if "restart" in row}
+    cycles: dict[int, dict[int, float]] = {cycle: {} for cycle in restarts}
     for row in rows:
         if "update" in row and row["cycle"]:
-            cycles.setdefault(row["cycle"], []).append(row["update"])
+            cycles[row["cycle"]][row["step"] - restarts[row["cycle"]]] = finite(row["update"])
     return list(cycles.values())
 
 
@@ -113,24 +121,29 @@ def entropy_rank(values: list[float]) -> float:
     return math.exp(-sum(s * math.log(s) for s in shares)) if shares else 0.0
 
 
-def spectra(output: Path, name: str, seed: int) -> dict[str, list[float]]:
-    """Per projection, singular values of W_end - W_start, descending, averaged over the layers.
+def spectra(output: Path, name: str, seed: int) -> dict[str, list[list[float]]]:
+    """Per projection, of each layer the singular values of W_end - W_start, descending.
 
-    W_start is the run's own after its warm start, or the donor's where a full-rank run kept none. {}
-    where neither is there.
+    As the run has measured them, W_start its own after the warm start. A full-rank run has not: from
+    its weights and the donor's start. {} where neither is there.
     """
-    kept = [output / f"{run}-{seed}" / "spectrum" / "start.safetensors" for run in (name, DONOR)]
-    final = output / f"{name}-{seed}" / "final" / "model.safetensors"
-    start = next(filter(Path.exists, kept), None)
-    if start is None or not final.exists():
-        return {}
-    sums: dict[str, list[torch.Tensor]] = {}
-    with safe_open(start, "pt") as before, safe_open(final, "pt") as after:
-        for key in before.keys():
-            projection = key.split(".")[-2]
-            change = after.get_tensor(key).float() - before.get_tensor(key)
-            sums.setdefault(projection, []).append(torch.linalg.svdvals(change))
-    return {p: torch.stack(v).mean(0).tolist() for p, v in sums.items() if p in PROJECTIONS}
+    folder = output / f"{name}-{seed}"
+    found: dict[str, list[list[float]]] = {}
+    measured = folder / "spectrum" / "singular_values.json"
+    if measured.exists():
+        for layer in json.loads(measured.read_text())["measured"]:
+            found.setdefault(layer["projection"], []).append(layer["relora"])
+        return found
+    start = output / f"{DONOR}-{seed}" / "spectrum" / "start.safetensors"
+    final = folder / "final" / "model.safetensors"
+    if start.exists() and final.exists():
+        with safe_open(start, "pt") as before, safe_open(final, "pt") as after:
+            for key in before.keys():
+                change = after.get_tensor(key).float() - before.get_tensor(key)
+                found.setdefault(key.split(".")[-2], []).append(
+                    torch.linalg.svdvals(change).tolist()
+                )
+    return found
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -146,7 +159,9 @@ def write_markdown(path: Path, table: list[dict], by_name: dict) -> None:
     lines = [
         f"{any_run['model']}, {any_run['tokens']:,} tokens a run, {any_run['corpus']}; "
         f"{any_run['device']}, torch {any_run['versions']['torch']}. Means over seeds; spread: largest "
-        "minus smallest; above: differences seed by seed, mean and range.",
+        "minus smallest; above: differences seed by seed, mean and range. Ranks: means over all layers "
+        "of W_end - W_start. Memory: allocated on a GPU, on a CPU that of the process. Tokens/s: median "
+        "over the run, as the machine was loaded then.",
         "",
         "| " + " | ".join(titles) + " |",
         "|" + "---|" * len(titles),
@@ -185,7 +200,9 @@ def draw_validation(path: Path, by_name: dict) -> None:
     ends = [
         run["figures"]["eval_loss_final"] for found in by_name.values() for run in found.values()
     ]
-    top = max(statistics.quantiles(ends, n=4)[2], min(ends) + 0.5) + 0.3 if len(ends) > 1 else None
+    ends = sorted(filter(math.isfinite, ends)) or [0.0]
+    top = max(statistics.quantiles(ends, n=4)[2], ends[0] + 0.5) + 0.3 if len(ends) > 1 else None
+    first = []  # steps at which a curve comes into view
     for axes, (title, names) in zip(
         figure.subplots(1, len(chosen), squeeze=False)[0], chosen.items()
     ):
@@ -193,19 +210,22 @@ def draw_validation(path: Path, by_name: dict) -> None:
             curves: dict[int, list[float]] = {}
             for run in by_name[name].values():
                 for row in run["rows"]:
-                    if row.get("eval_loss") is not None:
-                        curves.setdefault(row["step"], []).append(row["eval_loss"])
+                    if "eval_loss" in row:
+                        curves.setdefault(row["step"], []).append(finite(row["eval_loss"]))
             steps = sorted(curves)
             style = {"color": "0.2", "linestyle": ALWAYS[name]} if name in ALWAYS else {}
             end = statistics.mean(r["figures"]["eval_loss_final"] for r in by_name[name].values())
-            axes.plot(steps, [statistics.mean(curves[step]) for step in steps],
-                      label=f"{name} {end:.3f}", linewidth=1.2, **style)  # fmt: skip
+            means = [statistics.mean(curves[step]) for step in steps]
+            axes.plot(steps, means, label=f"{name} {end:.3f}", linewidth=1.2, **style)
+            first += [a for a, mean in zip(steps, means[1:]) if top and mean < top][:1]
         for i, step in enumerate(sorted(restarts)):
             axes.axvline(step, color="0.8", linewidth=0.8, linestyle=":",
                          label=None if i else "restarts of relora")  # fmt: skip
-        axes.set_ylim(min(ends) - 0.1, top)
+        axes.set_ylim(ends[0] - 0.1, top)
         axes.set(title=title, xlabel="optimizer steps")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, title="final; what is above is cut off", title_fontsize=8)
+    for axes in figure.axes:
+        axes.set_xlim(left=min(first, default=None))
     figure.axes[0].set_ylabel("validation loss (nats per token), mean over seeds")
     figure.savefig(path, dpi=100)
 
@@ -217,14 +237,16 @@ def draw_updates(path: Path, by_name: dict) -> None:
     for name, found in by_name.items():
         cycles = [c for run in found.values() for c in updates_after_restarts(run["rows"])]
         if cycles and (name == "relora" or name.startswith(("reset", "upstream"))):
-            length = min(map(len, cycles))
-            mean = [statistics.mean(c[i] for c in cycles) for i in range(length)]
-            axes.plot(range(1, length + 1), mean, label=name, linewidth=1.2)
+            steps = sorted(set().union(*cycles))
+            mean = [statistics.mean(c[step] for c in cycles if step in c) for step in steps]
+            axes.plot(steps, mean, label=name, linewidth=1.2)
     axes.set_yscale("log")
-    axes.set(title="Size of the first updates after a restart", xlabel="steps after the restart",
+    axes.set(title="Size of the first updates after a restart, mean over restarts and seeds",
+             xlabel="step after the restart (in the first the learning rate is 0)",
              ylabel="root mean square of the change / learning rate")  # fmt: skip
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    if axes.lines:
+        axes.legend(fontsize=8)
+        figure.savefig(path, dpi=120)
 
 
 def draw_spectra(path: Path, by_name: dict) -> None:
@@ -233,16 +255,19 @@ def draw_spectra(path: Path, by_name: dict) -> None:
     for axes, projection in zip(grid.flat, PROJECTIONS):
         for name in ("full-rank", "lora", "relora"):
             runs = by_name.get(name, {}).values()
-            found = [run["spectra"][projection] for run in runs if run["spectra"]]
+            found = [layer for run in runs for layer in run["spectra"].get(projection, [])]
             if found:
                 mean = [statistics.mean(values) for values in zip(*found)]
                 axes.plot(range(1, len(mean) + 1), mean, label=name, linewidth=1.2)
         axes.set_yscale("log")
+        # Below is rounding: an update of rank r ends at once.
+        axes.set_ylim(1e-4 * max((y.get_ydata()[0] for y in axes.lines), default=1.0))
         axes.set(title=projection, xlabel="index", ylabel="singular value")
     grid.flat[-1].set_axis_off()
-    grid.flat[0].legend()
-    figure.suptitle("Singular values of W_end - W_start, mean over layers and seeds")
-    figure.savefig(path, dpi=120)
+    if lines := grid.flat[0].lines:
+        grid.flat[-1].legend(handles=list(lines), loc="center")
+        figure.suptitle("Singular values of W_end - W_start, mean over layers and seeds")
+        figure.savefig(path, dpi=120)
 
 
 def draw_kept(path: Path, by_name: dict) -> None:
@@ -254,47 +279,57 @@ def draw_kept(path: Path, by_name: dict) -> None:
         for run in found.values():
             for row in run["rows"]:
                 if "merge_kept" in row:
-                    kept.setdefault(row["step"], []).append(row["merge_kept"])
+                    kept.setdefault(row["step"], []).append(finite(row["merge_kept"]))
         if kept and run["summary"]["settings"]["bf16"]:
             axes.plot(kept.keys(), map_mean(kept), marker="o", markersize=3, label=name)
     axes.set(title="Share of s B A that a merge leaves in W (projection)", xlabel="optimizer steps")
     axes.axhline(1.0, color="0.8", linewidth=0.8)
+    axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))  # shares, not the fourth decimal of 1
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=100)
 
 
 def map_mean(lists: dict) -> list[float]:
     return [statistics.mean(values) for values in lists.values()]
 
 
+# What a sweep's runs are named by -> label, number of the run that has none in its name.
 SWEEPS = {
-    "r": "rank of a cycle",
-    "cycle": "steps between merges",
-    "lr": "learning rate, times the warm start's",
+    "r": ("rank of a cycle", lambda settings: settings["lora_r"]),
+    "cycle": ("steps between merges", lambda settings: settings["cycle_steps"]),
+    "lr": ("learning rate, times the warm start's", lambda settings: 1),
 }
 
 
 def draw_sweeps(path: Path, by_name: dict) -> None:
     """Final loss over rank, cycle length and learning rate; the runs are named <kind>-<key><number>."""
     figure = Figure(figsize=(15, 5), layout="constrained")
-    for axes, (key, label) in zip(figure.subplots(1, 3, sharey=True), SWEEPS.items()):
+    for axes, (key, (label, default)) in zip(figure.subplots(1, 3, sharey=True), SWEEPS.items()):
         points: dict[str, dict[float, list[float]]] = {}
-        for name, found in by_name.items():
+        for name in by_name:
             if match := re.fullmatch(rf"(\w+)-{key}([\d.]+)", name):
-                kind, number = match[1], float(match[2])
-                points.setdefault(kind, {})[number] = [
-                    run["figures"]["eval_loss_final"] for run in found.values()
-                ]
+                points.setdefault(match[1], {})[float(match[2])] = final_losses(by_name[name])
+        for kind in points.keys() & by_name.keys():
+            settings = next(iter(by_name[kind].values()))["summary"]["settings"]
+            points[kind][default(settings)] = final_losses(by_name[kind])
         for kind, losses in points.items():
             losses = dict(sorted(losses.items()))
             axes.plot(losses.keys(), map_mean(losses), marker="o", label=kind)
         for name, style in ((FULL, "--"), (DONOR, ":")):
             if name in by_name and points:
-                ends = [run["figures"]["eval_loss_final"] for run in by_name[name].values()]
-                axes.axhline(statistics.mean(ends), color="0.5", linestyle=style, label=name)
+                end = statistics.mean(final_losses(by_name[name]))
+                axes.axhline(end, color="0.5", linestyle=style, label=f"{name} of the core grid")
         axes.set(xlabel=label, xscale="log")
         if points:
+            ticks = sorted({number for losses in points.values() for number in losses})
+            axes.set_xticks(ticks, [f"{number:g}" for number in ticks])
+            axes.minorticks_off()
             axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("final validation loss")
-    figure.savefig(path, dpi=100)
+    figure.axes[0].set_ylabel("final validation loss, mean over seeds")
+    if any(axes.lines for axes in figure.axes):
+        figure.savefig(path, dpi=100)
+
+
+def final_losses(found: dict) -> list[float]:
+    return [run["figures"]["eval_loss_final"] for run in found.values()]

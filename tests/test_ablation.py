@@ -2,18 +2,23 @@
 
 import csv
 import json
+import math
 import statistics
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("transformers")
 
 from train_runs import digest, flags, one_thread, words
 
-from relora_kernels.train import cli
+from relora_kernels.train import cli, diagnostics
+from relora_kernels.train.args import parse_args
 from relora_kernels.train.output import RunFolder
 
 _ = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -75,6 +80,15 @@ def test_diagnostics_tell_updates_and_what_merges_keep(text, tmp_path):
     assert 0.1 < statistics.median(updates.values()) < 3.0
 
 
+@pytest.mark.parametrize("blocks", [4, 6, 8, 12, 24])
+def test_merges_are_measured_on_several_projections(blocks, monkeypatch):
+    layers = [SimpleNamespace(weight=torch.empty(1), place=i) for i in range(7 * blocks)]
+    monkeypatch.setattr(diagnostics, "relora_layers", lambda _: [("", layer) for layer in layers])
+    callback = diagnostics.DiagnosticCallback(SimpleNamespace(model=None))
+    places = [layer.place for layer in callback._sample()]
+    assert len(places) == 4 and len({place % 7 for place in places}) == 4
+
+
 def test_bf16_factors_have_bf16_moments(text, tmp_path, monkeypatch):
     seen = set()
 
@@ -90,10 +104,15 @@ def test_bf16_factors_have_bf16_moments(text, tmp_path, monkeypatch):
     assert seen == {torch.bfloat16}
 
 
-def test_a_run_takes_the_warm_start_of_its_own_kind(monkeypatch):
+@pytest.fixture
+def ablation(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     import ablation
 
+    return ablation
+
+
+def test_a_run_takes_the_warm_start_of_its_own_kind(ablation):
     names = [name for grid in ablation.GRIDS.values() for name in grid]
     assert len(names) == len(set(names))
     donors = {name: ablation.donor_of(name) for name in names}
@@ -103,21 +122,16 @@ def test_a_run_takes_the_warm_start_of_its_own_kind(monkeypatch):
     assert {name for name, donor in donors.items() if donor is None} == none
 
 
-def test_rates_are_multiples_of_the_one_that_is_given(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import ablation
-
-    monkeypatch.setattr(sys, "argv", ["ablation", "--learning_rate", "3e-3", "--lora_r", "16"])
+@pytest.mark.parametrize("rate", [["--learning_rate", "3e-3"], ["--learning_rate=3e-3"]])
+def test_rates_are_multiples_of_the_one_that_is_given(ablation, monkeypatch, rate):
+    monkeypatch.setattr(sys, "argv", ["ablation", *rate, "--lora_r", "16"])
     words = ablation.flags("relora-lr2", 0, ablation.parse_options())
     last = {word: value for word, value in zip(words, words[1:])}
     assert last["--learning_rate"] == 0.006 and last["--warm_start_learning_rate"] == 0.003
     assert last["--lora_r"] == "16" and last["--steps"] == 800
 
 
-def test_grid_is_run_once_and_reported(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCH))
-    import ablation
-
+def test_grid_is_run_once_and_reported(ablation, text, tmp_path, monkeypatch, capsys):
     tiny = flags(text, tmp_path / "unused")
     drop = {"--steps", "--output_dir", "--train_files"}
     pairs = [tiny[i : i + 2] for i in range(0, len(tiny), 2) if tiny[i] not in drop]
@@ -131,6 +145,13 @@ def test_grid_is_run_once_and_reported(text, tmp_path, monkeypatch, capsys):
     assert "| lora | 1 |" in table and "| relora | 1 |" in table
     with open(output / "runs.csv", newline="") as file:
         ends = {row["run"]: float(row["validation loss"]) for row in csv.DictReader(file)}
+        file.seek(0)
+        ranks = {row["run"]: row["entropy rank of the update"] for row in csv.DictReader(file)}
+    for run, rank in ranks.items():  # as the run itself tells, over its 2 layers of 7 projections
+        told = json.loads((output / f"{run}-0" / "summary.json").read_text())["update_rank"]
+        assert float(rank) == pytest.approx(
+            sum(p["relora"]["entropy_rank"] for p in told.values()) / 14, rel=1e-4
+        )
     relora = next(line for line in table.splitlines() if line.startswith("| relora |"))
     assert f"| {ends['relora'] - ends['lora']:+.3f} |" in relora  # above lora
     for plot in ("validation", "updates", "spectrum"):
@@ -141,3 +162,110 @@ def test_grid_is_run_once_and_reported(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "start", None)
     ablation.main()
     assert "2 runs in" in capsys.readouterr().out
+    # Nor does it take them for runs of other options.
+    monkeypatch.setattr(sys, "argv", [*arguments, *more, "--lora_r", "3"])
+    with pytest.raises(SystemExit, match="lora-0: lora_r 4, these options: 3"):
+        ablation.main()
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--lora_rank", "4"], "did you mean lora_r"),
+        (["--seed", "3"], "got --seed"),  # --seeds is the driver's
+        (["--output_dir=x"], "got --output_dir=x"),
+        (["--preset", "60m"], "got --preset"),
+        (["--steps", "100", "--warm_start_steps", "200"], "warm_start_steps <= steps"),
+    ],
+)
+def test_bad_options_are_told_before_any_run(ablation, monkeypatch, capsys, words, named):
+    monkeypatch.setattr(sys, "argv", ["ablation", *words])
+    with pytest.raises(SystemExit) as end:
+        ablation.parse_options()
+    assert end.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["micro", "60m", "130m"])
+def test_every_run_of_every_size_has_valid_flags(ablation, monkeypatch, tmp_path, size):
+    """And is made with the settings of the others but for its own."""
+    monkeypatch.setattr(sys, "argv", ["ablation", "--size", size, "--report"])
+    options = ablation.parse_options()
+    assert options.grid == list(ablation.GRIDS)
+    runs = [(name, 0) for name in ablation.chosen(options.grid, None)]
+    for name, seed in runs:
+        args = parse_args([*map(str, ablation.flags(name, seed, options))])
+        folder = tmp_path / f"{name}-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(args.to_yaml())
+        (folder / "corpus.json").write_text('{"sha256": "0"}')
+        (folder / "summary.json").write_text("{}")
+    assert ablation.mixed(runs, tmp_path, options.base) == []
+    folder = tmp_path / "relora-0"
+    settings = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval_tokens": 7}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    [line] = ablation.mixed(runs, tmp_path, None)
+    assert line.startswith("relora-0: eval_tokens 7, full-rank-0: ")
+    (folder / "summary.json").unlink()  # begun and never saved: it will be made anew
+    assert ablation.mixed(runs, tmp_path, options.base) == []
+
+
+def test_a_failed_run_stops_no_other_one(ablation, tmp_path, monkeypatch, capsys):
+    """Nor is a run that is named twice run twice."""
+    started, reported = [], []
+
+    def start(name, seed, options, output):
+        started.append((name, seed))
+        code = "raise SystemExit(3)" if name == "lora" else ""
+        if name != "lora":
+            (output / f"{name}-{seed}").mkdir()
+            (output / f"{name}-{seed}" / "summary.json").write_text("{}")
+        return subprocess.Popen([sys.executable, "-S", "-c", code])
+
+    monkeypatch.setattr(ablation, "start", start)
+    monkeypatch.setattr(ablation, "write_report", lambda output, runs: reported.extend(runs))
+    monkeypatch.setattr(sys, "argv", ["ablation", "--output", str(tmp_path), "--seeds", "1", "1",
+                                      "--only", "relora", "lora", "relora"])  # fmt: skip
+    with pytest.raises(SystemExit, match="lora-1: exit 3, see .*lora-1.log"):
+        ablation.main()
+    assert started == [("lora", 1), ("relora", 1)] and reported == [("relora", 1)]
+    assert "1 to do" in capsys.readouterr().out
+
+
+def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    signals = []
+    process = SimpleNamespace(poll=lambda: None, wait=lambda: 143,
+                              send_signal=lambda n: signals.append((n, clock.now)))  # fmt: skip
+    monkeypatch.setattr(ablation, "time", clock)
+    monkeypatch.setattr(ablation, "start", lambda *_: process)
+    monkeypatch.setattr(sys, "argv", ["ablation", "--minutes", "8", "--jobs", "1"])
+    assert ablation.train_all([("lora", 0)], ablation.parse_options(), tmp_path) == []
+    [(number, seconds)] = signals
+    assert number == ablation.signal.SIGTERM and 420 < seconds < 450
+
+
+def test_figures_of_a_run_that_diverged(ablation):
+    import ablation_report
+
+    row = {"phase": "relora", "cycle": 1}
+    rows = [
+        {"step": 0, "cycle": 0, "eval_loss": 5.0},
+        {"step": 6, "cycle": 0, "update": 9.0},
+        {"step": 6, "cycle": 1, "restart": True},
+        {"step": 6, "cycle": 1, "eval_loss": 4.0},
+        *({**row, "step": step, "update": float(step)} for step in (8, 9)),
+        {**row, "step": 12, "merge_kept": None},
+        {**row, "step": 12, "eval_loss": None},  # NaN
+    ]
+    spectra = {"q_proj": [[1.0, 1.0, 0.0], [8.0, 0.0, 0.0]]}
+    run = {"rows": rows, "summary": {"eval_loss_final": 4.0}, "spectra": spectra}
+    found = ablation_report.figures(run)
+    assert math.isnan(found["eval_loss_final"]) and math.isnan(found["merge_kept"])
+    assert ablation_report.updates_after_restarts(rows) == [{2: 8.0, 3: 9.0}]
+    assert found["largest_update"] == 9.0
+    # Of each layer by itself: 2 and 1, while their mean has two values of unlike size.
+    assert found["entropy_rank"] == pytest.approx(1.5) and found["rank_1_percent"] == 1.5
+    table = ablation_report.table_row("lora", {"lora": {0: run | {"figures": found}}})
+    assert table["validation loss"] == "nan"

@@ -74,7 +74,8 @@ class DiagnosticCallback(ReLoRaCallback):
         layers = [layer for _, layer in relora_layers(self.schedule.model)]
         if any(sharding.is_sharded(layer.weight) for layer in layers):
             return []  # the weights of one process are a part of each layer
-        return layers[:: max(1, len(layers) // LAYERS)][:LAYERS]
+        # A stride of len // LAYERS would meet the same projection in each block where 4 divides the blocks.
+        return layers[:: max(1, (len(layers) - 1) // LAYERS)][:LAYERS]
 
 
 def _exact_weight(layer) -> torch.Tensor:
