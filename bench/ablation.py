@@ -1,7 +1,7 @@
 """What each part of ReLoRA brings: a grid of relora-train runs at equal tokens, a table and plots.
 
-    python bench/ablation.py                                   micro, core grid, seeds 0 1 2
-    python bench/ablation.py --grid core rank cycle --seeds 0
+    python bench/ablation.py                                   micro, core grid, seed 0
+    python bench/ablation.py --grid core rank cycle --seeds 0 1 2
     python bench/ablation.py --size 60m --train_files corpus/ --minutes 8     as often as it takes
     python bench/ablation.py --report                          the table and plots of what is there
 
@@ -90,7 +90,8 @@ def main() -> None:
     options = parse_options()
     output = Path(options.output or f"ablation-{options.size}")
     names = chosen(options.grid, options.only)
-    runs = [(n, s) for s in dict.fromkeys(options.seeds) for n in names]
+    seeds = options.seeds or (seeds_in(output) if options.report else [0])
+    runs = [(n, s) for s in dict.fromkeys(seeds) for n in names]
     if wrong := mixed(runs, output, None if options.report else options.base):
         sys.exit(
             f"ablation: runs in {output} differ, give another --output: " + "; ".join(wrong[:5])
@@ -110,7 +111,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="micro")
     parser.add_argument("--grid", nargs="+", choices=GRIDS, help="default: core; all for --report")
     parser.add_argument("--only", nargs="+", help="runs of the grids by name")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0; all for --report")
     parser.add_argument("--output", help="folder of the runs; default ablation-<size>")
     parser.add_argument("--train_files", nargs="+", help="text; default: Python's standard library")
     parser.add_argument(
@@ -139,6 +140,12 @@ def chosen(grids: list[str], only: list[str] | None) -> list[str]:
     if unknown := set(only or ()) - set(names):
         sys.exit(f"ablation: expected --only out of {', '.join(names)}, got {', '.join(unknown)}")
     return list(dict.fromkeys(only or names))
+
+
+def seeds_in(output: Path) -> list[int]:
+    return sorted(
+        {int(path.parent.name.rpartition("-")[2]) for path in output.glob("*-*/summary.json")}
+    )
 
 
 def changes_of(name: str) -> dict:

@@ -141,6 +141,7 @@ def test_grid_is_run_once_and_reported(ablation, text, tmp_path, monkeypatch, ca
                  "--only", "lora", "relora", "--train_files", str(text)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments + more)
     ablation.main()
+    assert ablation.seeds_in(output) == [0]
     table = (output / "table.md").read_text()
     assert "| lora | 1 |" in table and "| relora | 1 |" in table
     with open(output / "runs.csv", newline="") as file:
