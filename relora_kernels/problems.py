@@ -77,8 +77,9 @@ class Linear(Problem):
     """y = x W^T + s (x A^T) B^T of x (tokens, in), W (out, in), A (r, in), B (out, r), and its gradients.
 
     `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both; or "main loop", for
-    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part; or
-    "backward by PAIR", for each value of a backend's PAIR (cuda: Q and dB in one launch, or in two).
+    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part,
+    and for each value of a backend's CLUSTER; or "backward by PAIR", for each value of a backend's PAIR
+    (cuda: Q and dB in one launch, or in two).
     """
 
     tokens: int
@@ -139,15 +140,10 @@ class Linear(Problem):
         """A row for each backend of the op."""
         if self.direction == "main loop":
             modules = linear_op.IMPLEMENTATIONS.items()
-            return {f"ours {n}": _our_main_loop(n) for n, m in modules if hasattr(m, "main_loop")}
+            rows = {f"ours {n}": _our_main_loop(n) for n, m in modules if hasattr(m, "main_loop")}
+            return rows | _by_constant("CLUSTER", _our_main_loop)
         if self.direction == "backward by PAIR":
-            return {
-                f"ours {name}, PAIR = {value}": dataclasses.replace(
-                    _our_linear(name), setting=functools.partial(_constant, module, "PAIR", value)
-                )
-                for name, module in linear_op.IMPLEMENTATIONS.items()
-                for value in getattr(module, "PAIRS", ())
-            }
+            return _by_constant("PAIR", _our_linear)
         return {f"ours {name}": _our_linear(name) for name in linear_op.IMPLEMENTATIONS}
 
     def baseline(self) -> Row:
@@ -308,6 +304,17 @@ def _our_linear(name: str) -> Row:
         )
 
     return Row(make, name, why_not=why_not)
+
+
+def _by_constant(constant: str, make: Callable) -> dict[str, Row]:
+    """Rows under each value that a backend's module lists (PAIRS) for a constant of its own (PAIR)."""
+    return {
+        f"ours {name}, {constant} = {value}": dataclasses.replace(
+            make(name), setting=functools.partial(_constant, module, constant, value)
+        )
+        for name, module in linear_op.IMPLEMENTATIONS.items()
+        for value in getattr(module, f"{constant}S", ())
+    }
 
 
 @contextlib.contextmanager

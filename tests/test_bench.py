@@ -82,6 +82,16 @@ def test_the_values_of_PAIR_are_rows_of_their_own_and_no_evidence():
     assert measure.run(problem, row, CPU, seconds=0.0)["status"] == "ok"  # the direction itself
 
 
+def test_the_main_loop_has_a_row_for_each_CLUSTER():
+    from relora_kernels.cuda import lora_linear as cuda
+
+    rows = problems.Linear(37, 48, 33, 8, common.MAIN_LOOP).ours()
+    assert {"ours cuda", "ours cuda, CLUSTER = 1", "ours cuda, CLUSTER = 2"} <= rows.keys()
+    with rows["ours cuda, CLUSTER = 2"].in_force():
+        assert cuda.CLUSTER == 2
+    assert cuda.CLUSTER == 1
+
+
 def test_flops_and_bytes_are_those_of_the_shapes():
     linear = problems.Linear(16384, 4096, 4096, 128)
     base = 2 * 16384 * 4096 * 4096

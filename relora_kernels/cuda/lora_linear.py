@@ -31,8 +31,9 @@ STEP = 64  # rows of M that a slab is a multiple of
 TILE = 128  # rows of a tile, and columns of the narrow one
 WIDE = 256  # columns of sm_90's large tile
 # Blocks of sm_90 that share a tile of W: 1, or 2 for the undropped wide tiles. Which is faster is for a
-# device to say.
+# device to say: "main loop" of bench/gpu_check.py.
 CLUSTER = 1
+CLUSTERS = (1, 2)
 # Q and dB on sm_90: 0 for a launch each, else one launch in clusters of so many blocks. csrc/two_segment.h
 # says what it may gain, and again a device has to: "backward by PAIR" of bench/gpu_check.py.
 PAIR = 0
