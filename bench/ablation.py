@@ -85,8 +85,6 @@ FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the runs too
     options = parse_options()
     output = Path(options.output or f"ablation-{options.size}")
     names = chosen(options.grid, options.only)
@@ -282,4 +280,6 @@ def progress(run: Path, steps: int) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the runs too
     main()

@@ -76,7 +76,7 @@ def test_one_target_is_a_name_or_an_expression(values, targets):
         (["--lora_dropout", "1.5"], "expected lora_dropout in [0, 1], got 1.5"),
         (["--learning_rate", "nan"], "expected learning_rate > 0, got nan"),
         (["--warm_start_steps", "9000"], "expected warm_start_steps <= steps, got 9000"),
-        (["--cycle_steps", "20"], "expected restart_warmup_steps < cycle_steps (20), got 30"),
+        (["--cycle_steps", "5"], "expected restart_warmup_steps < cycle_steps (5), got 5"),
         (["--warmup_steps", "600"], "expected warmup_steps <"),
         (["--num_heads", "5"], "expected hidden_size to be an even multiple of num_heads"),
         (["--seq_length", "1"], "expected seq_length >= 2, got 1"),
