@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,6 +239,13 @@ class TestGpuCheck:
         assert results["machine"]["commit"] and results["date"] and results["bars"]
         printed = capsys.readouterr().out
         assert "[4/5] 3 hang: hung" in printed and "| bar | target |" in printed
+
+    def test_it_runs_the_files_that_only_a_gpu_can(self):
+        listed = {f"test_{name}.py" for name in gpu_check.TEST_FILES}
+        files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
+        assert listed <= files.keys() and "test_cuda_gemm_gpu.py" in listed
+        whole = re.compile(r"^pytestmark = pytest\.mark\.skipif\(REASON", re.MULTILINE)
+        assert {name for name, text in files.items() if whole.search(text)} <= listed
 
     def test_it_goes_on_with_the_same_commit_alone(self, tmp_path):
         file, machine = tmp_path / "x.json", {**H200, "rates": {"copy_bytes_per_s": 1.0}}
