@@ -35,7 +35,9 @@ TESTS = [
     sys.executable, "-m", "pytest", "-q", "--no-header", "--import-mode=importlib", "-p",
     "no:cacheprovider",
 ]  # fmt: skip
-TEST_FILES = ["lora_linear", "merge", "prune", "layer", "optimizer", "triton"]
+TEST_FILES = [
+    "cuda_gemm_gpu", "cuda_merge", "lora_linear", "merge", "prune", "layer", "optimizer", "triton",
+]  # fmt: skip
 BUILD_LIMIT_S = 240.0
 TESTS_SHARE = 0.25  # of --minutes, at most
 # For one case: check and timing, and the first time that a row of an op is met, its compilation.

@@ -233,11 +233,10 @@ def _linear_bars(rows: list[dict]) -> list[Bar]:
         if row["row"].startswith("ours ") and row.get("repeatable") is False
     ]
     checked = any(row["row"].startswith("ours ") for row in rows)
-    loops = {
-        f"{shape}, {name}": 1 / relative(row)
-        for shape, members in by_direction.get("main loop", {}).items()
-        for name, row in ours(members).items()
-    }
+    loops = {}  # of the best backend, as it is: what other constants of it would give is no bar
+    for shape, members in by_direction.get("main loop", {}).items():
+        if backends := {name: row for name, row in ours(members).items() if "," not in name}:
+            loops[shape] = 1 / relative(best(backends))
     return [
         _limit("forward + backward over eager LoRA", 0.80, over(both, EAGER)),
         _limit("forward + backward over the addmm chain", 0.97, over(both, CHAINS)),

@@ -12,6 +12,7 @@ import gemm_program
 import pytest
 import torch
 
+import relora_kernels
 from relora_kernels.cuda import why_no_device
 
 SECONDS_A_CASE = 90  # the first one's include importing torch
@@ -20,11 +21,12 @@ REASON = "needs a GPU" if not torch.cuda.is_available() else why_no_device(torch
 
 def run(names: list[str], seconds: float, program) -> tuple[dict, str | None]:
     """({name: verdict}, how the program ended before its time or None)."""
-    root = Path(__file__).parent.parent
+    # The package that these tests import: where it is installed, the sources have no compiled kernels.
+    package = Path(relora_kernels.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, program, *names], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"},
+        env={**os.environ, "PYTHONPATH": f"{package}:{os.environ.get('PYTHONPATH', '')}"},
     )  # fmt: skip
     lines = queue.Queue()
 
@@ -95,3 +97,14 @@ def test_after_a_hang_or_a_crash_the_other_cases_go_on(tmp_path):
     assert all(found[name] == "ok" for name in ("one", "two", "three", "four"))
     assert found["hangs"] == "nothing for 3 s: it hangs" and found["loses"] == "CUDA error"
     assert found["dies"] == "exit status 1: out of luck\n"
+
+
+def test_the_program_runs_the_package_that_the_tests_import(tmp_path, monkeypatch):
+    """An installed one has compiled kernels, the sources beside these tests have none."""
+    package, program = tmp_path / "relora_kernels/__init__.py", tmp_path / "tests/program.py"
+    for file in (package, program):
+        file.parent.mkdir()
+        file.touch()
+    program.write_text("import relora_kernels\nprint('where\\t' + relora_kernels.__file__)\n")
+    monkeypatch.setattr(relora_kernels, "__file__", str(package))
+    assert run(["where"], 60, program) == ({"where": str(package)}, None)
