@@ -32,7 +32,7 @@ BUILD = [
     "--target", str(BUILT.relative_to(ROOT)), ".",
 ]  # fmt: skip
 TESTS = [
-    sys.executable, "-m", "pytest", "-q", "--no-header", "--import-mode=importlib", "-p",
+    sys.executable, "-m", "pytest", "-v", "--no-header", "--import-mode=importlib", "-p",
     "no:cacheprovider",
 ]  # fmt: skip
 TEST_FILES = [
