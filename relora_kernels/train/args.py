@@ -19,7 +19,8 @@ CONFIG_FILE = "config.yaml"  # in output_dir: the settings of the run
 
 # One column per preset. Shapes, batch, steps, merge interval, learning rate and rank of 60m to 1.3b
 # are the ReLoRA paper's; micro is sized for a few minutes on two CPU cores,
-# with one thread: a second makes 10.7k tokens/s of 6.0k on an idle machine, but 0.8k on a busy one.
+# with one thread: a second makes 7.6k tokens/s of 5.9k (two CPU cores, 2026-11-21, 60 full-rank steps),
+# less than another run would.
 _PRESET_TABLE = """
                          micro    60m      130m     250m     350m     1.3b
 vocab_size               1024     32100    32100    32100    32100    32100
