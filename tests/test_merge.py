@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 from relora_kernels import BackendUnavailable, merge_, use_backend
 from relora_kernels.ops import checks
@@ -417,3 +419,58 @@ def test_float16_overflow_with_the_residual_is_refused():
     with pytest.raises(FloatingPointError):
         merge_(weight, torch.ones(1, 2), torch.full((2, 1), 10.0), 1.0, "compensated", residual)
     assert weight.eq(65504).all() and residual.eq(15).all()
+
+
+@pytest.mark.parametrize("where", op._LARGEST)
+@pytest.mark.parametrize("dtype", [*DTYPES, WIDE])
+def test_largest_magnitudes_of_any_strides(where, dtype, device):
+    """How the check reads factors; either way works on either device."""
+    tensors = []
+    for poison in (0.0, -300.0, torch.inf, -torch.inf, torch.nan):
+        for view in (
+            lambda base: base,
+            lambda base: base.T,
+            lambda base: base[1::2, 2::3],
+            lambda base: base[:1].expand(9, 90),
+            lambda base: base.flatten()[3:-4],
+            lambda base: base[0, 0],
+        ):
+            tensor = view(torch.randn(67, 90, device=device).to(dtype))
+            tensor[(-1,) * tensor.dim()] = poison
+            tensors += [tensor, tensor.flip(0) if tensor.dim() else tensor]
+    expected = torch.stack([t.abs().amax() for t in tensors])
+    got = torch.stack(list(op._LARGEST[where](tensors)))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_check_of_many_layers_reads_the_device_once_and_makes_no_copy(dtype, device):
+    """Neither a synchronisation for each layer nor a temporary of W's or a factor's size."""
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") in {"cpu", "item", "tolist", "__float__", "__bool__"}:
+                reads.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def updates(layers):
+        for i in range(layers):
+            factors_dtype = (torch.float32, torch.bfloat16)[i % 2]
+            weight, lora_A, lora_B = factors(640, 960, 64, dtype, factors_dtype, device=device)
+            yield weight, lora_A, lora_B, 0.5, torch.zeros_like(weight), str(i)
+
+    found = []
+    for layers in (2, 9):
+        reads, merges = [], list(updates(layers))
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as seen:
+            with Reads():
+                op.check_finite(merges)
+        key = f"{device}_memory_usage".replace("cuda", "device")
+        assert max(getattr(event, key) for event in seen.events()) <= 2**15 < merges[1][2].nbytes
+        found.append(reads)
+    assert found[0] == found[1] and found[0].count("cpu") == len({"cpu", device})
+    merges[7][2][3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="^7: "):
+        op.check_finite(merges)

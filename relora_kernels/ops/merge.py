@@ -209,15 +209,14 @@ def check_finite(updates) -> None:
     """Raise FloatingPointError if an update (weight, lora_A, lora_B, scaling, residual, name) is not
     finite, or a float16 sum with it.
 
-    |s| r max|A| max|B| bounds every element of the update, so one small reduction per factor and
-    one synchronisation for all layers settle the usual case; the product is formed, in pieces, only
-    for an update whose bound does not settle it.
+    |s| r max|A| max|B| bounds every element of the update, so one reduction over all factors of a
+    dtype and one copy to the host per device settle the usual case, without temporaries of a tensor's
+    size; the product is formed, in pieces, only for an update whose bound does not settle it.
     """
     updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0 and not u[1].is_meta]
     if not updates:
         return
-    bounds = torch.stack([_update_bound(*u[:5]).cpu() for u in updates]).tolist()
-    for (weight, lora_A, lora_B, scaling, residual, name), bound in zip(updates, bounds):
+    for (weight, lora_A, lora_B, scaling, residual, name), bound in zip(updates, _bounds(updates)):
         if bound < _largest(weight.dtype) or _is_finite(weight, lora_A, lora_B, scaling, residual):
             continue
         raise FloatingPointError(
@@ -227,17 +226,39 @@ def check_finite(updates) -> None:
         )
 
 
-def _update_bound(weight, lora_A, lora_B, scaling, residual) -> torch.Tensor:
-    # As the kernels hold them: what is inf there makes a bound of inf or, beside zeros, NaN.
-    work = torch.promote_types(weight.dtype, torch.float32)
-    largest = (t.abs().amax().to(work).double() for t in (lora_A, lora_B))
-    bound = math.prod(largest) * torch.tensor(abs(scaling), dtype=work).double().item()
-    bound = bound * lora_A.shape[0]
-    if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
-        for addend in (weight, residual):
-            if addend is not None:
-                bound = bound + addend.abs().amax().double().to(bound.device)
-    return bound
+# max|t| of each tensor, NaN if one is in it; unlike t.abs().amax() without a temporary of t's size. One
+# launch for a list on a GPU; on a CPU the norm takes 5.8 ms for 2^21 numbers, the extremes 0.2 to 0.8.
+_LARGEST = {
+    "cuda": lambda tensors: torch._foreach_norm(tensors, ord=math.inf),
+    "cpu": lambda tensors: [torch.maximum(t.amax(), -t.amin()) for t in tensors],
+}
+
+
+def _bounds(updates) -> list[float]:
+    """Of every element of each update, or of a float16 sum; NaN where a NaN is in what it comes from."""
+    # (device, dtype, the kernels' dtype) -> {place in `found`: tensor}
+    groups: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
+    for row, (weight, lora_A, lora_B, scaling, residual, _) in enumerate(updates):
+        work = torch.promote_types(weight.dtype, torch.float32)
+        read = [lora_A, lora_B, torch.tensor(scaling, dtype=torch.float64)]
+        if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
+            read += [weight, residual]
+        for column, t in enumerate(read):
+            if t is not None:
+                groups.setdefault((t.device, t.dtype, work), {})[row, column] = t
+    magnitudes: dict[torch.device, list[torch.Tensor]] = {}
+    places: dict[torch.device, list[tuple[int, int]]] = {}
+    for (device, _, work), tensors in groups.items():
+        largest = torch.stack(_LARGEST[device.type](list(tensors.values())))
+        # As the kernels hold them: what is inf there makes a bound of inf or, beside zeros, NaN.
+        magnitudes.setdefault(device, []).append(largest.to(work).double())
+        places.setdefault(device, []).extend(tensors)
+    found = torch.zeros(len(updates), 5, dtype=torch.float64)
+    for device, values in magnitudes.items():
+        rows, columns = zip(*places[device])
+        found[rows, columns] = torch.cat(values).cpu()
+    ranks = torch.tensor([u[1].shape[0] for u in updates])
+    return (found[:, :3].prod(1) * ranks + found[:, 3:].sum(1)).tolist()
 
 
 def _largest(dtype: torch.dtype) -> float:
