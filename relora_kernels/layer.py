@@ -111,7 +111,8 @@ class FusedReLoRaLinear(nn.Linear):
 
         The bias stays as trainable as it is. `weight_dtype` stores W in another dtype, which
         `to_linear` undoes; if it is narrower and merges are compensated, what the cast drops becomes
-        the first residual. The other arguments are the constructor's.
+        the first residual. The other arguments are the constructor's. Hooks stay with `linear`
+        (apply_relora carries them over).
         Raises TypeError for anything but a plain ``nn.Linear``.
         """
         if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
@@ -233,6 +234,14 @@ class FusedReLoRaLinear(nn.Linear):
         """
         merge_layers([self])
 
+    def check_unload(self) -> None:
+        """Raise TypeError for parameters from which no nn.Linear can be made here: sharded ones."""
+        if sharding.is_sharded(self.weight):
+            raise TypeError(
+                f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
+                f"load the full state_dict into an unsharded model and merge that"
+            )
+
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone.
@@ -240,11 +249,7 @@ class FusedReLoRaLinear(nn.Linear):
         It has the dtype that the layer was made from. Raises FloatingPointError if the update is not
         finite, TypeError for sharded parameters.
         """
-        if sharding.is_sharded(self.weight):
-            raise TypeError(
-                f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
-                f"load the full state_dict into an unsharded model and merge that"
-            )
+        self.check_unload()
         merged = self.weight.detach().to(self.unloaded_dtype, copy=True)
         residual = self.weight_residual
         residual = None if residual is None else residual.to(merged.device, merged.dtype, copy=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear, merge_layers
@@ -67,11 +70,13 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     """Swap the targeted nn.Linear modules of `model` for FusedReLoRaLinear, in place; returns `model`.
 
     Their weights are shared, not copied, and frozen; everything else (embeddings, norms, head, biases)
-    stays as it is and trains at full rank. The config is kept as ``model.relora_config``. Make the
-    optimizer afterwards, from the parameters that require grad.
+    stays as it is and trains at full rank. Hooks on them, and buffers, submodules and attributes of the
+    user's own, go over to the layers. The config is kept as ``model.relora_config``. Make the optimizer
+    afterwards, from the parameters that require grad.
 
-    Raises ValueError if nothing is targeted (the message lists candidates), if the model holds
-    FusedReLoRaLinear modules already, or if a targeted weight is shared with another module.
+    Raises ValueError, with nothing changed, if nothing is targeted (the message lists candidates), if
+    the model holds FusedReLoRaLinear modules already, or if a target cannot be wrapped: its weight is
+    shared with another module or computed (weight_norm, a parametrization), its forward replaced.
     """
     config = ReLoRaConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
@@ -107,7 +112,9 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
             linear.weight.requires_grad_(trained[path])
         raise
     for path, layer in layers.items():
-        _set_module(model, path, layer)
+        take_over(layer, targets[path])
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
     model.relora_config = config
     return model
 
@@ -158,22 +165,61 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Replace every FusedReLoRaLinear by a plain trainable nn.Linear holding the merged weight.
 
     In place; returns `model` (the new nn.Linear, if `model` is itself one layer). W is rounded to
-    nearest, residual included. Raises FloatingPointError, with nothing changed, if an update is not
-    finite, and TypeError for a sharded model.
+    nearest, residual included. What users have put on the layers goes over as in apply_relora. Raises,
+    with nothing changed, FloatingPointError if an update is not finite, TypeError for a sharded model
+    and ValueError for a layer whose forward is replaced.
     """
     layers = relora_layers(model)
-    check_finite([layer.update() for _, layer in layers])
     for path, layer in layers:
-        if path == "":
-            return layer.to_linear()
-        _set_module(model, path, layer.to_linear())
+        layer.check_unload()
+        _refuse_replaced("merge_and_unload", path, layer)
+    check_finite([layer.update() for _, layer in layers])
+    # A layer may be a child of several modules, or of one under several names.
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for _, layer in layers}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child in places:
+                places[child].append((parent, name))
+    for layer, owners in places.items():
+        linear = layer.to_linear()
+        take_over(linear, layer)
+        for parent, name in owners:
+            setattr(parent, name, linear)
+        if layer is model:
+            return linear
     if hasattr(model, "relora_config"):
         del model.relora_config
     return model
 
 
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """Put what users have put on `old`, a linear layer, on `new`, which takes its place: hooks, and
+    parameters, buffers, submodules and attributes by names that neither class has.
+
+    The dicts of hooks are shared: the RemovableHandles that users hold know them by identity.
+    """
+    ours, (mine, theirs) = _own_names(), (vars(new), vars(old))
+    for key, value in theirs.items():
+        if "_hook" in key or key not in ours:
+            mine[key] = value
+    for kind in ("_parameters", "_buffers", "_modules"):
+        mine[kind].update({k: v for k, v in theirs[kind].items() if k not in ours})
+    mine["_non_persistent_buffers_set"] |= theirs["_non_persistent_buffers_set"] - ours
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(
+            hook, "with_module", False
+        ):  # register_load_state_dict_pre_hook's: bound to `old`
+            hook.module = weakref.ref(new)
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    layer = FusedReLoRaLinear(1, 1, r=1, device="meta", trainable_scaling=True)
+    return frozenset([*dir(layer), "parametrizations"])  # of factors: what they gave is merged
+
+
 def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
-    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    linears = {path: m for path, m in model.named_modules() if _plain_class(m) is nn.Linear}
     heads = _output_heads(model)
     found = {path: m for path, m in linears.items() if _is_target(path, m in heads, config)}
     if found:
@@ -233,11 +279,17 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
     for path, linear in targets.items():
-        if not isinstance(linear.weight, nn.Parameter):
-            raise ValueError(
-                f"apply_relora: expected {path}.weight to be a Parameter, got one that is computed "
-                f"(weight_norm, pruning); remove that first or leave it out with exclude_modules"
-            )
+        for key in ("weight", "bias"):
+            value = getattr(linear, key)
+            if parametrize.is_parametrized(linear, key) or not (
+                isinstance(value, nn.Parameter) or (key == "bias" and value is None)
+            ):
+                raise ValueError(
+                    f"apply_relora: expected {path}.{key} to be a Parameter, got one that is computed "
+                    f"(weight_norm, parametrization, pruning); remove that first or leave it out with "
+                    f"exclude_modules"
+                )
+        _refuse_replaced("apply_relora", path, linear)
         names = owners[id(linear.weight)]
         if len(names) > 1:
             raise ValueError(
@@ -253,13 +305,25 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
             )
 
 
+def _refuse_replaced(op: str, path: str, module: nn.Module) -> None:
+    """A method put over the class's own calls the module that it was made for, not its successor."""
+    replaced = [key for key in vars(module) if callable(getattr(nn.Linear, key, None))]
+    if replaced:
+        raise ValueError(
+            f"{op}: expected modules with their class's methods, got {path or 'a layer'} whose "
+            f"{', '.join(replaced)} is replaced (accelerate's hooks do that: "
+            f"accelerate.hooks.remove_hook_from_module(model, recurse=True)); put it back first"
+        )
+
+
+def _plain_class(module: nn.Module) -> type:
+    """Its class, without the one that parametrizations put over it."""
+    parametrized = parametrize.is_parametrized(module)
+    return type(module).__bases__[0] if parametrized else type(module)
+
+
 def _plain_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _some(names, count: int = 4) -> str:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from relora_kernels import (
     BackendUnavailable,
@@ -455,3 +456,152 @@ def test_residuals_are_staged_in_chunks(monkeypatch):
     merge_and_reinit(model)
     assert chunks == [3, 2, 2, 1]
     assert_states(model, states(twin))
+
+
+class Hooks:
+    """Every kind of hook on one module, counting its calls; `with_module` are those that are given it."""
+
+    def __init__(self, module):
+        self.calls, self.modules = [], set()
+        full = {"with_kwargs": True}
+        self.handles = [
+            module.register_forward_pre_hook(self.seen("pre")),
+            module.register_forward_pre_hook(self.seen("pre kwargs"), **full),
+            module.register_forward_hook(self.seen("forward")),
+            module.register_forward_hook(self.seen("forward kwargs"), **full, always_call=True),
+            module.register_full_backward_pre_hook(self.seen("backward pre")),
+            module.register_full_backward_hook(self.seen("backward")),
+            module.register_state_dict_pre_hook(self.seen("state_dict pre")),
+            module.register_state_dict_post_hook(self.seen("state_dict")),
+            module.register_load_state_dict_pre_hook(self.seen("load pre")),
+            module.register_load_state_dict_post_hook(self.seen("load")),
+        ]
+
+    def seen(self, kind):
+        def hook(module, *args):
+            self.calls.append((kind, len(args)))
+            self.modules.add(module)
+
+        return hook
+
+    def check(self, model, module):
+        """Each is called with `module`, once."""
+        self.calls, self.modules = [], set()
+        y = model(torch.randn(3, 4, requires_grad=True))
+        y.sum().backward()
+        model.load_state_dict(model.state_dict())
+        model.zero_grad()
+        kinds = [("backward", 2), ("backward pre", 1), ("forward", 2), ("forward kwargs", 3),
+                 ("load", 1), ("load pre", 7), ("pre", 1), ("pre kwargs", 2), ("state_dict", 3),
+                 ("state_dict pre", 2)]  # fmt: skip
+        assert sorted(self.calls) == kinds and self.modules == {module}
+
+
+@pytest.mark.parametrize("removed", ["wrapped", "unloaded"])
+def test_hooks_go_over_and_handles_still_remove_them(removed, monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = ReLoRaConfig(r=2, target_modules="all-linear")
+    hooks = Hooks(model[0])
+    hooks.check(model, model[0])
+    from_linear = FusedReLoRaLinear.from_linear
+
+    def fails_at_the_last(linear, *args, **kwargs):
+        if linear is model[1]:
+            raise torch.OutOfMemoryError("injected")
+        return from_linear(linear, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedReLoRaLinear, "from_linear", fails_at_the_last)
+        with pytest.raises(torch.OutOfMemoryError):
+            apply_relora(model, config)
+    hooks.check(model, model[0])
+    assert type(model[0]) is nn.Linear
+
+    apply_relora(model, config)
+    assert type(model[0]) is FusedReLoRaLinear
+    hooks.check(model, model[0])
+    merge_and_reinit(model)
+    hooks.check(model, model[0])
+    late = Hooks(model[1])
+    if removed == "unloaded":
+        merge_and_unload(model)
+        hooks.check(model, model[0])
+        late.check(model, model[1])
+    for handle in hooks.handles:
+        handle.remove()
+    with pytest.raises(AssertionError):
+        hooks.check(model, model[0])
+    assert hooks.calls == []
+    kept = vars(model[0])["_forward_hooks_always_called"]
+    assert not kept and not vars(model[0])["_forward_hooks_with_kwargs"]
+
+
+def test_what_users_put_on_a_linear_goes_over():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    linear = model[0]
+    linear.note, linear.name, linear.merge = "kept", "the layer's wins", "and so do its methods"
+    linear.register_buffer("mask", torch.ones(4))
+    linear.register_buffer("scratch", torch.ones(4), persistent=False)
+    linear.gain, linear.child = nn.Parameter(torch.ones(4)), nn.Linear(2, 2)
+    before = model.state_dict().keys()
+    apply_relora(model, ReLoRaConfig(r=2, target_modules=["0"]))
+    layer = model[0]
+    assert layer.mask is linear.mask and layer.gain is linear.gain and layer.child is linear.child
+    assert layer.note == "kept" and layer.name == "0" and callable(layer.merge)
+    added = {f"0.{key}" for key in ("lora_A", "lora_B", "merge_count")}
+    assert model.state_dict().keys() == before | added
+    layer.later = "too"
+    merge_and_unload(model)
+    assert type(model[0]) is nn.Linear and model.state_dict().keys() == before
+    assert model[0].note == "kept" and model[0].later == "too"
+    assert not hasattr(model[0], "lora_alpha") and not hasattr(model[0], "merge_count")
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda m: nn.utils.parametrizations.weight_norm(m), "mlp2.weight to be a Param.*parametriz"),
+        (lambda m: nn.utils.parametrize.register_parametrization(m, "bias", nn.Identity()),
+         "mlp2.bias to be a Parameter"),
+        (lambda m: prune.identity(m, "bias"), "mlp2.bias to be a Parameter"),
+        (lambda m: setattr(m, "forward", m.forward), "mlp2 whose forward is replaced"),
+    ],
+)  # fmt: skip
+def test_targets_that_cannot_be_wrapped_are_named_before_anything_changes(spoil, says):
+    model = nn.ModuleDict({"mlp": nn.Linear(4, 4), "mlp2": nn.Linear(4, 4)})
+    spoil(model["mlp2"])
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=says):
+        apply_relora(model, ReLoRaConfig(r=2))
+    assert dict(model.named_modules()) == before and model["mlp"].weight.requires_grad
+    apply_relora(model, ReLoRaConfig(r=2, exclude_modules=["mlp2"]))
+    assert paths(model) == ["mlp"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "says"),
+    [
+        (lambda m: setattr(m, "forward", m.forward), ValueError, "1 whose forward is replaced"),
+        (lambda m: setattr(m.weight, "device_mesh", ()), TypeError, "1: expected unsharded"),
+    ],
+)
+def test_a_layer_that_cannot_be_unloaded_refuses_all(spoil, error, says):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    apply_relora(model, ReLoRaConfig(r=2, target_modules="all-linear"))
+    spoil(model[1])
+    with pytest.raises(error, match=says):
+        merge_and_unload(model)
+    assert len(relora_layers(model)) == 2
+
+
+def test_a_layer_under_several_names_is_unloaded_under_all():
+    layer = FusedReLoRaLinear(4, 4, r=2)
+    model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": layer})
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 4)
+    before = layer(x)
+    assert merge_and_reinit(model) == 1 and layer.merge_count == 1
+    merge_and_unload(model)
+    assert type(model["a"]) is nn.Linear and model["a"] is model["b"][0] is model["c"]
+    torch.testing.assert_close(model["a"](x), before)
