@@ -1,10 +1,12 @@
 """python bench/gpu_check.py --minutes 8: everything that a GPU has to settle, in one command.
 
-Builds the kernels for this GPU, runs the GPU tests, then checks and times every backend beside the peers'
-formulas (common.by_worth: what matters most first), and writes bench/results/<device>.json after each case.
-Each case runs in another process with a time limit, so a crash, a hang or a broken CUDA context loses that
-case alone. Started again on the same commit it goes on with the cases that are missing. At the end: the
-bars that the project sets itself, met or not.
+Builds the kernels for this GPU, runs the GPU tests, file by file, and every CUDA kernel under
+compute-sanitizer where that is on PATH (memcheck and racecheck of tests/sanitizer_program.py). Then checks
+and times every backend beside the peers' formulas (common.by_worth: what matters most first), and writes
+bench/results/<device>.json after each case. Each test file and each case runs in another process with a time
+limit, so a crash, a hang or a broken CUDA context loses that one alone. Started again on the same commit it
+goes on with the test files that have not passed and the cases that are missing. At the end: the bars that
+the project sets itself, met or not.
 
 Needs no network: the build takes setuptools, ninja, pybind11 and nvcc from this machine, and goes to
 build/gpu_check.
@@ -17,9 +19,11 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,10 +40,16 @@ TESTS = [
     "no:cacheprovider",
 ]  # fmt: skip
 TEST_FILES = [
-    "cuda_gemm_gpu", "cuda_merge", "lora_linear", "merge", "prune", "layer", "optimizer", "triton",
+    "cuda_gemm_gpu", "cuda_merge", "cuda_prune", "lora_linear", "merge", "prune", "layer", "optimizer",
+    "triton", "triton_mask",
 ]  # fmt: skip
+CHOSEN = {"cuda_prune": "gpu"}  # pytest's -k: the file's other tests are for machines without one
+SANITIZER = "compute-sanitizer"
+SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
-TESTS_SHARE = 0.25  # of --minutes, at most
+# Of the time that is left, at most: for all test files, then for both tools; and what one of these needs
+# to be worth starting.
+TESTS_SHARE, SANITIZER_SHARE, LEAST_S = 0.25, 0.2, 10.0
 # For one case: check and timing, and the first time that a row of an op is met, its compilation.
 FIRST_LIMIT_S, CASE_LIMIT_S = 90.0, 30.0
 # Of the workers: no backend named for other purposes may reach into a measurement.
@@ -62,8 +72,9 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
     deadline = time.monotonic() + 60 * args.minutes
     steps: dict[str, dict] = {}
     if "build" not in args.skip and args.device == "cuda":
+        limit = min(BUILD_LIMIT_S, deadline - time.monotonic())
         steps["build"] = run_step(
-            BUILD, ROOT, BUILD_LIMIT_S, RELORA_KERNELS_ARCHS="native", RELORA_KERNELS_CUDA="on"
+            BUILD, ROOT, limit, RELORA_KERNELS_ARCHS="native", RELORA_KERNELS_CUDA="on"
         )
     built = steps.get("build", {}).get("status") == "ok"
     path = [HERE, BUILT if built else ROOT]  # without a build: the sources, and no CUDA C++
@@ -80,14 +91,18 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
         file = args.output / f"{slug(machine['device'])}.json"
         results = resume(file, machine)
         results["steps"].update(steps)
-        if "tests" not in args.skip and args.device == "cuda":
-            # The tests run on the GPU in a process of their own; this one lets go of its memory.
-            worker.close()
-            limit = TESTS_SHARE * (deadline - time.monotonic())
-            files = [str(ROOT / "tests" / f"test_{name}.py") for name in TEST_FILES]
-            found_at = os.pathsep.join(map(str, path))
-            results["steps"]["tests"] = run_step([*TESTS, *files], HERE, limit, PYTHONPATH=found_at)
         write_json(file, results)
+        if args.device == "cuda":
+            # The tests run on the GPU in processes of their own; this one lets go of its memory.
+            worker.close()
+            found_at = {"PYTHONPATH": os.pathsep.join(map(str, path))}
+            for kind, (share, commands, environment) in CHECKS.items():
+                if kind not in args.skip:
+                    limit = share * (deadline - time.monotonic())
+                    for _ in run_steps(
+                        commands(), results["steps"], limit, **environment, **found_at
+                    ):
+                        write_json(file, results)
         wanted = list_cases(args.device) if cases is None else cases
         left_out = measure(worker, wanted, results, file, deadline, write_json)
     finish(results, file, write_json, args, left_out)
@@ -101,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it; default: 8")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the JSON")
     parser.add_argument(
-        "--skip", nargs="+", choices=("build", "tests"), default=[], help="what to leave out"
+        "--skip", nargs="+", choices=("build", *CHECKS), default=[], help="what to leave out"
     )
     parser.add_argument(
         "--ship", action="store_true",
@@ -113,6 +128,56 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu tries the command out on tiny shapes",
     )  # fmt: skip
     return parser
+
+
+def tests() -> dict[str, list[str]]:
+    """Step -> command, for each file."""
+    return {
+        f"tests {name}": [
+            *TESTS, str(ROOT / "tests" / f"test_{name}.py"),
+            *(["-k", CHOSEN[name]] if name in CHOSEN else []),
+        ]
+        for name in TEST_FILES
+    }  # fmt: skip
+
+
+def sanitizer() -> dict[str, list[str] | str]:
+    """Step -> command, or why there is none, for each tool."""
+    found = shutil.which(SANITIZER)
+    return {
+        f"sanitizer {tool}": f"{SANITIZER} is not on PATH" if found is None else [
+            # torch probes the API in ways that fail; launches that fail raise anyway.
+            found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
+            sys.executable, str(ROOT / "tests" / "sanitizer_program.py"),
+        ]
+        for tool in SANITIZER_TOOLS
+    }  # fmt: skip
+
+
+# Kind -> (share of the time that is left, its commands, what they find in their environment).
+CHECKS = {
+    "tests": (TESTS_SHARE, tests, {}),
+    # Each tensor in an allocation of its own: the sanitizer sees no borders within one.
+    "sanitizer": (SANITIZER_SHARE, sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+}
+
+
+def run_steps(commands: dict, steps: dict, limit_s: float, **environment: str) -> Iterator[str]:
+    """The commands that have not passed, those without a verdict first; yields each name when `steps`
+    has it. One that hangs takes half of the time that is left, the last one all of it."""
+    deadline = time.monotonic() + limit_s
+    waiting = [name for name in commands if steps.get(name, {}).get("status") != "ok"]
+    waiting.sort(key=lambda name: steps.get(name, {}).get("status") in ("failed", "hung"))
+    for i, name in enumerate(waiting):
+        command, left = commands[name], deadline - time.monotonic()
+        if isinstance(command, str):
+            steps[name] = {"status": "unavailable", "seconds": 0.0, "last_line": command}
+        elif left >= LEAST_S:
+            limit = left if i == len(waiting) - 1 else max(left / 2, LEAST_S)
+            steps[name] = run_step(command, HERE, limit, **environment)
+        elif steps.get(name, {}).get("status") not in ("failed", "hung"):
+            steps[name] = {"status": "left out", "seconds": 0.0, "last_line": "for lack of time"}
+        yield name
 
 
 def list_cases(device: str) -> list[dict]:
@@ -258,7 +323,7 @@ def run_step(command: list[str], folder: Path, limit_s: float, **environment: st
     lines = [line for line in log.splitlines() if line.strip()]
     return {
         "status": status,
-        "command": without_paths(" ".join(["python", *command[1:]])),
+        "command": without_paths(" ".join([Path(command[0]).name, *command[1:]])),
         "exit_status": process.returncode,
         "seconds": time.monotonic() - start,
         "last_line": without_paths(lines[-1][:200]) if lines else "",

@@ -21,9 +21,10 @@ import common  # noqa: E402
 import gpu_check  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
+import sanitizer_program  # noqa: E402
 import train_step  # noqa: E402
 
-from relora_kernels import measure, problems  # noqa: E402
+from relora_kernels import current_backend, measure, problems  # noqa: E402
 
 CPU = torch.device("cpu")
 H200 = {
@@ -246,6 +247,84 @@ class TestGpuCheck:
         assert listed <= files.keys() and "test_cuda_gemm_gpu.py" in listed
         whole = re.compile(r"^pytestmark = pytest\.mark\.skipif\(REASON", re.MULTILINE)
         assert {name for name, text in files.items() if whole.search(text)} <= listed
+        some = re.compile(r"^def test_gpu_", re.MULTILINE)
+        assert {name for name, text in files.items() if some.search(text)} <= listed
+        for name, chosen in gpu_check.CHOSEN.items():  # and with -k none of those that need one
+            for function in re.findall(r"^def (test_\w+)\(gpu\b", files[f"test_{name}.py"], re.M):
+                assert chosen in function
+
+    def test_each_test_file_is_a_step_of_its_own(self, monkeypatch):
+        """One that crashes or hangs loses no other's verdict, and those that passed are not run again."""
+        monkeypatch.setattr(gpu_check, "LEAST_S", 0.5)
+        hows = {
+            "fine": "print('1 passed')", "crash": "import os; os.abort()",
+            "hang": "import time; time.sleep(600)", "also fine": "print('2 passed')",
+        }  # fmt: skip
+        commands = {name: [sys.executable, "-S", "-c", code] for name, code in hows.items()}
+        steps = {}
+        assert list(gpu_check.run_steps(commands, steps, 8.0)) == list(hows)
+        assert [s["status"] for s in steps.values()] == ["ok", "failed", "hung", "ok"]
+        assert steps["hang"]["seconds"] < 6 and steps["also fine"]["last_line"] == "2 passed"
+        commands["new"] = commands["fine"]
+        assert list(gpu_check.run_steps(commands, steps, 0.0)) == ["new", "crash", "hang"]
+        assert steps["new"]["status"] == "left out" and steps["crash"]["status"] == "failed"
+        assert list(gpu_check.run_steps(commands, steps, 3.0)) == ["new", "crash", "hang"]
+        assert steps["new"]["status"] == "ok"
+
+    def test_build_tests_and_sanitizer_stay_within_the_minutes(self, tmp_path, monkeypatch, capsys):
+        ran = []
+
+        def run_step(command, folder, limit_s, **environment):
+            ran.append((" ".join(command), limit_s, environment))
+            return {"status": "ok", "seconds": 1.0, "last_line": "12 passed"}
+
+        def main():
+            ran.clear()
+            arguments = ["--minutes", "2", "--output", str(tmp_path)]
+            assert gpu_check.main(arguments, "test_bench:fake_case", fake_cases("fine")) == 0
+            return json.loads((tmp_path / "test-device.json").read_text())["steps"]
+
+        monkeypatch.setattr(gpu_check, "run_step", run_step)
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+        steps = main()
+        files = [f"tests {name}" for name in gpu_check.TEST_FILES]
+        assert list(steps) == ["build", *files, "sanitizer memcheck", "sanitizer racecheck"]
+        assert all(steps[name]["status"] == "ok" for name in ("build", *files))
+        for name in ("sanitizer memcheck", "sanitizer racecheck"):
+            assert steps[name]["status"] == "unavailable"
+        assert f"{name}: unavailable in 0 s; compute-sanitizer is not on" in capsys.readouterr().out
+        assert " install " in ran[0][0] and ran[0][1] <= 120
+        share = 120 * gpu_check.TESTS_SHARE
+        assert len(ran) == 1 + len(files) and max(limit for _, limit, _ in ran[1:]) <= share
+        assert str(gpu_check.BUILT) in ran[1][2]["PYTHONPATH"]
+
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/cuda/bin/{name}")
+        steps = main()
+        assert [command.split()[0] for command, _, _ in ran[1:]] == [
+            "/cuda/bin/compute-sanitizer"
+        ] * 2
+        for (command, limit, environment), tool in zip(ran[1:], gpu_check.SANITIZER_TOOLS):
+            assert f"--tool {tool} --error-exitcode 9" in command
+            assert command.endswith("sanitizer_program.py") and limit <= 120 * 0.2
+            assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+            assert steps[f"sanitizer {tool}"]["status"] == "ok"
+        main()
+        assert len(ran) == 1  # the build
+
+    @pytest.mark.parametrize("part", sanitizer_program.PARTS)
+    def test_the_sanitizers_program_compares_what_it_runs(self, part):
+        sanitizer_program.run(part, "reference", "cpu")
+
+    def test_the_sanitizers_program_tells_a_difference_and_a_missing_gpu(self):
+        with pytest.raises(AssertionError, match="tensor 1, .* not the reference's"):
+            sanitizer_program.run(
+                lambda device: [torch.ones(2), torch.full((3,), float(len(current_backend())))],
+                "cuda", "cpu",
+            )  # fmt: skip
+        if not torch.cuda.is_available():
+            program = [sys.executable, ROOT / "tests" / "sanitizer_program.py"]
+            ended = subprocess.run(program, capture_output=True, text=True)
+            assert ended.returncode == 2 and "expected a CUDA GPU" in ended.stderr
 
     def test_it_goes_on_with_the_same_commit_alone(self, tmp_path):
         file, machine = tmp_path / "x.json", {**H200, "rates": {"copy_bytes_per_s": 1.0}}

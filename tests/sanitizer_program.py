@@ -1,0 +1,144 @@
+"""Every CUDA kernel once, on operands of a few kilobytes, compared with the reference: for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/sanitizer_program.py
+
+Without the variable torch's tensors lie side by side in one allocation, and a write beyond one is none
+beyond it. Operands are drawn and the reference is run on the CPU: the sanitizer has to instrument every
+kernel that is met, torch's too. Exit status: 0 all equal, 1 not, 2 nothing can be run here.
+"""
+
+import itertools
+import sys
+import time
+
+import torch
+from oracle import check_against_fp64, operands
+
+from relora_kernels import FusedReLoRaLinear, cuda, lora_linear, merge_, prune_, use_backend
+from relora_kernels.layer import merge_layers
+from relora_kernels.ops.checks import ROUNDINGS
+from relora_kernels.ops.prune import prune_random_
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def exact_factors(n, k, r, dtype, device):
+    """lora_A, lora_B whose products are exact in tf32 and whose sums are exact in float32."""
+    shapes = (r, k), (n, r)
+    return [(torch.randint(-8, 9, shape) / 2**6).to(dtype).to(device) for shape in shapes]
+
+
+def merges(device):
+    """Whole matrices, odd ones, and columns of a wider one: odd pitches, rows that start anywhere."""
+    shapes, found = [(1, 1, 1), (33, 129, 1), (70, 133, 9), (128, 264, 24)], []
+    for dtype, rounding, (n, k, r) in itertools.product(DTYPES, ROUNDINGS, shapes):
+        for extra, factor_dtype in ((0, torch.float32), (3, dtype)):
+            weight = torch.randn(n, k + extra).to(dtype).to(device)[:, extra // 2 :][:, :k]
+            residual = None
+            if rounding == "compensated" and dtype != torch.float32:
+                residual = torch.zeros_like(weight)
+            factors = exact_factors(n, k, r, factor_dtype, device)
+            merge_(weight, *factors, 0.5, rounding, residual, seed=3)
+            found += [weight] if residual is None else [weight, residual]
+    return found
+
+
+def lists(device):
+    """A model's layers in one launch, more than its arguments hold, each restarted behind its merge."""
+    found = []
+    for dtype, rounding in itertools.product(DTYPES, ROUNDINGS):
+        layers = []
+        for i in range(20):
+            n, k, r = 17 + 13 * (i % 5), 24 + 9 * (i % 3), 1 + i % 7
+            layer = FusedReLoRaLinear(k, n, r=r, dtype=dtype, merge_rounding=rounding, name=str(i))
+            layer.lora_A.data, layer.lora_B.data = exact_factors(n, k, r, torch.float32, "cpu")
+            layers.append(layer.to(device))
+        merge_layers(layers)
+        found += [value for layer in layers for value in layer.state_dict().values()]
+    return found
+
+
+def moments(device, dtype):
+    """Tensors of one block and of many, with ties, and one that is not contiguous."""
+    tensors = [torch.randn(size) for size in (1, 2, 77, 5003, 70_000, 300_001)]
+    tensors += [torch.randint(-3, 4, (size,)) for size in (900, 40_000)]
+    tensors = [t.to(dtype).to(device) for t in (*tensors, torch.randn(60, 70))]
+    return [*tensors[:-1], tensors[-1].T[1:, ::2]]
+
+
+def prunes(device):
+    found = []
+    for dtype, ratio in itertools.product(DTYPES, (0.0, 0.9, 0.999, 1.0)):
+        alone, tensors = (moments(device, dtype) for _ in range(2))
+        partners = [torch.ones_like(t, dtype=torch.bfloat16) for t in tensors]
+        prune_(alone, ratio)
+        prune_(tensors, ratio, partners)
+        found += [*alone, *tensors, *partners]
+    return found
+
+
+def random_prunes(device):
+    found = []
+    for dtype, ratio in itertools.product(DTYPES, (0.0, 0.5, 1.0)):
+        tensors = moments(device, dtype)
+        partners = [torch.ones_like(t, dtype=torch.float32) for t in tensors]
+        prune_random_(tensors, ratio, partners, range(len(tensors)), [5] * len(tensors))
+        found += [*tensors, *partners]
+    return found
+
+
+def counts(device):
+    found = []
+    for dtype in DTYPES:
+        tensors = [t.contiguous() for t in moments(device, dtype)]
+        for shift, bits in ((18, 13), (8, 10)):
+            prefixes = torch.full((len(tensors),), 0x3FA00000 >> (shift + bits), device=device)
+            found += torch.ops.relora_kernels._magnitude_counts(tensors, prefixes, shift, bits)
+    return found
+
+
+def linear(device):
+    """Forward and backward; held against fp64, since the reference rounds its sums elsewhere."""
+
+    def there(x, weight, lora_A, lora_B, scaling, bias):
+        x, weight, lora_A, lora_B, bias = (t.to(device) for t in (x, weight, lora_A, lora_B, bias))
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias).cpu()
+
+    for sizes in ((96, 136, 104, 24), (40, 65, 33, 3)):
+        check_against_fp64(operands(*sizes, torch.bfloat16, torch.float32), ours=there)
+    return []
+
+
+PARTS = (merges, lists, prunes, random_prunes, counts, linear)
+
+
+def run(part, backend: str, device: str) -> None:
+    """`part` by `backend`; raises AssertionError unless each tensor is the reference's bit for bit."""
+    found = []
+    for name, place in ((backend, device), ("reference", "cpu")):
+        torch.manual_seed(0)
+        with use_backend(name):
+            found.append([t.cpu() for t in part(place)])
+    for i, (ours, theirs) in enumerate(zip(*found, strict=True)):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (
+            f"{part.__name__}: tensor {i}, {tuple(ours.shape)} {ours.dtype}, is not the reference's"
+        )
+
+
+def main() -> int:
+    reason = "expected a CUDA GPU that torch can use, got none"
+    if torch.cuda.is_available():
+        reason = cuda.why_no_device(torch.device("cuda", 0))
+    if reason is not None:
+        print(f"sanitizer_program: {reason}", file=sys.stderr)
+        return 2
+    for part in PARTS:
+        start = time.monotonic()
+        run(part, "cuda", "cuda:0")
+        torch.cuda.synchronize()
+        print(f"{part.__name__}: ok in {time.monotonic() - start:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
