@@ -9,11 +9,16 @@ Options that it does not know go to every run's relora-train.
 
 A run is a folder of relora-train, <output>/<run>-<seed>. Finished runs are passed over, interrupted ones
 resumed; runs made with other options are refused. Runs of one seed share one warm start. Equal steps and
-batches: equal tokens. Exit code 1: a run failed; the others go on, and the next call tries it again.
+batches: equal tokens. A run that gave up because no gradient was finite any more is over too, and says so
+in the table. Killed in whatever way, it has its runs save a checkpoint and end (on Linux).
+
+Exit code 0: all runs are over. 1: a run failed; the others go on, and the next call tries it again. 2: bad
+options. 3: --minutes were over, and the runs that are named are left for the next call.
 """
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,10 +27,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from ablation_report import write_report
+from ablation_report import diverged_at, write_report
 from tqdm import tqdm
 
+from relora_kernels.train import SkipNonFiniteCallback
 from relora_kernels.train.args import parse_args
+from relora_kernels.train.output import RunFolder
 
 # run -> what it changes in relora-train's defaults for the size. "steps" stands for the number of
 # steps, a rate of "x 2" for twice the preset's, "<= 25" for its value but 25 at most; {} is the
@@ -82,6 +89,14 @@ DONOR, BF16_DONOR = "lora", "bf16-compensated"
 OWN = ("--config", "--output_dir", "--overwrite", "--preset", "--resume", "--seed",
        "--warm_start_from")  # fmt: skip
 FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
+TRAIN = [sys.executable, "-m", "relora_kernels.train"]
+if sys.platform == "linux":  # SIGTERM, at which a run saves and ends, when this process is killed
+    TRAIN = [sys.executable, "-c", "import os, runpy, signal, sys\n"
+             "from relora_kernels.worker import die_with_the_parent\n"
+             "die_with_the_parent(int(sys.argv.pop(1)), signal.SIGTERM)\n"
+             "runpy.run_module('relora_kernels.train', run_name='__main__', alter_sys=True)",
+             str(os.getpid())]  # fmt: skip
+LEFT = 3  # exit code
 
 
 def main() -> None:
@@ -95,13 +110,17 @@ def main() -> None:
             f"ablation: runs in {output} differ, give another --output: " + "; ".join(wrong[:5])
         )
     failed = [] if options.report else train_all(runs, options, output)
-    finished = [(name, seed) for name, seed in runs if is_finished(output / f"{name}-{seed}")]
-    if finished:
-        write_report(output, finished)
-        print(f"{len(finished)} runs in {output}/table.md and its plots", end=", ")
-    print(f"{len(runs) - len(finished)} to do")
-    if failed or not finished and options.report:
+    over = [(name, seed) for name, seed in runs if is_over(output / f"{name}-{seed}")]
+    left = [f"{name}-{seed}" for name, seed in runs if (name, seed) not in over]
+    if over:
+        write_report(output, over)
+        print(f"{len(over)} runs in {output}/table.md and its plots", end=", ")
+    print(f"{len(left)} to do" + (f": {', '.join(left)}" if left and not options.report else ""))
+    if failed or not over and options.report:
         sys.exit("ablation: " + ("; ".join(failed) or f"no finished run in {output}"))
+    if left and not options.report:
+        print(f"ablation: {options.minutes} minutes are over; call again to go on", file=sys.stderr)
+        sys.exit(LEFT)
 
 
 def parse_options() -> argparse.Namespace:
@@ -141,9 +160,8 @@ def chosen(grids: list[str], only: list[str] | None) -> list[str]:
 
 
 def seeds_in(output: Path) -> list[int]:
-    return sorted(
-        {int(path.parent.name.rpartition("-")[2]) for path in output.glob("*-*/summary.json")}
-    )
+    runs = [path.parent for path in output.glob("*-*/metrics.jsonl")]
+    return sorted({int(run.name.rpartition("-")[2]) for run in runs if is_over(run)})
 
 
 def changes_of(name: str) -> dict:
@@ -156,7 +174,7 @@ def mixed(runs: list, output: Path, base) -> list[str]:
     wrong = []
     for name, seed in runs:
         folder = output / f"{name}-{seed}"
-        if not is_finished(folder) and not can_resume(folder):
+        if not is_over(folder) and not can_resume(folder):
             continue
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         settings["corpus"] = json.loads((folder / "corpus.json").read_text())["sha256"]
@@ -177,7 +195,7 @@ def train_all(runs: list, options, output: Path) -> list[str]:
     Returns a line for each run that failed.
     """
     deadline = time.monotonic() + 54 * options.minutes if options.minutes else float("inf")
-    waiting = sorted((r for r in runs if not is_finished(output / f"{r[0]}-{r[1]}")),
+    waiting = sorted((r for r in runs if not is_over(output / f"{r[0]}-{r[1]}")),
                      key=lambda r: (r[1], r[0] not in (DONOR, BF16_DONOR)))  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     steps = options.base.steps
@@ -198,7 +216,9 @@ def train_all(runs: list, options, output: Path) -> list[str]:
             for run, process in list(running.items()):
                 if process.poll() is not None:
                     del running[run]
-                    if process.returncode:
+                    if gave_up(output / run):
+                        tqdm.write(f"{run}: diverged, see {output / run}.log")
+                    elif process.returncode:
                         failed.append(f"{run}: exit {process.returncode}, see {output / run}.log")
                         tqdm.write(failed[-1])
             bar.set_postfix_str(", ".join(running), refresh=False)
@@ -230,7 +250,7 @@ def has_warm_start(run: Path) -> bool:
 
 def start(name: str, seed: int, options, output: Path) -> subprocess.Popen:
     folder = output / f"{name}-{seed}"
-    command = [sys.executable, "-m", "relora_kernels.train", "--output_dir", folder]
+    command = [*TRAIN, "--output_dir", folder]
     if can_resume(folder):
         command += ["--resume", "true"]
     else:
@@ -266,6 +286,17 @@ def can_resume(run: Path) -> bool:
 
 def is_finished(run: Path) -> bool:
     return (run / "summary.json").exists()
+
+
+def gave_up(run: Path) -> bool:
+    """Whether relora-train ended it, as SkipNonFiniteCallback does; resumed it would end again."""
+    rows = [] if is_finished(run) else RunFolder(run).rows()
+    start = diverged_at([row for row in rows if "eval_loss" not in row])
+    return start is not None and rows[-1]["step"] - start >= SkipNonFiniteCallback().limit
+
+
+def is_over(run: Path) -> bool:
+    return is_finished(run) or gave_up(run)
 
 
 def progress(run: Path, steps: int) -> int:

@@ -1,6 +1,7 @@
 """The table and the plots of an ablation, from the folders of its runs."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -8,8 +9,11 @@ import statistics
 from pathlib import Path
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 from safetensors import safe_open
+
+from relora_kernels.train.output import RunFolder
 
 DONOR = "lora"  # through whose warm start the full-rank run passes too
 FULL = "full-rank"
@@ -17,18 +21,23 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def write_report(output: Path, runs: list[tuple[str, int]]) -> None:
-    """table.md, table.csv, runs.csv and plots/ in `output`; `runs`: (name, seed), finished ones."""
+    """table.md, table.csv, runs.csv and plots/ in `output`; `runs`: (name, seed), finished ones and such
+    as gave up."""
     by_name: dict[str, dict[int, dict]] = {}
     for name, seed in runs:
         folder = output / f"{name}-{seed}"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        summary = json.loads((folder / "summary.json").read_text())
+        rows = RunFolder(folder).rows()
+        if (folder / "summary.json").exists():
+            summary = json.loads((folder / "summary.json").read_text())
+        else:
+            summary = cut_short(folder, rows)
         run = {"rows": rows, "summary": summary, "spectra": spectra(output, name, seed)}
         by_name.setdefault(name, {})[seed] = run | {"figures": figures(run)}
     table = [table_row(name, by_name) for name in by_name]
     write_csv(output / "table.csv", table)
     write_csv(output / "runs.csv", [
         {"run": name, "seed": seed} | {t: run["figures"].get(key) for t, (key, _) in COLUMNS.items()}
+        | {"diverged at step": run["figures"].get("diverged_at")}
         for name, found in by_name.items() for seed, run in found.items()
     ])  # fmt: skip
     write_markdown(output / "table.md", table, by_name)
@@ -39,6 +48,32 @@ def write_report(output: Path, runs: list[tuple[str, int]]) -> None:
     draw_spectra(plots / "spectrum.png", by_name)
     draw_kept(plots / "kept.png", by_name)
     draw_sweeps(plots / "sweeps.png", by_name)
+
+
+def cut_short(folder: Path, rows: list[dict]) -> dict:
+    """What there is of the summary of a run that gave up."""
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    memory = [row["peak_memory"] for row in rows if "peak_memory" in row]
+    return {
+        "settings": yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        "restarts": sum("restart" in row for row in rows),
+        **({"tokens_per_second": statistics.median(speeds)} if speeds else {}),
+        **({"peak_memory_mib": max(memory)} if memory else {}),
+    }
+
+
+def diverged_at(rows: list[dict]) -> int | None:
+    """The step from which on all were skipped for their gradients, or no validation loss was a number;
+    None if neither holds at the end."""
+    skipped = {row["step"] for row in rows if "skipped" in row}
+    step = rows[-1]["step"] if rows else 0
+    while step in skipped and step - 1 in skipped:
+        step -= 1
+    if step in skipped:
+        return step
+    losses = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    lost = list(itertools.takewhile(lambda row: row[1] is None, reversed(losses)))
+    return lost[-1][0] if lost else None
 
 
 COLUMNS = {
@@ -61,6 +96,9 @@ def table_row(name: str, by_name: dict) -> dict:
         values = [run["figures"][key] for run in found.values() if key in run["figures"]]
         row[title] = form.format(statistics.mean(values)) if values else "-"
         if title == "validation loss":
+            steps = [run["figures"].get("diverged_at") for run in found.values()]
+            if steps := [str(step) for step in steps if step is not None]:
+                row[title] += f", diverged at step {' and '.join(steps)}"
             row["spread"] = f"{max(values) - min(values):.3f}" if len(values) > 1 else "-"
             for other in (FULL, DONOR):
                 row[f"above {other}"] = difference(found, by_name.get(other, {}))
@@ -82,8 +120,11 @@ def difference(found: dict, others: dict) -> str:
 def figures(run: dict) -> dict[str, float]:
     """What the table shows of one run."""
     rows, found = run["rows"], dict(run["summary"])
-    # Not the summary's, which is the last finite one.
-    found["eval_loss_final"] = [finite(r["eval_loss"]) for r in rows if "eval_loss" in r][-1]
+    # Not the summary's, which is the last finite one. What gave up on the way has none.
+    losses = [finite(row["eval_loss"]) for row in rows if "eval_loss" in row]
+    found["eval_loss_final"] = losses[-1] if "eval_loss_final" in found else math.nan
+    if math.isnan(found["eval_loss_final"]):
+        found["diverged_at"] = diverged_at(rows)
     found["perplexity"] = math.exp(found["eval_loss_final"])
     kept = [finite(row["merge_kept"]) for row in rows if "merge_kept" in row]
     if kept:
@@ -155,10 +196,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def write_markdown(path: Path, table: list[dict], by_name: dict) -> None:
     titles = list(table[0])
-    any_run = next(iter(next(iter(by_name.values())).values()))["summary"]
+    summaries = (run["summary"] for found in by_name.values() for run in found.values())
+    made = "No run has come to its end. "
+    if run := next((summary for summary in summaries if "model" in summary), None):
+        made = (
+            f"{run['model']}, {run['tokens']:,} tokens a run, {run['corpus']}; {run['device']}, torch "
+            f"{run['versions']['torch']}. "
+        )
     lines = [
-        f"{any_run['model']}, {any_run['tokens']:,} tokens a run, {any_run['corpus']}; "
-        f"{any_run['device']}, torch {any_run['versions']['torch']}. Means over seeds; spread: largest "
+        f"{made}Means over seeds; spread: largest "
         "minus smallest; above: differences seed by seed, mean and range. Ranks: means over all layers "
         "of W_end - W_start. Memory: allocated on a GPU, on a CPU that of the process. Tokens/s: median "
         "over the run, as the machine was loaded then.",

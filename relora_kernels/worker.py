@@ -123,7 +123,7 @@ def _read(stream, answers: queue.Queue) -> None:
 def serve() -> None:
     """The worker's own process: one JSON line in, one out, until the input ends."""
     target, parent = sys.argv[1:3]
-    _die_with_the_parent(int(parent))
+    die_with_the_parent(int(parent), signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the function prints must not be taken for an answer
     module, _, name = target.partition(":")
@@ -140,8 +140,9 @@ def serve() -> None:
         answers.flush()
 
 
-def _die_with_the_parent(parent: int) -> None:
-    """Also in mid-hang, when the parent was killed and the end of input is never read."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_the_parent(parent: int, number: int) -> None:
+    """From now on this process gets signal `number` when the one that started it, `parent`, ends in
+    whatever way: also in mid-hang, or where nothing tells of a kill. Linux alone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before that
         os._exit(1)

@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,12 +134,16 @@ def test_rates_are_multiples_of_the_one_that_is_given(ablation, monkeypatch, rat
     assert last["--lora_r"] == "16" and last["--steps"] == 800
 
 
+def tiny(text, **settings):
+    """train_runs' sizes as words for the driver, without what is its own."""
+    words = flags(text, "unused", **settings)
+    own = {"--steps", "--output_dir", "--train_files"}
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2) if words[i] not in own]
+    return [word for pair in pairs for word in pair]
+
+
 def test_grid_is_run_once_and_reported(ablation, text, tmp_path, monkeypatch, capsys):
-    tiny = flags(text, tmp_path / "unused")
-    drop = {"--steps", "--output_dir", "--train_files"}
-    pairs = [tiny[i : i + 2] for i in range(0, len(tiny), 2) if tiny[i] not in drop]
-    more = [word for pair in pairs for word in pair]
-    output = tmp_path / "grid"
+    output, more = tmp_path / "grid", tiny(text)
     arguments = ["ablation", "--output", str(output), "--seeds", "0", "--steps", "30", "--jobs", "1",
                  "--only", "lora", "relora", "--train_files", str(text)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments + more)
@@ -232,7 +239,7 @@ def test_a_failed_run_stops_no_other_one(ablation, tmp_path, monkeypatch, capsys
     assert "1 to do" in capsys.readouterr().out
 
 
-def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch):
+def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch, capsys):
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
@@ -245,6 +252,14 @@ def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch):
     assert ablation.train_all([("lora", 0)], ablation.parse_options(), tmp_path) == []
     [(number, seconds)] = signals
     assert number == ablation.signal.SIGTERM and 420 < seconds < 450
+    arguments = ["--output", str(tmp_path), "--seeds", "0", "1", "--only", "lora", "relora"]
+    monkeypatch.setattr(sys, "argv", ["ablation", "--minutes", "8", *arguments])
+    with pytest.raises(SystemExit) as end:
+        ablation.main()
+    assert end.value.code == ablation.LEFT == 3
+    told = capsys.readouterr()
+    assert told.out.endswith("4 to do: lora-0, relora-0, lora-1, relora-1\n")
+    assert "8.0 minutes are over; call again" in told.err
 
 
 def test_figures_of_a_run_that_diverged(ablation):
@@ -269,4 +284,64 @@ def test_figures_of_a_run_that_diverged(ablation):
     # Of each layer by itself: 2 and 1, while their mean has two values of unlike size.
     assert found["entropy_rank"] == pytest.approx(1.5) and found["rank_1_percent"] == 1.5
     table = ablation_report.table_row("lora", {"lora": {0: run | {"figures": found}}})
-    assert table["validation loss"] == "nan"
+    assert table["validation loss"] == "nan, diverged at step 12"
+    skipped = [{"step": step, "skipped": True} for step in (11, 12)]
+    assert ablation_report.diverged_at([*rows, *skipped]) == 11
+    assert ablation_report.diverged_at([*rows, *skipped, {"step": 13, "eval_loss": 4.0}]) is None
+    well = run | {"rows": [*rows[:-1], {**row, "step": 12, "eval_loss": 3.5}]}
+    found = {0: well | {"figures": ablation_report.figures(well)}, 1: run | {"figures": found}}
+    table = ablation_report.table_row("lora", {"lora": found})
+    assert table["validation loss"] == "nan, diverged at step 12" and "diverged_at" not in found[0]
+    assert ablation_report.table_row("a", {"a": {0: found[0]}})["validation loss"] == "3.500"
+
+
+def test_a_run_that_gave_up_is_over_and_has_its_row(ablation, text, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "grid"
+    arguments = ["ablation", "--output", str(output), "--steps", "30", "--train_files", str(text),
+                 "--only", "relora-from-scratch", *tiny(text, learning_rate=1e30)]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    ablation.main()
+    folder = output / "relora-from-scratch-0"
+    told = "expected finite gradients, got NaN or inf in 11 steps in a row up to step 13"
+    assert told in Path(f"{folder}.log").read_text() and not (folder / "summary.json").exists()
+    told = capsys.readouterr().out
+    assert "relora-from-scratch-0: diverged" in told and told.endswith("0 to do\n")
+    table = (output / "table.md").read_text()
+    assert "| relora-from-scratch | 1 | nan, diverged at step 3 |" in table
+    [row] = csv.DictReader((output / "runs.csv").read_text().splitlines())
+    assert row["validation loss"] == "nan" and row["diverged at step"] == "3"
+    monkeypatch.setattr(ablation, "start", None)  # nor is it tried again
+    ablation.main()
+    monkeypatch.setattr(sys, "argv", ["ablation", "--output", str(output), "--report"])
+    ablation.main()
+    # One whose next step may do better is not over.
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] < 13))
+    assert not ablation.is_over(folder)
+    with pytest.raises(SystemExit, match="no finished run"):
+        ablation.main()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_runs_save_and_end_when_the_driver_is_killed(text, tmp_path):
+    output = tmp_path / "grid"
+    folder, deadline = output / "full-rank-0", time.monotonic() + 90
+    driver = subprocess.Popen(
+        [sys.executable, BENCH / "ablation.py", "--output", output, "--steps", "5000", "--only",
+         "full-rank", "--train_files", text, *tiny(text, save_every=5000, eval_every=5000)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (folder / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and driver.poll() is None
+            time.sleep(0.05)
+        [run] = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+    finally:
+        driver.kill()
+        driver.wait()
+    stat = Path(f"/proc/{run}/stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, os.kill(int(run), signal.SIGKILL)
+        time.sleep(0.05)
+    assert len(list(folder.glob("checkpoint/warm_start/checkpoint-*"))) == 1
