@@ -470,7 +470,7 @@ def test_check_of_many_layers_reads_the_device_once_and_makes_no_copy(dtype, dev
         key = f"{device}_memory_usage".replace("cuda", "device")
         assert max(getattr(event, key) for event in seen.events()) <= 2**15 < merges[1][2].nbytes
         found.append(reads)
-    assert found[0] == found[1] and found[0].count("cpu") == len({"cpu", device})
+    assert found[0] == found[1] and found[0].count("cpu") == 1
     merges[7][2][3, 5] = torch.nan
     with pytest.raises(FloatingPointError, match="^7: "):
         op.check_finite(merges)

@@ -240,7 +240,7 @@ def _bounds(updates) -> list[float]:
     groups: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
     for row, (weight, lora_A, lora_B, scaling, residual, _) in enumerate(updates):
         work = torch.promote_types(weight.dtype, torch.float32)
-        read = [lora_A, lora_B, torch.tensor(scaling, dtype=torch.float64)]
+        read = [lora_A, lora_B]
         if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
             read += [weight, residual]
         for column, t in enumerate(read):
@@ -253,12 +253,15 @@ def _bounds(updates) -> list[float]:
         # As the kernels hold them: what is inf there makes a bound of inf or, beside zeros, NaN.
         magnitudes.setdefault(device, []).append(largest.to(work).double())
         places.setdefault(device, []).extend(tensors)
-    found = torch.zeros(len(updates), 5, dtype=torch.float64)
+    found = torch.zeros(len(updates), 4, dtype=torch.float64)
     for device, values in magnitudes.items():
         rows, columns = zip(*places[device])
         found[rows, columns] = torch.cat(values).cpu()
+    scalings = torch.tensor([u[3] for u in updates], dtype=torch.float64).abs()
+    wide = torch.tensor([u[0].dtype == torch.float64 for u in updates])
+    scalings = scalings.where(wide, scalings.float().double())
     ranks = torch.tensor([u[1].shape[0] for u in updates])
-    return (found[:, :3].prod(1) * ranks + found[:, 3:].sum(1)).tolist()
+    return (found[:, :2].prod(1) * scalings * ranks + found[:, 2:].sum(1)).tolist()
 
 
 def _largest(dtype: torch.dtype) -> float:
