@@ -206,9 +206,7 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
         mine[kind].update({k: v for k, v in theirs[kind].items() if k not in ours})
     mine["_non_persistent_buffers_set"] |= theirs["_non_persistent_buffers_set"] - ours
     for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(
-            hook, "with_module", False
-        ):  # register_load_state_dict_pre_hook's: bound to `old`
+        if getattr(hook, "with_module", False):  # it was given `old` when it was registered
             hook.module = weakref.ref(new)
 
 
