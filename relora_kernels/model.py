@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -305,7 +306,13 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
 
 def _refuse_replaced(op: str, path: str, module: nn.Module) -> None:
     """A method put over the class's own calls the module that it was made for, not its successor."""
-    replaced = [key for key in vars(module) if callable(getattr(nn.Linear, key, None))]
+    # Not those put back, as accelerate does: type(module).forward bound to module.
+    replaced = [
+        key
+        for key, value in vars(module).items()
+        if callable(getattr(nn.Linear, key, None))
+        and value != types.MethodType(getattr(type(module), key), module)
+    ]
     if replaced:
         raise ValueError(
             f"{op}: expected modules with their class's methods, got {path or 'a layer'} whose "

@@ -565,7 +565,7 @@ def test_what_users_put_on_a_linear_goes_over():
         (lambda m: nn.utils.parametrize.register_parametrization(m, "bias", nn.Identity()),
          "mlp2.bias to be a Parameter"),
         (lambda m: prune.identity(m, "bias"), "mlp2.bias to be a Parameter"),
-        (lambda m: setattr(m, "forward", m.forward), "mlp2 whose forward is replaced"),
+        (lambda m: setattr(m, "forward", lambda x: x), "mlp2 whose forward is replaced"),
     ],
 )  # fmt: skip
 def test_targets_that_cannot_be_wrapped_are_named_before_anything_changes(spoil, says):
@@ -582,7 +582,7 @@ def test_targets_that_cannot_be_wrapped_are_named_before_anything_changes(spoil,
 @pytest.mark.parametrize(
     ("spoil", "error", "says"),
     [
-        (lambda m: setattr(m, "forward", m.forward), ValueError, "1 whose forward is replaced"),
+        (lambda m: setattr(m, "forward", lambda x: x), ValueError, "1 whose forward is replaced"),
         (lambda m: setattr(m.weight, "device_mesh", ()), TypeError, "1: expected unsharded"),
     ],
 )
@@ -593,6 +593,21 @@ def test_a_layer_that_cannot_be_unloaded_refuses_all(spoil, error, says):
     with pytest.raises(error, match=says):
         merge_and_unload(model)
     assert len(relora_layers(model)) == 2
+
+
+def test_accelerates_hooks_are_refused_until_they_are_removed():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    config = ReLoRaConfig(r=2, target_modules="all-linear")
+    for change in (lambda: apply_relora(model, config), lambda: merge_and_unload(model)):
+        hooks.add_hook_to_module(model[1], hooks.ModelHook())
+        with pytest.raises(ValueError, match=r"1 whose forward .*remove_hook_from_module\(model"):
+            change()
+        hooks.remove_hook_from_module(model, recurse=True)
+        assert "forward" in vars(model[1])  # it is put back, not deleted
+        change()
+        assert "forward" not in vars(model[1])
+    assert type(model[1]) is nn.Linear
 
 
 def test_a_layer_under_several_names_is_unloaded_under_all():
