@@ -85,6 +85,7 @@ def problems(op: str, gpu: bool = GPU) -> list:
         model = tuple((out, in_) for in_, out in _LARGEST_MODEL)
         return [
             Merge(model, 128),
+            *(Merge(shapes, 128, by="RESIDENT") for shapes in (model, ((4096, 4096),))),
             *(Merge((size,), 128, rounding) for size in sizes for rounding in ROUNDINGS),
             Merge(model, 128, "compensated"),
             *(Merge(((4096, 4096),), r) for r in (16, 64, 512)),
@@ -104,7 +105,7 @@ def by_worth(gpu: bool) -> list:
 
     def key(problem) -> int:
         if not isinstance(problem, Linear):
-            return 1 if problem in (merges[:7] + prunes[:2]) else 3
+            return 1 if problem in (merges[:9] + prunes[:2]) else 3
         shape = problem.in_features, problem.out_features
         usual = problem.tokens == 16384 and problem.r == 128
         if usual and problem.direction != BACKWARD:

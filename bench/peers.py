@@ -116,7 +116,7 @@ def eager_merge(o):
 
 def merge_rows(problem: Merge) -> dict[str, Row]:
     rows = {problem.BASELINE: problem.baseline()}
-    if problem.rounding == "nearest":
+    if problem.rounding == "nearest" and not problem.by:
         rows["eager merge"] = Row(eager_merge)
     return rows | problem.ours()
 

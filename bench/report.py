@@ -269,7 +269,8 @@ def _merge_bars(rows: list[dict]) -> list[Bar]:
     for group, members in groups([row for row in rows if _kind(row) == "Merge"]).items():
         problem = next(iter(members.values()))["problem"]
         large = sum(out * in_ for out, in_ in problem["shapes"]) >= 2048**2
-        if large and problem["rounding"] == "nearest" and problem["r"] <= 128 and ours(members):
+        as_configured = problem["rounding"] == "nearest" and not problem["by"]
+        if large and as_configured and problem["r"] <= 128 and ours(members):
             shares[group.removeprefix("merge nearest ")] = _copy_share(members)
     return [
         _limit("merge, of the device's copy rate (Triton's bar)", 0.80, shares, at_least=True),

@@ -47,7 +47,8 @@ void check(cudaError_t error, const std::string& call) {
 
 void merge(const py::buffer& layers, const std::string& weight_dtype,
            const std::string& factor_dtype, const std::string& restart_dtype,
-           const std::string& rounding, uintptr_t table, int device, uintptr_t stream) {
+           const std::string& rounding, bool resident, uintptr_t table, int device,
+           uintptr_t stream) {
   const py::buffer_info info = layers.request(true);
   const int64_t bytes = info.size * info.itemsize, each = sizeof(relora::MergeLayer);
   if (info.ndim != 1 || info.strides[0] != info.itemsize || bytes % each)
@@ -73,7 +74,7 @@ void merge(const py::buffer& layers, const std::string& weight_dtype,
   check(relora::merge(first, int(last - first),
                       code(kDTypes, "merge: dtype of weight", weight_dtype),
                       code(kDTypes, "merge: dtype of lora_A and lora_B", factor_dtype),
-                      code(kDTypes, "merge: dtype of what restarts", restart_dtype), given,
+                      code(kDTypes, "merge: dtype of what restarts", restart_dtype), given, resident,
                       reinterpret_cast<relora::MergeLayer*>(table),
                       reinterpret_cast<cudaStream_t>(stream)),
         call);
@@ -246,9 +247,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("driver_version", &driver_version);
   m.attr("merge_layer_bytes") = sizeof(relora::MergeLayer);
   m.attr("merge_inline_layers") = relora::kInlineLayers;
+  m.attr("merge_most_rank") = relora::kMostRank;
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
-        py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
-        py::arg("stream"));
+        py::arg("restart_dtype"), py::arg("rounding"), py::arg("resident"), py::arg("table"),
+        py::arg("device"), py::arg("stream"));
   m.def("prune_workspace", &prune_workspace, py::arg("rows"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));

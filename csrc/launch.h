@@ -31,7 +31,8 @@ struct MergeLayer {
   int64_t first_row, first_restart;  // logical rows of weight's and restart_A's first ones
   float scaling, restart_step;       // s; fl32(2^-23 * bound) of A's draw
   uint32_t restarts;                 // 1: restart_A and restart_B are to be written
-  uint32_t first_block, first_restart_block;  // set by merge(): where it begins in the grids
+  // Set by merge(): where it begins in the grids, and how many tiles a block takes below each other.
+  uint32_t first_block, first_restart_block, row_tiles;
 };
 
 // Layers that travel as a launch's own arguments, within the 4 KB that every driver allows.
@@ -40,10 +41,13 @@ constexpr int kInlineLayers = 16;
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32 or weight's dtype. `table`: device memory for `count` MergeLayers, unused up to
-// kInlineLayers. Enqueues on `stream`, never synchronises, copies nothing from host memory;
+// kInlineLayers. `resident`: the kernel that keeps r in shared memory, for fp32 factors of a 16-bit W
+// with r <= kMostRank. Enqueues on `stream`, never synchronises, copies nothing from host memory;
 // launches nothing where there is nothing to do.
+constexpr int kMostRank = 128;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
-                  DType restart_dtype, Rounding rounding, MergeLayer* table, cudaStream_t stream);
+                  DType restart_dtype, Rounding rounding, bool resident, MergeLayer* table,
+                  cudaStream_t stream);
 
 // ---- prune.cu -----------------------------------------------------------------------------------
 

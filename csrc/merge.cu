@@ -9,26 +9,33 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// The product: 16-bit factors multiply exactly. fp32 factors are rounded to nearest tf32 where W has
-// 16 bits, an error of up to 2^-11 of a product. For an fp32 W each is the sum of two tf32, and three
-// of the four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7 times
-// as fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at
-// r = 128).
+// The product: 16-bit factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16:
+// as fp16, scaled by a power of two for each row of lora_B and column of lora_A (numerics.cuh), if
+// r <= 128; else as tf32. For an fp32 W each is the sum of two tf32, and three of the four products
+// are taken, which keeps 2^-22: three times the tensor work, and still 1.7 times as fast as the fp32
+// pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
 //
-// What bounds it on an H200, 4096 x 4096, bf16 W, fp32 factors, r = 128; by data sheets and
-// published microbenchmarks, not measured here:
-//   HBM     W in and out, 67 MB at 4.3 TB/s                              15.6 us
-//   tensor  4.3 GFLOP of tf32 by mma.sync, some 62 % of the 494 TFLOP/s  14 us (16-bit factors: 7)
-//   L2      lora_A once for 128 rows of W, 67 MB; lora_B once for a
-//           block, 17 MB; W's 34 MB; at some 6.8 TB/s                    17 us (16-bit factors: 11)
-//   shared  64 KB into and 256 KB out of shared memory for a tile        1.5 us of a tile's 2
-// None has much to spare, so all have to overlap:
+// What bounds it on an H200, for each 128 x 128 tile of a whole model's bf16 W with fp32 factors,
+// r = 128; by data sheets and published microbenchmarks, not measured here. 88 % of the copy rate
+// are 19 ns, or some 4700 cycles of one of the multiprocessors:
+//                                             streamed           resident
+//   HBM     W in and out, 64 KB; factors      88 %               88 %
+//   L2      to shared memory, and W, at       64 + 8 + 32 KB,    32 + 8 + 32 KB,
+//           some 6.8 TB/s                     80 %               56 %
+//   tensor  by mma.sync, some 62 % of peak    tf32, 70 %         fp16, 35 %
+//   shared  in and out                        320 KB, 53 %       180 KB, 30 %
+//
+// Streamed (any r, any factors): lora_A's stages of 64 bytes along r pass through a ring, lora_B's
+// stay if r <= 128 (16-bit: 256).
+// Resident (fp32 factors, 16-bit W, r <= 128): a block holds all of r as fp16, of up to 256 rows of
+// lora_B for good, and of lora_A for 128 columns at a time, which it multiplies by both its 128 rows.
+// It loads a tile's lora_A into the registers that the accumulators take later: 64 KB are under way
+// at once, and each column's largest element is known before the first is rounded.
+// Both:
 // - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
-//   half as much again and make shared memory the bound;
-// - a block goes through several tiles in one row, and lora_B stays in shared memory if r <= 128
-//   (16-bit: 256), else it is streamed like lora_A. Nothing else changes with r;
-// - two blocks share a multiprocessor: one's sums go under the other's products;
-// - W's tile is fetched before its product, the first strips into registers and the rest into L2;
+//   half as much again;
+// - two blocks share a multiprocessor: one's loads and sums go under the other's products;
+// - W's tile is fetched into L2 before its product, and the first strips into registers;
 // - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
@@ -43,7 +50,7 @@ namespace {
 struct MergeTable {
   const MergeLayer* layers;  // in device memory, or null: `first` holds them all
   int count;
-  int tiles_per_block;
+  int tiles_per_block;  // in one row
   Rounding rounding;
   MergeLayer first[kInlineLayers];
 };
@@ -71,11 +78,12 @@ __device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& 
 
 extern __shared__ uint4 dynamic_shared[];
 
-// ---- The product --------------------------------------------------------------------------------
+// ---- The product, streamed ----------------------------------------------------------------------
 
 constexpr int kRows = 128, kCols = 128;  // a tile of W
 constexpr int kWarp = 64;                // rows and columns of a warp's part of it
 constexpr int kThreads = 128, kBlocksAnSM = 2;
+struct Place { int row, col; };  // in a tile
 constexpr int kRing = 4;   // stages of lora_A in flight
 constexpr int kPanel = 8;  // stages of lora_B that stay, if all of r fits
 
@@ -102,7 +110,7 @@ __device__ __forceinline__ int swizzled_B(int row, int chunk) {
 }
 
 template <typename F>
-__device__ __forceinline__ bool is_wide(const Matrix& m) {
+__host__ __device__ __forceinline__ bool is_wide(const Matrix& m) {
   return m.col == 1 && m.row * int64_t(sizeof(F)) % 16 == 0 &&
          reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
 }
@@ -223,18 +231,182 @@ __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, c
   }
 }
 
+// ---- The product, resident ----------------------------------------------------------------------
+
+constexpr int kMostRowTiles = 2;  // of a block: tiles one below the other
+constexpr int kLoads = 32;        // of 16 bytes, of a thread at once
+
+struct alignas(16) Panel { unsigned char bytes[128 * kMostRank * 2]; };  // fp16 [line][r]
+struct Resident {
+  Panel A;  // a line: a column of A, or a row of B
+  Panel B[kMostRowTiles];
+  float A_units[kCols], B_units[kMostRowTiles * kRows];  // what a line is to be multiplied by
+};
+
+// Eight neighbours along r of a line. `spread`, a number whose lower three bits differ, most of all
+// the lowest, between lines that are written or read at once, puts their chunks in other banks.
+__device__ __forceinline__ uint4& panel_chunk(Panel& panel, int line, int spread, int chunk) {
+  const int turned = (spread & 1) << 2 | (spread & 2) | (spread >> 2 & 1);
+  return reinterpret_cast<uint4*>(panel.bytes)[line * (kMostRank / 8) + (chunk ^ turned)];
+}
+
+__device__ __forceinline__ float larger(float a, float4 v) {
+  return fmaxf(fmaxf(fmaxf(a, fabsf(v.x)), fmaxf(fabsf(v.y), fabsf(v.z))), fabsf(v.w));
+}
+__device__ __forceinline__ float component(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// A thread's 128 numbers of a panel's 128 x 128. A load is of four neighbours in a row of the matrix.
+//   lora_B  a line is a row. A warp's 32 lines follow each other; four lanes have each eighth of
+//           them, every fourth chunk of r. Loads 8 b + 2 c and the next: line b's chunk c.
+//   lora_A  a line is a column. Eight lanes have four columns each of a warp's 32, the others other
+//           chunks of r: every fourth. Loads 8 c ... 8 c + 7: chunk c of the four columns.
+template <bool kIsA>
+__device__ __forceinline__ Place first_load() {
+  const int lane = lane_id(), warp = int(threadIdx.x) / 32;
+  return kIsA ? Place{lane / 8 * 8, warp * 32 + lane % 8 * 4}
+              : Place{warp * 32 + lane / 4, lane % 4 * 8};
+}
+template <bool kIsA>
+__host__ __device__ constexpr Place load_step(int i) {  // from the first
+  return kIsA ? Place{i / 8 * 32 + i % 8, 0} : Place{i / 8 * 8, i / 2 % 4 * 32 + i % 2 * 4};
+}
+
+template <bool kIsA, bool kWide>
+__device__ __forceinline__ void load_panel(float4 (&v)[kLoads], const float* from, const Matrix& m,
+                                           int rows, int cols) {
+  const Place first = first_load<kIsA>();
+  const float* at = from + first.row * m.row + first.col * m.col;
+  rows -= first.row, cols -= first.col;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const Place step = load_step<kIsA>(i), next = load_step<kIsA>(i + 1);
+    float4& to = v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (step.row < rows) {
+      if (kWide) {
+        if (step.col < cols) to = *reinterpret_cast<const float4*>(at + step.col);  // all of it
+      } else {
+        if (step.col < cols) to.x = at[step.col * m.col];
+        if (step.col + 1 < cols) to.y = at[(step.col + 1) * m.col];
+        if (step.col + 2 < cols) to.z = at[(step.col + 2) * m.col];
+        if (step.col + 3 < cols) to.w = at[(step.col + 3) * m.col];
+      }
+    }
+    at += (next.row - step.row) * m.row;
+  }
+}
+
+// Lines `begin` ... `begin` + 127 of a factor, zeros beyond its ends, and their units.
+template <bool kIsA>
+__device__ __forceinline__ void fill_panel(Panel& panel, float* units, const MergeLayer& layer,
+                                           bool wide, int64_t begin) {
+  const Matrix& m = kIsA ? layer.lora_A : layer.lora_B;
+  const int64_t row0 = kIsA ? 0 : begin, col0 = kIsA ? begin : 0;
+  const int rows = int(min((kIsA ? layer.r : layer.n) - row0, int64_t(128)));
+  const int cols = int(min((kIsA ? layer.k : layer.r) - col0, int64_t(128)));
+  const float* const from = global_memory<const float>(m.data) + row0 * m.row + col0 * m.col;
+  float4 v[kLoads];
+  if (wide) load_panel<kIsA, true>(v, from, m, rows, cols);
+  else load_panel<kIsA, false>(v, from, m, rows, cols);
+  const int lane = lane_id();
+#pragma unroll
+  for (int group = 0; group < 4; ++group) {  // lines that the thread has a part of
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (kIsA) largest = fmaxf(largest, fabsf(component(v[i], group)));
+      else if (i / 8 == group) largest = larger(largest, v[i]);
+    }
+#pragma unroll
+    for (int with = kIsA ? 8 : 1; with < (kIsA ? 32 : 4); with *= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, with));
+    const float scale = half_scale(largest);
+    const Place first = first_load<kIsA>();
+    const int line = kIsA ? first.col + group : first.row + 8 * group;
+    if (kIsA ? lane < 8 : lane % 4 == 0) units[line] = half_unit(scale);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float part[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        part[i] = scale * (kIsA ? component(v[8 * c + i], group)
+                                : component(v[8 * group + 2 * c + i / 4], i % 4));
+      panel_chunk(panel, line, kIsA ? line / 4 : line, c * 4 + (kIsA ? lane / 8 : lane % 4)) = {
+          pair_nearest<fp16>({part[0], part[1]}).bits, pair_nearest<fp16>({part[2], part[3]}).bits,
+          pair_nearest<fp16>({part[4], part[5]}).bits, pair_nearest<fp16>({part[6], part[7]}).bits};
+    }
+  }
+}
+
+// acc += B A over all of r, 32 steps of it at a time: lane 4 g + t multiplies elements 8 t ... 8 t + 7
+// of them, in two tensor-core products. acc: as multiply()'s.
+__device__ __forceinline__ void multiply_panels(float (&acc)[4][8][4], Panel& A, Panel& B, int r,
+                                                int warp_row, int warp_col) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int chunk = t; chunk < (r + 31) / 32 * 4; chunk += 4) {
+    uint4 cols[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int line = warp_col + j / 4 * 32 + 4 * g + j % 4;
+      cols[j] = panel_chunk(A, line, g, chunk);
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int line = warp_row + 16 * m + g;
+      const uint4 upper = panel_chunk(B, line, g, chunk), lower = panel_chunk(B, line + 8, g, chunk);
+      const uint32_t rows[2][4] = {{upper.x, lower.x, upper.y, lower.y},
+                                   {upper.z, lower.z, upper.w, lower.w}};
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint32_t col[2] = {step ? cols[j].z : cols[j].x, step ? cols[j].w : cols[j].y};
+          mma<fp16>(acc[m][j], rows[step], col);
+        }
+      }
+    }
+  }
+}
+
 // ---- The sum ------------------------------------------------------------------------------------
 
 // Eight neighbouring elements of one row: 16 bytes of a 16-bit W, one random draw.
 constexpr int kStrip = 8, kStrips = 16;  // strips of a lane in a tile
 template <typename T>
-struct alignas(16) Strip { T v[kStrip]; };
+struct Strip { uint4 v[sizeof(T) / 2]; };
+
+// Neighbours 2 i and 2 i + 1.
+__device__ __forceinline__ uint32_t& word(uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+template <typename T>
+__device__ __forceinline__ Pair<T> get_pair(Strip<T>& strip, int i) {
+  return {word(strip.v[0], i)};
+}
+__device__ __forceinline__ Pair<float> get_pair(Strip<float>& strip, int i) {
+  uint4& v = strip.v[i / 2];
+  return {bits_float(word(v, i % 2 * 2)), bits_float(word(v, i % 2 * 2 + 1))};
+}
+template <typename T>
+__device__ __forceinline__ void set_pair(Strip<T>& strip, int i, Pair<T> pair) {
+  word(strip.v[0], i) = pair.bits;
+}
+__device__ __forceinline__ void set_pair(Strip<float>& strip, int i, Pair<float> pair) {
+  uint4& v = strip.v[i / 2];
+  word(v, i % 2 * 2) = float_bits(pair.first), word(v, i % 2 * 2 + 1) = float_bits(pair.second);
+}
 
 template <typename T>
-__device__ __forceinline__ void copy_strip(T* to, const T* from) {
+__device__ __forceinline__ void load_strip(Strip<T>& to, const T* from) {
 #pragma unroll
-  for (int i = 0; i < int(sizeof(Strip<T>) / 16); ++i)
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) to.v[i] = reinterpret_cast<const uint4*>(from)[i];
+}
+template <typename T>
+__device__ __forceinline__ void store_strip(T* to, const Strip<T>& from) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(to)[i] = from.v[i];
 }
 
 // Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set
@@ -246,87 +418,201 @@ template <typename T>
 constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
+template <Rounding kRounding>
+constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;
+template <typename T>
+constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane at a time, without 16-byte accesses
 
-struct Place { int row, col; };  // in the tile
 __device__ __forceinline__ Place strip_place(int strip, int lane, int warp_row, int warp_col) {
-  return {warp_row + strip / 4 * 16 + strip / 2 % 2 * 8 + lane / 4,
-          warp_col + strip % 2 * 32 + lane % 4 * 8};
+  return {warp_row + strip / 2 * 8 + lane / 4, warp_col + strip % 2 * 32 + lane % 4 * 8};
 }
 __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int strip, int i) {
   return acc[strip / 4][strip % 2 * 4 + i % 4][strip / 2 % 2 * 2 + i / 4];
 }
 
-template <typename T>
-__device__ __forceinline__ void merge_element(T& w, T& rest, float product, float scaling,
-                                              Rounding rounding, uint32_t rand16) {
-  float v = to_float(w);
-  if (rounding == Rounding::compensated) v = __fadd_rn(v, to_float(rest));
-  v = __fadd_rn(v, __fmul_rn(scaling, product));
-  w = rounding == Rounding::stochastic ? round_stochastic<T>(v, rand16) : round_nearest<T>(v);
-  if (rounding == Rounding::compensated) rest = round_nearest<T>(__fsub_rn(v, to_float(w)));
+template <Rounding kRounding, typename T>
+__device__ __forceinline__ void merge_pair(Pair<T>& w, Pair<T>& rest, Pair<float> product,
+                                           float scaling, uint32_t rand) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  Pair<float> v = widen(w);
+  if (kCompensated) {
+    const Pair<float> kept = widen(rest);
+    v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
+  }
+  v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
+       __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
+  w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
+  if (kCompensated) {
+    const Pair<float> stored = widen(w);
+    rest = pair_nearest<T>(
+        {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
+  }
 }
 
 // What a block does. In shared memory rather than in registers, which the product needs.
 struct Work {
   int64_t row0, col0;  // of its first tile; the others follow in the same rows
   int rows, tiles, chunks;
-  bool stays;                 // every stage of lora_B has a slot of its own
+  bool stays;                 // streamed: every stage of lora_B has a slot of its own
   bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
 };
 
+template <typename T>
+__host__ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
+  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
+         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
+}
+
 template <typename T, typename F>
 __device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
-  const int col_tiles = int((layer.k + kCols - 1) / kCols);
+  const int col_tiles = int((layer.k + kCols - 1) / kCols), rows = int(layer.row_tiles) * kRows;
   const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
   const int block = int(blockIdx.x - layer.first_block);
   const int first_tile = block % blocks_a_row * table.tiles_per_block;
   Work work;
-  work.row0 = int64_t(block / blocks_a_row) * kRows;
+  work.row0 = int64_t(block / blocks_a_row) * rows;
   work.col0 = int64_t(first_tile) * kCols;
-  work.rows = int(min(layer.n - work.row0, int64_t(kRows)));
+  work.rows = int(min(layer.n - work.row0, int64_t(rows)));
   work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
   work.chunks = int((layer.r + kDepth<F> - 1) / kDepth<F>);
   work.stays = work.chunks <= kPanel;
   work.wide_A = is_wide<F>(layer.lora_A);
   work.wide_B = is_wide<F>(layer.lora_B);
-  work.wide = layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
-              (table.rounding != Rounding::compensated || is_wide<T>(layer.residual));
+  work.wide = is_wide_sum<T>(layer, table.rounding);
   return work;
 }
 
-// A thread's row of the tile on its way from HBM into L2.
+// A thread's rows of the tile on their way from HBM into L2.
 template <typename T>
 __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer& layer,
                                               const Work& work, int tile) {
-  static_assert(kRows == kThreads, "one row a thread");
   const int64_t col = work.col0 + tile * kCols;
-  if (int(threadIdx.x) >= work.rows || m.col != 1) return;
-  const T* const row = global_memory<const T>(m.data) + (work.row0 + threadIdx.x) * m.row;
-  const T* const end = row + min(layer.k, col + kCols);
+  if (m.col != 1) return;
 #pragma unroll 1
-  for (const T* at = row + col; at < end; at += 32 / sizeof(T)) prefetch_L2(at);
+  for (int i = int(threadIdx.x); i < work.rows; i += kThreads) {
+    const T* const row = global_memory<const T>(m.data) + (work.row0 + i) * m.row;
+    const T* const end = row + min(layer.k, col + kCols);
+#pragma unroll 1
+    for (const T* at = row + col; at < end; at += 32 / sizeof(T)) prefetch_L2(at);
+  }
+}
+
+// A lane's strips of a tile of W, or of the residual: where the first begins, in the tile, and how
+// much of W there is from there on.
+struct Share {
+  Place first;
+  int rows, cols;
+  __device__ __forceinline__ Share(const MergeLayer& layer, const Work& work, int tile,
+                                   int warp_row, int warp_col)
+      : first(strip_place(0, lane_id(), warp_row, warp_col)),
+        rows(work.rows - first.row),
+        cols(int(min(layer.k - work.col0 - tile * kCols, int64_t(kCols))) - first.col) {}
+  __device__ __forceinline__ bool has(int strip) const {
+    return strip < kStrips && strip / 2 * 8 < rows && strip % 2 * 32 < cols;
+  }
+};
+
+// One strip after the other.
+template <typename T>
+struct Strips {
+  T* at;
+  int64_t eight_rows;
+  __device__ __forceinline__ Strips(const Matrix& m, const Work& work, int tile, Place first)
+      : at(global_memory<T>(m.data) + (work.row0 + first.row) * m.row + work.col0 + tile * kCols +
+           first.col),
+        eight_rows(8 * m.row) {}
+  // Where strip `strip + by` is, from `strip` on.
+  __device__ __forceinline__ T* ahead(int strip, int by) const {
+    return at + (strip % 2 + by) / 2 * eight_rows + ((strip + by) % 2 - strip % 2) * 32;
+  }
+  // Strip `strip + by` into its place in a window.
+  template <int kWindow>
+  __device__ __forceinline__ void load(Strip<T> (&window)[kWindow], int strip, int by,
+                                       const Share& share) const {
+    if (share.has(strip + by)) load_strip<T>(window[(strip + by) % kWindow], ahead(strip, by));
+  }
+};
+
+// A product as the tensor cores leave it, times what its row's and its column's units are worth.
+struct AsItIs {
+  __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
+};
+struct InUnits {
+  const float *rows, *cols;
+  __device__ __forceinline__ float operator()(float v, int row, int col) const {
+    return __fmul_rn(v, __fmul_rn(rows[row], cols[col]));  // exact
+  }
+};
+
+// The sum of a tile. `window` holds its first kEarly strips.
+template <Rounding kRounding, int kEarly, typename T, int kWindow, typename Units>
+__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units units,
+                                           Strip<T> (&window)[kWindow], const MergeLayer& layer,
+                                           const Work& work, int tile, int warp_row,
+                                           int warp_col) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  const Share share(layer, work, tile, warp_row, warp_col);
+  Strips<T> at(layer.weight, work, tile, share.first);
+  Strips<T> rest_at(kCompensated ? layer.residual : layer.weight, work, tile, share.first);
+  Strip<T> rest_window[kRestWindow<T>];
+#pragma unroll
+  for (int s = kEarly; s < kWindow; ++s) at.load(window, 0, s, share);
+#pragma unroll
+  for (int s = 0; s < kRestWindow<T>; ++s)
+    if (kCompensated) rest_at.load(rest_window, 0, s, share);
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) {
+    Strip<T> w = window[s % kWindow], rest = rest_window[s % kRestWindow<T>];
+    at.load(window, s, kWindow, share);
+    if (kCompensated) rest_at.load(rest_window, s, kRestWindow<T>, share);
+    if (share.has(s)) {
+      const int row = share.first.row + s / 2 * 8, col = share.first.col + s % 2 * 32;
+      Words words{};
+      if (kRounding == Rounding::stochastic)
+        words = draw(layer.seed, kStreamRound, layer.first_row + work.row0 + row,
+                     (work.col0 + tile * kCols + col) / kStrip);
+#pragma unroll
+      for (int i = 0; i < kStrip / 2; ++i) {
+        Pair<T> pair = get_pair(w, i), rest_pair{};
+        if (kCompensated) rest_pair = get_pair(rest, i);
+        merge_pair<kRounding>(pair, rest_pair,
+                              {units(strip_value(acc, s, 2 * i), row, col + 2 * i),
+                               units(strip_value(acc, s, 2 * i + 1), row, col + 2 * i + 1)},
+                              layer.scaling, words.w[i]);
+        set_pair(w, i, pair);
+        if (kCompensated) set_pair(rest, i, rest_pair);
+      }
+      store_strip(at.at, w);
+      if (kCompensated) store_strip(rest_at.at, rest);
+    }
+    at.at = at.ahead(s, 1);
+    if (kCompensated) rest_at.at = rest_at.ahead(s, 1);
+  }
 }
 
 // The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
 // accumulators go through shared memory, eight rows at a time, so that neighbouring lanes take
 // neighbouring elements. `scratch`: 2 KB of this warp's own.
-template <typename T>
-__device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const MergeLayer& layer,
-                                             const Work& work, Rounding rounding, int tile,
+template <Rounding kRounding, typename T, typename Units>
+__device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units units,
+                                             const MergeLayer& layer, const Work& work, int tile,
                                              int warp_row, int warp_col, float* scratch) {
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
-  constexpr int kRowsAtOnce = 2, kElements = 2 * kRowsAtOnce;
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  constexpr int kRowsAtOnce = kNarrowRows<T>;
   const Matrix &wm = layer.weight, &rm = layer.residual;
-  const bool compensated = rounding == Rounding::compensated;
   const int64_t col = work.col0 + tile * kCols + warp_col + lane;  // and 32 further on
 #pragma unroll 1
   for (int piece = 0; piece < kStrips / 2; ++piece) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s)
+    for (int s = 0; s < kStrips; ++s) {
+      const Place at = strip_place(s, lane, warp_row, warp_col);
       if (s / 2 == piece)
 #pragma unroll
         for (int i = 0; i < kStrip; ++i)
-          scratch[g * kWarp + s % 2 * 32 + t * 8 + i] = strip_value(acc, s, i);
+          scratch[g * kWarp + s % 2 * 32 + t * 8 + i] =
+              units(strip_value(acc, s, i), at.row, at.col + i);
+    }
     __syncwarp();
 #pragma unroll 1
     for (int first = 0; first < 8; first += kRowsAtOnce) {
@@ -334,36 +620,55 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], const 
       const int64_t row = work.row0 + tile_row;
       T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
       T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
-      float w[kElements] = {}, rest[kElements] = {};  // as T, they end up in local memory
+      // A row's elements at col and 32 further on, as if they were neighbours.
+      Pair<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
+      auto inside = [&](int i) { return tile_row + i / 2 < work.rows && col + i % 2 * 32 < layer.k; };
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if (tile_row + i / 2 >= work.rows || col + i % 2 * 32 >= layer.k) continue;
-        w[i] = to_float(w_at[i / 2 * wm.row + i % 2 * 32 * wm.col]);
-        if (compensated) rest[i] = to_float(r_at[i / 2 * rm.row + i % 2 * 32 * rm.col]);
+      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+        if (!inside(i)) continue;
+        set_half(w[i / 2], i % 2, w_at[i / 2 * wm.row + i % 2 * 32 * wm.col]);
+        if (kCompensated) set_half(rest[i / 2], i % 2, r_at[i / 2 * rm.row + i % 2 * 32 * rm.col]);
       }
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if (tile_row + i / 2 >= work.rows || col + i % 2 * 32 >= layer.k) continue;
-        uint32_t rand16 = 0;
-        if (rounding == Rounding::stochastic) {
-          const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + i / 2,
-                                   col / kStrip + i % 2 * 4);
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        uint32_t rand = 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
+          const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + i,
+                                   col / kStrip + half * 4);
           // bits16 by masks: choosing by index or by condition would put the words in local memory.
           const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
           const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
           const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
           const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
-          rand16 = word >> (lane % 2 * 16) & 0xFFFFu;
+          rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
         }
-        T new_w = round_nearest<T>(w[i]), new_rest = round_nearest<T>(rest[i]);  // exact
-        merge_element(new_w, new_rest, scratch[(first + i / 2) * kWarp + i % 2 * 32 + lane],
-                      layer.scaling, rounding, rand16);
-        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = new_w;
-        if (compensated) r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = new_rest;
+        const float* const product = scratch + (first + i) * kWarp + lane;
+        merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+        if (!inside(i)) continue;
+        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = half_of(w[i / 2], i % 2);
+        if (kCompensated)
+          r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = half_of(rest[i / 2], i % 2);
       }
     }
     __syncwarp();
   }
+}
+
+// Calls sum with the rounding as a constant: chosen by the element, it cost two thirds more
+// instructions.
+template <typename Sum>
+__device__ __forceinline__ void with_rounding(Rounding rounding, Sum sum) {
+  if (rounding == Rounding::nearest)
+    sum(std::integral_constant<Rounding, Rounding::nearest>{});
+  else if (rounding == Rounding::stochastic)
+    sum(std::integral_constant<Rounding, Rounding::stochastic>{});
+  else
+    sum(std::integral_constant<Rounding, Rounding::compensated>{});
 }
 
 template <typename T, typename F>
@@ -380,24 +685,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   const int warp = int(threadIdx.x) / 32, warp_row = warp / 2 * kWarp, warp_col = warp % 2 * kWarp;
   int next_tile = 0, next_chunk = 0, next_slot = 0;  // filled kRing - 1 stages before it is used
   int tile = 0, chunk = 1 - kRing, slot = 0;         // chunk < 0: nothing to multiply yet
-  Strip<T> window[kWindow<T>], rest_window[kRestWindow<T>];
+  Strip<T> window[kWindow<T>];
   float acc[4][8][4] = {};
-  const bool compensated = table.rounding == Rounding::compensated;
   while (tile < work.tiles) {
-    auto load_window = [&](auto& window, const Matrix& m, int s, int lane) {
-      const Place at = strip_place(s, lane, warp_row, warp_col);
-      const int64_t col = work.col0 + tile * kCols + at.col;
-      if (s < kStrips && at.row < work.rows && col < layer.k)
-        copy_strip(window[s % (sizeof window / sizeof window[0])].v,
-                   global_memory<const T>(m.data) + (work.row0 + at.row) * m.row + col);
-    };
     if (chunk == (tile ? 0 : 1 - kRing)) {  // so that HBM's latency passes under the product
       prefetch_tile<T>(layer.weight, layer, work, tile);
-      if (compensated) prefetch_tile<T>(layer.residual, layer, work, tile);
-      const int lane = lane_id();
-      if (work.wide)
+      if (table.rounding == Rounding::compensated)
+        prefetch_tile<T>(layer.residual, layer, work, tile);
+      if (work.wide) {
+        const Share share(layer, work, tile, warp_row, warp_col);
+        const Strips<T> at(layer.weight, work, tile, share.first);
 #pragma unroll
-        for (int s = 0; s < kEarly<T>; ++s) load_window(window, layer.weight, s, lane);
+        for (int s = 0; s < kEarly<T>; ++s) at.load(window, 0, s, share);
+      }
     }
     if (chunk >= 0) {
       wait_for_copies<kRing - 2>();
@@ -422,39 +722,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     slot = (slot + 1) % kRing;
     if (++chunk < work.chunks) continue;
 
-    if (work.wide) {
-      const int lane = lane_id();
-#pragma unroll
-      for (int s = kEarly<T>; s < kWindow<T>; ++s)
-        load_window(window, layer.weight, s, lane);
-#pragma unroll
-      for (int s = 0; s < kRestWindow<T>; ++s)
-        if (compensated) load_window(rest_window, layer.residual, s, lane);
-#pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
-        const Place at = strip_place(s, lane, warp_row, warp_col);
-        const int64_t row = work.row0 + at.row, col = work.col0 + tile * kCols + at.col;
-        Strip<T> w = window[s % kWindow<T>], rest = rest_window[s % kRestWindow<T>];
-        load_window(window, layer.weight, s + kWindow<T>, lane);
-        if (compensated) load_window(rest_window, layer.residual, s + kRestWindow<T>, lane);
-        if (at.row >= work.rows || col >= layer.k) continue;
-        Words words{};
-        if (table.rounding == Rounding::stochastic)
-          words = draw(layer.seed, kStreamRound, layer.first_row + row, col / kStrip);
-#pragma unroll
-        for (int i = 0; i < kStrip; ++i)
-          merge_element(w.v[i], rest.v[i], strip_value(acc, s, i), layer.scaling, table.rounding,
-                        bits16(words, i));
-        copy_strip(global_memory<T>(layer.weight.data) + row * layer.weight.row + col, w.v);
-        if (compensated)
-          copy_strip(global_memory<T>(layer.residual.data) + row * layer.residual.row + col, rest.v);
-      }
-    } else {
-      __syncthreads();  // then the slot multiplied last is free until the next stage
-      Slot& free_slot = stages.A[(slot + kRing - 1) % kRing];
-      merge_narrow<T>(acc, layer, work, table.rounding, tile, warp_row, warp_col,
-                      reinterpret_cast<float*>(free_slot.bytes) + warp * 8 * kWarp);
-    }
+    if (!work.wide) __syncthreads();  // the slot multiplied last is free then, until the next stage
+    with_rounding(table.rounding, [&](auto rounding) {
+      if (work.wide)
+        merge_wide<decltype(rounding)::value, kEarly<T>>(acc, AsItIs{}, window, layer, work, tile,
+                                                         warp_row, warp_col);
+      else
+        merge_narrow<decltype(rounding)::value, T>(
+            acc, AsItIs{}, layer, work, tile, warp_row, warp_col,
+            reinterpret_cast<float*>(stages.A[(slot + kRing - 1) % kRing].bytes) + warp * 8 * kWarp);
+    });
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
@@ -466,15 +743,66 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   }
 }
 
+template <typename T, Rounding kRounding>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+    merge_resident_kernel(const __grid_constant__ MergeTable table) {
+  Resident& held = *reinterpret_cast<Resident*>(dynamic_shared);
+  __shared__ MergeLayer layer;
+  __shared__ Work work;
+  __shared__ int found;
+  find_layer<&MergeLayer::first_block>(table, layer, found);
+  if (threadIdx.x == 0) {
+    work = work_of<T, float>(table, layer);
+    work.wide_A &= layer.k % 4 == 0;
+    work.wide_B &= layer.r % 4 == 0;
+  }
+  __syncthreads();
+
+  const int warp = int(threadIdx.x) / 32, warp_row = warp / 2 * kWarp, warp_col = warp % 2 * kWarp;
+#pragma unroll 1
+  for (int tile = 0; tile < work.tiles; ++tile) {
+    prefetch_tile<T>(layer.weight, layer, work, tile);
+    if (kRounding == Rounding::compensated)
+      prefetch_tile<T>(layer.residual, layer, work, tile);
+    if (tile == 0)
+#pragma unroll 1
+      for (int below = 0; below * kRows < work.rows; ++below)
+        fill_panel<false>(held.B[below], held.B_units + below * kRows, layer, work.wide_B,
+                          work.row0 + below * kRows);
+    else
+      __syncthreads();  // the panel has been multiplied, its units have been used
+    fill_panel<true>(held.A, held.A_units, layer, work.wide_A, work.col0 + tile * kCols);
+    __syncthreads();
+#pragma unroll 1
+    for (int row = warp_row, below = 0; below * kRows < work.rows; row += kRows, ++below) {
+      float acc[4][8][4] = {};
+      multiply_panels(acc, held.A, held.B[below], int(layer.r), warp_row, warp_col);
+      const InUnits units{held.B_units, held.A_units};
+      if (work.wide) {
+        Strip<T> window[kResidentWindow<kRounding>];
+        merge_wide<kRounding, 0>(acc, units, window, layer, work, tile, row, warp_col);
+      } else {  // the second panel is free: see merge()
+        merge_narrow<kRounding, T>(acc, units, layer, work, tile, row, warp_col,
+                                   reinterpret_cast<float*>(held.B[1].bytes) + warp * 8 * kWarp);
+      }
+    }
+  }
+}
+
 using Kernel = void (*)(MergeTable);
 
-// [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart
-// at run time: five kernels to compile for each architecture, not 27.
+// [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart at
+// run time, once a tile: five kernels to compile for each architecture, not 15. The resident ones
+// have no registers to spare for what three roundings keep in common.
 constexpr Kernel kKernels[3][2] = {
     {merge_kernel<float, float>, nullptr},
     {merge_kernel<bf16, float>, merge_kernel<bf16, bf16>},
     {merge_kernel<fp16, float>, merge_kernel<fp16, fp16>},
 };
+template <typename T>
+constexpr Kernel kResidentKernels[3] = {merge_resident_kernel<T, Rounding::nearest>,
+                                        merge_resident_kernel<T, Rounding::stochastic>,
+                                        merge_resident_kernel<T, Rounding::compensated>};
 
 // ---- The restart --------------------------------------------------------------------------------
 
@@ -550,19 +878,20 @@ int64_t tiles_of(const MergeLayer& layer) {
   return divide_up(layer.n, kRows) * divide_up(layer.k, kCols);
 }
 
-// Tiles that a block goes through in one row: its part of lora_B is read once. As many as leave
-// every multiprocessor its blocks, and few enough to end at about the same time.
+// Tiles that a block goes through. As many as leave every multiprocessor its blocks, and few enough
+// to end at about the same time.
 int tiles_per_block(int64_t tiles, int multiprocessors) {
-  return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 8));
+  return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 16));
 }
 
 }  // namespace
 
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
-                  DType restart_dtype, Rounding rounding, MergeLayer* device_table,
+                  DType restart_dtype, Rounding rounding, bool resident, MergeLayer* device_table,
                   cudaStream_t stream) {
   const bool narrow_factors = factor_dtype != DType::f32;
   if (narrow_factors && factor_dtype != weight_dtype) return cudaErrorInvalidValue;
+  if (resident && (narrow_factors || weight_dtype == DType::f32)) return cudaErrorInvalidValue;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
@@ -570,14 +899,24 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
   if (error != cudaSuccess) return error;
 
   int64_t tiles = 0, blocks = 0, restart_blocks = 0;
-  for (int i = 0; i < count; ++i) tiles += tiles_of(layers[i]);
-  MergeTable table{nullptr, count, tiles_per_block(tiles, multiprocessors), rounding, {}};
+  for (int i = 0; i < count; ++i) {
+    tiles += tiles_of(layers[i]);
+    if (resident && layers[i].r > kMostRank) return cudaErrorInvalidValue;
+  }
+  // A block's own part of lora_B is read once for all of its tiles in one row, resident lora_A once
+  // for two rows: 2 x 8 tiles then.
+  const int tiles_a_block = tiles_per_block(tiles, multiprocessors);
+  const int row_tiles = resident && tiles_a_block > 1 ? kMostRowTiles : 1;
+  const int in_a_row = std::min(divide_up(tiles_a_block, row_tiles), int64_t(8));
+  MergeTable table{nullptr, count, in_a_row, rounding, {}};
   for (int i = 0; i < count; ++i) {
     MergeLayer& layer = layers[i];
     layer.first_block = uint32_t(blocks);
     layer.first_restart_block = uint32_t(restart_blocks);
+    // Without 16-byte accesses the sum needs room, which is the second panel's.
+    layer.row_tiles = is_wide_sum<uint16_t>(layer, rounding) ? uint32_t(row_tiles) : 1u;
     if (tiles_of(layer))
-      blocks += divide_up(layer.n, kRows) *
+      blocks += divide_up(layer.n, layer.row_tiles * kRows) *
                 divide_up(divide_up(layer.k, kCols), table.tiles_per_block);
     if (layer.restarts)
       restart_blocks += divide_up(layer.restart_rows * divide_up(layer.k, 4) +
@@ -589,12 +928,14 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
 
   // A kernel's code is loaded at its first use, which may fail. All of it is loaded before the first
   // launch: else W could be merged and its factors left, and the next call would merge them again.
-  const Kernel kernel = kKernels[int(weight_dtype)][narrow_factors];
+  const Kernel kernel = !resident ? kKernels[int(weight_dtype)][narrow_factors]
+                        : weight_dtype == DType::bf16 ? kResidentKernels<bf16>[int(rounding)]
+                                                      : kResidentKernels<fp16>[int(rounding)];
+  const size_t shared = resident ? sizeof(Resident) : sizeof(Stages);
   const Kernel restart = kRestartKernels[int(restart_dtype)];
   cudaFuncAttributes loaded;
   if (blocks)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(sizeof(Stages)));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (restart_blocks && error == cudaSuccess) error = cudaFuncGetAttributes(&loaded, restart);
   if (error != cudaSuccess) return error;
 
@@ -610,7 +951,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     table.layers = device_table;
   }
   if (blocks && error == cudaSuccess)
-    error = launch(kernel, blocks, kThreads, sizeof(Stages), stream, table);
+    error = launch(kernel, blocks, kThreads, shared, stream, table);
   if (restart_blocks && error == cudaSuccess)
     error = launch(restart, restart_blocks, kRestartThreads, 0, stream, table);
   return error;

@@ -133,6 +133,19 @@ RELORA_HD fp16 round_nearest<fp16>(float v) {
 #endif
 }
 
+// ---- fp32 as fp16 times a power of two ----------------------------------------------------------
+// fp16 has tf32's mantissa and twice its speed, but five bits of exponent: enough for numbers that
+// are summed with each other, once a power of two has brought the largest near the top. What is
+// 2^-28 of it or more keeps 11 bits, what is smaller an error of up to 2^-39 of it.
+
+// The power of two that brings `largest` >= 0 into [2^14, 2^15), for it and its inverse to be
+// normal numbers; of an infinity, one that leaves the finite numbers beside it finite.
+RELORA_HD float half_scale(float largest) {
+  const uint32_t exponent = float_bits(largest) >> 23, scale = 268u - exponent;
+  return bits_float((scale < 253u ? scale : 253u) << 23);
+}
+RELORA_HD float half_unit(float scale) { return bits_float((254u << 23) - float_bits(scale)); }
+
 // ---- From fp32, stochastically: up with probability (v - lower) / (upper - lower) --------------
 // `rand16` holds 16 random bits. Infinity, NaN and values above the type's largest round to
 // nearest; representable values stay as they are.
@@ -161,6 +174,72 @@ RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
   const uint32_t up = float(rand16) < (units - float(whole)) * 65536.0f;
   return {uint16_t(sign | (whole + up))};
 }
+
+// ---- Two neighbours at a time -------------------------------------------------------------------
+// As they lie in memory: one word of a 16-bit type, the first in its lower half.
+
+template <typename T>
+struct Pair { uint32_t bits; };
+template <>
+struct Pair<float> { float first, second; };
+
+// One of a pair of zeros gets its value; one of a pair. `second` is a constant after unrolling.
+template <typename T>
+RELORA_HD void set_half(Pair<T>& pair, bool second, T v) {
+  pair.bits |= uint32_t(v.bits) << (second ? 16 : 0);
+}
+RELORA_HD void set_half(Pair<float>& pair, bool second, float v) {
+  (second ? pair.second : pair.first) = v;
+}
+template <typename T>
+RELORA_HD T half_of(const Pair<T>& pair, bool second) {
+  return {uint16_t(pair.bits >> (second ? 16 : 0))};
+}
+RELORA_HD float half_of(const Pair<float>& pair, bool second) {
+  return second ? pair.second : pair.first;
+}
+
+RELORA_HD Pair<float> widen(Pair<float> v) { return v; }
+RELORA_HD Pair<float> widen(Pair<bf16> v) {
+  return {bits_float(v.bits << 16), bits_float(v.bits & 0xFFFF0000u)};
+}
+RELORA_HD Pair<float> widen(Pair<fp16> v) {
+  return {to_float(fp16{uint16_t(v.bits)}), to_float(fp16{uint16_t(v.bits >> 16)})};
+}
+
+template <typename T>
+RELORA_HD Pair<T> pair_nearest(Pair<float> v);
+template <>
+RELORA_HD Pair<float> pair_nearest<float>(Pair<float> v) { return v; }
+template <>
+RELORA_HD Pair<bf16> pair_nearest<bf16>(Pair<float> v) {
+#ifdef __CUDA_ARCH__
+  Pair<bf16> out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out.bits) : "f"(v.second), "f"(v.first));
+  return out;
+#else
+  return {round_nearest<bf16>(v.first).bits | uint32_t(round_nearest<bf16>(v.second).bits) << 16};
+#endif
+}
+template <>
+RELORA_HD Pair<fp16> pair_nearest<fp16>(Pair<float> v) {
+#ifdef __CUDA_ARCH__
+  Pair<fp16> out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out.bits) : "f"(v.second), "f"(v.first));
+  return out;
+#else
+  return {round_nearest<fp16>(v.first).bits | uint32_t(round_nearest<fp16>(v.second).bits) << 16};
+#endif
+}
+
+// `rand`: 16 random bits of the first in the lower half, of the second in the upper.
+template <typename T>
+RELORA_HD Pair<T> pair_stochastic(Pair<float> v, uint32_t rand) {
+  return {round_stochastic<T>(v.first, rand & 0xFFFFu).bits |
+          uint32_t(round_stochastic<T>(v.second, rand >> 16).bits) << 16};
+}
+template <>
+RELORA_HD Pair<float> pair_stochastic<float>(Pair<float> v, uint32_t) { return v; }
 
 // ---- Magnitudes and quantiles -------------------------------------------------------------------
 // A magnitude's key is its bits without the sign: an unsigned integer that orders as |v| does, with

@@ -306,13 +306,13 @@ def _our_linear(name: str) -> Row:
     return Row(make, name, why_not=why_not)
 
 
-def _by_constant(constant: str, make: Callable) -> dict[str, Row]:
+def _by_constant(constant: str, make: Callable, op=linear_op) -> dict[str, Row]:
     """Rows under each value that a backend's module lists (PAIRS) for a constant of its own (PAIR)."""
     return {
         f"ours {name}, {constant} = {value}": dataclasses.replace(
             make(name), setting=functools.partial(_constant, module, constant, value)
         )
-        for name, module in linear_op.IMPLEMENTATIONS.items()
+        for name, module in op.IMPLEMENTATIONS.items()
         for value in getattr(module, f"{constant}S", ())
     }
 
@@ -342,13 +342,17 @@ def _our_main_loop(name: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Merge(Problem):
-    """W += s B A in place, W (out, in), for each of `shapes`; A and B as `factors`."""
+    """W += s B A in place, W (out, in), for each of `shapes`; A and B as `factors`.
+
+    `by`: the name of a constant (RESIDENT) for whose values (RESIDENTS) a backend has a row each.
+    """
 
     shapes: tuple[tuple[int, int], ...]
     r: int
     rounding: str = "nearest"
     dtype: str = "bfloat16"
     factors: str = "float32"
+    by: str = ""
 
     BASELINE = "device copy"
 
@@ -357,7 +361,9 @@ class Merge(Problem):
         what = " to ".join(map(str, reversed(self.shapes[0])))
         if len(self.shapes) > 1:
             what = f"{len(self.shapes)} weights of {self.elements:,} elements"
-        return f"merge {self.rounding} {what}, r {self.r}, {self.dtype}"
+        return f"merge {self.rounding} {what}, r {self.r}, {self.dtype}" + (
+            f", by {self.by}" if self.by else ""
+        )
 
     @property
     def elements(self) -> int:
@@ -379,6 +385,8 @@ class Merge(Problem):
         return self.elements * getattr(torch, self.dtype).itemsize
 
     def ours(self) -> dict[str, Row]:
+        if self.by:
+            return _by_constant(self.by, _our_merge, merge_op)
         return {f"ours {name}": _our_merge(name) for name in merge_op.IMPLEMENTATIONS}
 
     def baseline(self) -> Row:
@@ -422,7 +430,7 @@ class Merge(Problem):
         return {"error": relative, "error_over_eager": 2 * worst}
 
     def evidence_class(self, o: MergeOperands) -> tuple[str, list] | None:
-        if len(self.shapes) > 1:
+        if len(self.shapes) > 1 or self.by:
             return None
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, self.rounding
         return "merge_", list(evidence.CLASSES["merge_"](*call))

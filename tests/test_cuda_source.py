@@ -100,6 +100,40 @@ def test_stochastic_rounding_is_unbiased(numerics, kind, value):
     assert abs(rounded.mean() - value.double()) <= 2.0**-13 * (high - low)
 
 
+def as_scaled_half(numerics, values, largest):
+    """(values as fp16 beside `largest`, in float64 and times the unit; the unit)"""
+    out, scale, unit = np.empty(values.size // 2, np.uint32), ctypes.c_float(), ctypes.c_float()
+    numerics.scale_half(
+        pointer(values), ctypes.c_int64(values.size // 2), ctypes.c_float(largest),
+        ctypes.byref(scale), ctypes.byref(unit), pointer(out),
+    )  # fmt: skip
+    assert scale.value * unit.value == 1.0
+    return out.view(np.float16).astype(np.float64) * unit.value, unit.value
+
+
+@pytest.mark.parametrize("exponent", [*range(-126, 128, 7), -149, -127, 126, 127])
+def test_scaled_fp16_keeps_11_bits_of_numbers_of_any_size(numerics, exponent):
+    """Of all that are 2^-28 of the largest or more; of smaller ones an error of 2^-39 of it."""
+    rng = np.random.default_rng(exponent + 200)
+    largest = np.float32(2.0**exponent * (1.999999 if exponent > -149 else 1))
+    values = largest * rng.uniform(-1, 1, 4096) * 2.0 ** -rng.integers(0, 45, 4096)
+    values = np.append(values, [largest, -largest]).astype(np.float32)
+    got, unit = as_scaled_half(numerics, values, largest)
+    if exponent >= -112:  # below, the power of two that it would take is no fp32 number
+        assert 2.0**14 <= largest / unit < 2.0**15
+    exact = values.astype(np.float64)
+    step = max(2.0**-39 * float(largest), 2.0**-25 * unit)
+    assert (np.abs(got - exact) <= np.maximum(2.0**-11 * np.abs(exact), step)).all()
+
+
+def test_scaled_fp16_beside_zeros_infinities_and_nans(numerics):
+    zeros, _ = as_scaled_half(numerics, np.zeros(2, np.float32), 0.0)
+    assert not zeros.any()
+    values = np.array([np.inf, -np.inf, np.nan, 3e38], np.float32)
+    got, _ = as_scaled_half(numerics, values, np.inf)
+    assert got[0] == np.inf and got[1] == -np.inf and np.isnan(got[2]) and np.isfinite(got[3])
+
+
 def test_philox_known_answers(numerics):
     """From Random123's kat_vectors."""
     ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -147,10 +181,12 @@ class Shim:
         self.library, self.order, self.blocks, self.calls = library, 0, 0, 0
         self.merge_layer_bytes = library.simt_merge_layer_bytes()
         self.merge_inline_layers = library.simt_merge_inline_layers()
+        self.merge_most_rank = library.simt_merge_most_rank()
 
     def merge(
-        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, table, device, stream
-    ):
+        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, resident, table, device,
+        stream,
+    ):  # fmt: skip
         assert len(layers) % self.merge_layer_bytes == 0
         blocks = ctypes.c_long()
         error = self.library.simt_merge(
@@ -158,6 +194,7 @@ class Shim:
             len(layers) // self.merge_layer_bytes,
             *(CODES["dtype"].index(name) for name in (weight_dtype, factor_dtype, restart_dtype)),
             CODES["rounding"].index(rounding),
+            resident,
             ctypes.c_void_p(table),
             self.order,
             ctypes.byref(blocks),
@@ -222,7 +259,7 @@ def drawn_case(number: int, device: str):
 
     n = pick([1, 3, 8, 17, 64, 127, 128, 129, 136])
     k = pick([1, 8, 17, 64, 127, 128, 136, 200, 259, 272])
-    r = pick([1, 7, 8, 16, 17, 24, 33, 130])  # 130: more stages than lora_B has slots, if float32
+    r = pick([1, 7, 8, 16, 17, 33, 100, 130])  # 130: more stages than lora_B has slots, if float32
     dtype, factor_dtype = WEIGHT_DTYPES[number % 3], WEIGHT_DTYPES[number // 3 % 3]
     rounding = CODES["rounding"][number // 9 % 3]
     scale = pick([1.0, 1.0, 1e-3, 1e-6, 2e4])
@@ -358,6 +395,30 @@ def test_merge_is_bitwise_the_reference(shim, part):
         assert shim.blocks > 0
 
 
+@pytest.mark.parametrize("part", range(6))
+def test_streamed_merge_is_bitwise_the_reference(shim, monkeypatch, part):
+    """Of float32 factors and a 16-bit W, which stay in shared memory otherwise."""
+    monkeypatch.setattr(launcher, "RESIDENT", False)
+    for number in range(part * 27, (part + 1) * 27):
+        if number % 3 < 2 and number // 3 % 3 == 2:
+            shim.order = number % 5
+            assert_bitwise_as_the_reference(number)
+
+
+@pytest.mark.parametrize("sizes", [(140, 272, 128), (256, 128, 1), (257, 130, 65), (300, 520, 31)])
+@pytest.mark.parametrize("order", [0, 2])
+def test_a_block_of_tiles_below_each_other_is_bitwise_the_reference(shim, sizes, order):
+    n, k, r = sizes
+    shim.order = order
+    A, B = (torch.randint(-4, 4, s) * 2.0 + 1 for s in ((r, k), (n, r)))
+    for dtype in WEIGHT_DTYPES[:2]:
+        weight = torch.randn(n, k).to(dtype)
+        expected = weight.clone()
+        reference.merge_(expected, A, B, 2.0**-9, "stochastic", None, 7, 2**31)
+        launcher.merge_(weight, A, B, 2.0**-9, "stochastic", None, 7, 2**31)
+        assert_same_bits(weight, expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("part", range(6))
 def test_merge_on_a_gpu_is_bitwise_the_reference(part):
@@ -377,6 +438,55 @@ def test_merge_of_any_factors_is_as_exact_as_float32_sums(shim, factor_dtype):
     magnitude = weight.double().abs() + 0.3 * (B.double().abs() @ A.double().abs())
     launcher.merge_(weight, A, B, 0.3, "nearest", None, 0, 0)
     assert ((weight.double() - exact).abs() <= r * 2.0**-24 * magnitude).all()
+
+
+def update_of(A, B, dtype):
+    """s B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
+    weight = torch.zeros(len(B), A.shape[1], dtype=dtype)
+    residual = torch.zeros_like(weight)
+    launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
+    return weight.double() + residual.double()
+
+
+@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("r", [1, 31, 128])
+def test_float32_factors_keep_tf32s_precision(shim, monkeypatch, resident, r):
+    """Of magnitudes that span 2^20 in every row: element by element, against |B| |A|."""
+    monkeypatch.setattr(launcher, "RESIDENT", resident)
+    A, B = (torch.randn(s) * 2.0 ** -torch.randint(0, 20, s) for s in ((r, 140), (130, r)))
+    magnitude = B.double().abs() @ A.double().abs()
+    error = (update_of(A, B, torch.bfloat16) - B.double() @ A.double()).abs()
+    # Two roundings of a product, its sums, and what two bf16 hold of it.
+    assert (error <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * magnitude).all()
+    assert (error > 2.0**-12 * magnitude).any()  # a limit far from all errors would find nothing
+
+
+def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(shim):
+    """Powers of two of a row or column come out as they went in, bit for bit."""
+    n, k, r = 130, 140, 17
+    A, B = torch.randn(r, k), torch.randn(n, r)
+    rows = 2.0 ** torch.randint(-60, 30, (n, 1)).float()
+    cols = 2.0 ** torch.randint(-30, 60, (1, k)).float()
+    A[:, 3], B[5] = 0.0, 0.0
+    scaled = update_of(A * cols, B * rows, torch.bfloat16)
+    assert torch.equal(scaled, rows.double() * update_of(A, B, torch.bfloat16) * cols)
+
+
+def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
+    """A rank beyond the resident kernel's is a launch of its own."""
+    most = shim.merge_most_rank
+    layers = [
+        (torch.randn(20, 30).bfloat16(), torch.randn(r, 30), torch.randn(20, r))
+        for r in (8, most, most + 1)
+    ]
+    alone = [layer[0].clone() for layer in layers]
+    for weight, (_, A, B) in zip(alone, layers):
+        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
+    shim.calls = 0
+    launcher.merge_many_([(*layer, 1.0, "nearest", None, 0, 0) for layer in layers])
+    assert shim.calls == 2
+    for weight, (merged, _, _) in zip(alone, layers):
+        assert torch.equal(weight, merged)
 
 
 @pytest.mark.parametrize("rounding", CODES["rounding"])

@@ -11,9 +11,15 @@ from relora_kernels.cuda import extension, why_no_device
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # launch.h's MergeLayer: six matrices as pointer and two strides; n, k, r, restart_rows; two seeds; two
-# first rows; scaling and restart_step; restarts; what the launch fills in.
+# first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
+
+# Whether float32 factors of a 16-bit W with r <= merge_most_rank stay in shared memory as scaled fp16,
+# or stream through it as tf32: csrc/merge.cu has the arithmetic, which speaks for the first; a device
+# has to say: "by RESIDENT" in bench/gpu_check.py.
+RESIDENT = True
+RESIDENTS = (False, True)
 
 
 def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
@@ -40,12 +46,15 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 
 
 def merge_many_(merges, restarts=None) -> None:
-    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes and rounding.
+    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes and rounding
+    (and, with float32 factors of a 16-bit W, one for r <= merge_most_rank and one for the others).
 
     `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Behind
     the write lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
     (seed, first_row), lora_B zeroed, and 1 added to merge_count.
     """
+    module, _ = extension()
+    most_rank = module.merge_most_rank
     groups: dict[tuple, list] = {}
     for merge, restart in zip(merges, restarts or [None] * len(merges)):
         weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
@@ -53,16 +62,19 @@ def merge_many_(merges, restarts=None) -> None:
             rounding = "nearest"
         wanted = weight.dtype if lora_A.dtype == weight.dtype else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
-        key = weight.device, weight.dtype, wanted, restarted, rounding
+        # By the layer alone: what a list is made of decides no bit of a result.
+        resident = RESIDENT and wanted != weight.dtype and len(lora_A) <= most_rank
+        key = weight.device, weight.dtype, wanted, restarted, rounding, resident
         # Other factors become float32, which is exact.
         factors = lora_A.to(wanted), lora_B.to(wanted)
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():
-        _launch(*key, group)
+        _launch(module, *key, group)
 
 
-def _launch(device, weight_dtype, factor_dtype, restart_dtype, rounding, group) -> None:
-    module, _ = extension()
+def _launch(
+    module, device, weight_dtype, factor_dtype, restart_dtype, rounding, resident, group
+) -> None:
     layers = bytearray().join(
         _LAYER.pack(
             *_matrix(weight),
@@ -98,6 +110,7 @@ def _launch(device, weight_dtype, factor_dtype, restart_dtype, rounding, group) 
                 factor_dtype=DTYPES[factor_dtype],
                 restart_dtype=DTYPES[restart_dtype],
                 rounding=rounding,
+                resident=resident,
                 table=0 if table is None else table.data_ptr(),
                 device=device.index,
                 stream=torch.cuda.current_stream().cuda_stream,

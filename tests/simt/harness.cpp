@@ -11,7 +11,7 @@ extern "C" {
 
 // Returns the cudaError_t; `blocks` receives how many blocks ran.
 int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int restart_dtype,
-               int rounding, void* table, unsigned order, long* blocks) {
+               int rounding, bool resident, void* table, unsigned order, long* blocks) {
   using namespace relora;
   simt::order = order;
   simt::blocks_run = 0;
@@ -19,7 +19,8 @@ int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int 
   simt::dynamic_capacity = sizeof dynamic_shared;
   const int error =
       merge(static_cast<MergeLayer*>(layers), count, DType(weight_dtype), DType(factor_dtype),
-            DType(restart_dtype), Rounding(rounding), static_cast<MergeLayer*>(table), nullptr);
+            DType(restart_dtype), Rounding(rounding), resident, static_cast<MergeLayer*>(table),
+            nullptr);
   *blocks = simt::blocks_run;
   return error;
 }
@@ -30,5 +31,6 @@ void simt_unload(int loads) {
 }
 int simt_merge_layer_bytes() { return sizeof(relora::MergeLayer); }
 int simt_merge_inline_layers() { return relora::kInlineLayers; }
+int simt_merge_most_rank() { return relora::kMostRank; }
 
 }  // extern "C"

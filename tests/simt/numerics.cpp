@@ -24,6 +24,13 @@ void round_bf16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out
 void round_fp16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
   round_all<fp16>(v, rand16, n, out);
 }
+// Each of v as fp16 beside `largest`, in pairs, and what one unit of it is worth.
+void scale_half(const float* v, int64_t pairs, float largest, float* scale, float* unit,
+                uint32_t* out) {
+  *scale = half_scale(largest), *unit = half_unit(*scale);
+  for (int64_t i = 0; i < pairs; ++i) 
+    out[i] = pair_nearest<fp16>({*scale * v[2 * i], *scale * v[2 * i + 1]}).bits;
+}
 void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
   const Words words =
       philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
