@@ -28,7 +28,7 @@
 // Streamed (any r, any factors): lora_A's stages of 64 bytes along r pass through a ring, lora_B's
 // stay if r <= 128 (16-bit: 256).
 // Resident (fp32 factors, 16-bit W, r <= 128): a block holds all of r as fp16, of up to 256 rows of
-// lora_B for good, and of lora_A for 128 columns at a time, which it multiplies by both its 128 rows.
+// lora_B for good, and of lora_A for 128 columns at a time, which it multiplies by all its rows.
 // It loads a tile's lora_A into the registers that the accumulators take later: 64 KB are under way
 // at once, and each column's largest element is known before the first is rounded.
 // Both:
@@ -355,7 +355,8 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[4][8][4], Panel& A,
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int line = warp_row + 16 * m + g;
-      const uint4 upper = panel_chunk(B, line, g, chunk), lower = panel_chunk(B, line + 8, g, chunk);
+      const uint4 upper = panel_chunk(B, line, g, chunk);
+      const uint4 lower = panel_chunk(B, line + 8, g, chunk);
       const uint32_t rows[2][4] = {{upper.x, lower.x, upper.y, lower.y},
                                    {upper.z, lower.z, upper.w, lower.w}};
 #pragma unroll
@@ -382,18 +383,18 @@ __device__ __forceinline__ uint32_t& word(uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 template <typename T>
-__device__ __forceinline__ Pair<T> get_pair(Strip<T>& strip, int i) {
+__device__ __forceinline__ Neighbours<T> get_pair(Strip<T>& strip, int i) {
   return {word(strip.v[0], i)};
 }
-__device__ __forceinline__ Pair<float> get_pair(Strip<float>& strip, int i) {
+__device__ __forceinline__ Neighbours<float> get_pair(Strip<float>& strip, int i) {
   uint4& v = strip.v[i / 2];
   return {bits_float(word(v, i % 2 * 2)), bits_float(word(v, i % 2 * 2 + 1))};
 }
 template <typename T>
-__device__ __forceinline__ void set_pair(Strip<T>& strip, int i, Pair<T> pair) {
+__device__ __forceinline__ void set_pair(Strip<T>& strip, int i, Neighbours<T> pair) {
   word(strip.v[0], i) = pair.bits;
 }
-__device__ __forceinline__ void set_pair(Strip<float>& strip, int i, Pair<float> pair) {
+__device__ __forceinline__ void set_pair(Strip<float>& strip, int i, Neighbours<float> pair) {
   uint4& v = strip.v[i / 2];
   word(v, i % 2 * 2) = float_bits(pair.first), word(v, i % 2 * 2 + 1) = float_bits(pair.second);
 }
@@ -421,7 +422,7 @@ constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
 template <Rounding kRounding>
 constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;
 template <typename T>
-constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane at a time, without 16-byte accesses
+constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
 
 __device__ __forceinline__ Place strip_place(int strip, int lane, int warp_row, int warp_col) {
   return {warp_row + strip / 2 * 8 + lane / 4, warp_col + strip % 2 * 32 + lane % 4 * 8};
@@ -431,19 +432,20 @@ __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int st
 }
 
 template <Rounding kRounding, typename T>
-__device__ __forceinline__ void merge_pair(Pair<T>& w, Pair<T>& rest, Pair<float> product,
-                                           float scaling, uint32_t rand) {
+__device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
+                                           Neighbours<float> product, float scaling,
+                                           uint32_t rand) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  Pair<float> v = widen(w);
+  Neighbours<float> v = widen(w);
   if (kCompensated) {
-    const Pair<float> kept = widen(rest);
+    const Neighbours<float> kept = widen(rest);
     v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
   }
   v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
        __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
   w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
   if (kCompensated) {
-    const Pair<float> stored = widen(w);
+    const Neighbours<float> stored = widen(w);
     rest = pair_nearest<T>(
         {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
   }
@@ -573,7 +575,7 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units un
                      (work.col0 + tile * kCols + col) / kStrip);
 #pragma unroll
       for (int i = 0; i < kStrip / 2; ++i) {
-        Pair<T> pair = get_pair(w, i), rest_pair{};
+        Neighbours<T> pair = get_pair(w, i), rest_pair{};
         if (kCompensated) rest_pair = get_pair(rest, i);
         merge_pair<kRounding>(pair, rest_pair,
                               {units(strip_value(acc, s, 2 * i), row, col + 2 * i),
@@ -621,8 +623,10 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units 
       T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
       T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
       // A row's elements at col and 32 further on, as if they were neighbours.
-      Pair<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
-      auto inside = [&](int i) { return tile_row + i / 2 < work.rows && col + i % 2 * 32 < layer.k; };
+      Neighbours<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
+      auto inside = [&](int i) {
+        return tile_row + i / 2 < work.rows && col + i % 2 * 32 < layer.k;
+      };
 #pragma unroll
       for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
         if (!inside(i)) continue;

@@ -179,42 +179,42 @@ RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
 // As they lie in memory: one word of a 16-bit type, the first in its lower half.
 
 template <typename T>
-struct Pair { uint32_t bits; };
+struct Neighbours { uint32_t bits; };
 template <>
-struct Pair<float> { float first, second; };
+struct Neighbours<float> { float first, second; };
 
 // One of a pair of zeros gets its value; one of a pair. `second` is a constant after unrolling.
 template <typename T>
-RELORA_HD void set_half(Pair<T>& pair, bool second, T v) {
+RELORA_HD void set_half(Neighbours<T>& pair, bool second, T v) {
   pair.bits |= uint32_t(v.bits) << (second ? 16 : 0);
 }
-RELORA_HD void set_half(Pair<float>& pair, bool second, float v) {
+RELORA_HD void set_half(Neighbours<float>& pair, bool second, float v) {
   (second ? pair.second : pair.first) = v;
 }
 template <typename T>
-RELORA_HD T half_of(const Pair<T>& pair, bool second) {
+RELORA_HD T half_of(const Neighbours<T>& pair, bool second) {
   return {uint16_t(pair.bits >> (second ? 16 : 0))};
 }
-RELORA_HD float half_of(const Pair<float>& pair, bool second) {
+RELORA_HD float half_of(const Neighbours<float>& pair, bool second) {
   return second ? pair.second : pair.first;
 }
 
-RELORA_HD Pair<float> widen(Pair<float> v) { return v; }
-RELORA_HD Pair<float> widen(Pair<bf16> v) {
+RELORA_HD Neighbours<float> widen(Neighbours<float> v) { return v; }
+RELORA_HD Neighbours<float> widen(Neighbours<bf16> v) {
   return {bits_float(v.bits << 16), bits_float(v.bits & 0xFFFF0000u)};
 }
-RELORA_HD Pair<float> widen(Pair<fp16> v) {
+RELORA_HD Neighbours<float> widen(Neighbours<fp16> v) {
   return {to_float(fp16{uint16_t(v.bits)}), to_float(fp16{uint16_t(v.bits >> 16)})};
 }
 
 template <typename T>
-RELORA_HD Pair<T> pair_nearest(Pair<float> v);
+RELORA_HD Neighbours<T> pair_nearest(Neighbours<float> v);
 template <>
-RELORA_HD Pair<float> pair_nearest<float>(Pair<float> v) { return v; }
+RELORA_HD Neighbours<float> pair_nearest<float>(Neighbours<float> v) { return v; }
 template <>
-RELORA_HD Pair<bf16> pair_nearest<bf16>(Pair<float> v) {
+RELORA_HD Neighbours<bf16> pair_nearest<bf16>(Neighbours<float> v) {
 #ifdef __CUDA_ARCH__
-  Pair<bf16> out;
+  Neighbours<bf16> out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out.bits) : "f"(v.second), "f"(v.first));
   return out;
 #else
@@ -222,9 +222,9 @@ RELORA_HD Pair<bf16> pair_nearest<bf16>(Pair<float> v) {
 #endif
 }
 template <>
-RELORA_HD Pair<fp16> pair_nearest<fp16>(Pair<float> v) {
+RELORA_HD Neighbours<fp16> pair_nearest<fp16>(Neighbours<float> v) {
 #ifdef __CUDA_ARCH__
-  Pair<fp16> out;
+  Neighbours<fp16> out;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out.bits) : "f"(v.second), "f"(v.first));
   return out;
 #else
@@ -234,12 +234,12 @@ RELORA_HD Pair<fp16> pair_nearest<fp16>(Pair<float> v) {
 
 // `rand`: 16 random bits of the first in the lower half, of the second in the upper.
 template <typename T>
-RELORA_HD Pair<T> pair_stochastic(Pair<float> v, uint32_t rand) {
+RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
   return {round_stochastic<T>(v.first, rand & 0xFFFFu).bits |
           uint32_t(round_stochastic<T>(v.second, rand >> 16).bits) << 16};
 }
 template <>
-RELORA_HD Pair<float> pair_stochastic<float>(Pair<float> v, uint32_t) { return v; }
+RELORA_HD Neighbours<float> pair_stochastic<float>(Neighbours<float> v, uint32_t) { return v; }
 
 // ---- Magnitudes and quantiles -------------------------------------------------------------------
 // A magnitude's key is its bits without the sign: an unsigned integer that orders as |v| does, with

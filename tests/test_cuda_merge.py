@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def operands(n, k, r, dtype, factor_dtype=torch.float32, device="cuda"):
-    """Factors whose products are exact in tf32 and whose sums are exact in float32."""
+    """Factors whose products are exact in tf32 and scaled fp16, and whose sums are in float32."""
     lora_A = torch.randint(-8, 9, (r, k), device=device) / 2**6
     lora_B = torch.randint(-8, 9, (n, r), device=device) / 2**6
     weight = torch.randn(n, k, device=device).to(dtype)
@@ -40,13 +40,29 @@ def both(*args, rounding="nearest", seed=3):
 
 @pytest.mark.parametrize("rounding", checks.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resident", launcher.RESIDENTS)
 @pytest.mark.parametrize(
     "shape",
-    [(2048, 2048, 128), (5461, 2048, 128), (2048, 5461, 128), (700, 1000, 512), (33, 129, 1)],
+    [
+        (2048, 2048, 128),
+        (4096, 4096, 100),
+        (5461, 2048, 128),
+        (2048, 5461, 128),
+        (700, 1000, 512),
+        (33, 129, 1),
+    ],
 )
-def test_bitwise_as_the_reference_at_models_sizes(shape, dtype, rounding):
+def test_bitwise_as_the_reference_at_models_sizes(monkeypatch, shape, resident, dtype, rounding):
+    monkeypatch.setattr(launcher, "RESIDENT", resident)
     for theirs, ours in zip(*both(*operands(*shape, dtype), rounding=rounding)):
         test_cuda_source.assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("r", [1, 31, 128])
+def test_float32_factors_keep_tf32s_precision(monkeypatch, resident, r):
+    monkeypatch.setattr(launcher, "RESIDENT", resident)
+    test_cuda_source.keeps_tf32s_precision(r, (1030, 2056), "cuda")
 
 
 @pytest.mark.parametrize("number", range(0, 27, 2))

@@ -441,24 +441,31 @@ def test_merge_of_any_factors_is_as_exact_as_float32_sums(shim, factor_dtype):
 
 
 def update_of(A, B, dtype):
-    """s B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
-    weight = torch.zeros(len(B), A.shape[1], dtype=dtype)
+    """B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
+    weight = torch.zeros(len(B), A.shape[1], dtype=dtype, device=A.device)
     residual = torch.zeros_like(weight)
     launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
     return weight.double() + residual.double()
 
 
-@pytest.mark.parametrize("resident", launcher.RESIDENTS)
-@pytest.mark.parametrize("r", [1, 31, 128])
-def test_float32_factors_keep_tf32s_precision(shim, monkeypatch, resident, r):
+def keeps_tf32s_precision(r, shape, device="cpu"):
     """Of magnitudes that span 2^20 in every row: element by element, against |B| |A|."""
-    monkeypatch.setattr(launcher, "RESIDENT", resident)
-    A, B = (torch.randn(s) * 2.0 ** -torch.randint(0, 20, s) for s in ((r, 140), (130, r)))
+    sizes = (r, shape[1]), (shape[0], r)
+    A, B = (
+        torch.randn(s, device=device) * 2.0 ** -torch.randint(20, s, device=device) for s in sizes
+    )
     magnitude = B.double().abs() @ A.double().abs()
     error = (update_of(A, B, torch.bfloat16) - B.double() @ A.double()).abs()
     # Two roundings of a product, its sums, and what two bf16 hold of it.
     assert (error <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * magnitude).all()
     assert (error > 2.0**-12 * magnitude).any()  # a limit far from all errors would find nothing
+
+
+@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("r", [1, 31, 128])
+def test_float32_factors_keep_tf32s_precision(shim, monkeypatch, resident, r):
+    monkeypatch.setattr(launcher, "RESIDENT", resident)
+    keeps_tf32s_precision(r, (130, 140))
 
 
 def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(shim):

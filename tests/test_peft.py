@@ -186,8 +186,9 @@ def test_what_16_bit_weights_could_not_store(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base16")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter16").eval()
     exact = logits(copy.deepcopy(narrow).double())
-    assert error(logits(theirs), exact) <= 2 * error(logits(narrow), exact)
-    assert error(logits(narrow), exact) <= 2 * error(logits(theirs), exact)
+    # Of all logits together: the largest error of a 16-bit model is one rounding's luck.
+    a, b = ((logits(m).double() - exact).norm().item() for m in (narrow, theirs))
+    assert a <= 2 * b and b <= 2 * a
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
