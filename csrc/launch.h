@@ -41,8 +41,9 @@ constexpr int kInlineLayers = 16;
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32 or weight's dtype. `table`: device memory for `count` MergeLayers, unused up to
-// kInlineLayers. `resident`: the kernel that keeps r in shared memory, for fp32 factors of a 16-bit W
-// with r <= kMostRank. Enqueues on `stream`, never synchronises, copies nothing from host memory;
+// kInlineLayers. `resident`: by the kernel that keeps r in shared memory; fp32 factors of a bf16 W, not
+// stochastic, r <= kMostRank and a multiple of 4, lora_B's rows 16-byte aligned, else
+// cudaErrorInvalidValue. Enqueues on `stream`, never synchronises, copies nothing from host memory;
 // launches nothing where there is nothing to do.
 constexpr int kMostRank = 128;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,

@@ -9,28 +9,31 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// The product: 16-bit factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16:
-// as fp16, scaled by a power of two for each row of lora_B and column of lora_A (numerics.cuh), if
-// r <= 128; else as tf32. For an fp32 W each is the sum of two tf32, and three of the four products
-// are taken, which keeps 2^-22: three times the tensor work, and still 1.7 times as fast as the fp32
+// The product: 16-bit factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16: as
+// tf32, or, resident, as fp16 scaled by a power of two for each row of lora_B and column of lora_A
+// (numerics.cuh). For an fp32 W each is the sum of two tf32, and three of the four products are
+// taken, which keeps 2^-22: three times the tensor work, and still 1.7 times as fast as the fp32
 // pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
-//
-// What bounds it on an H200, for each 128 x 128 tile of a whole model's bf16 W with fp32 factors,
-// r = 128; by data sheets and published microbenchmarks, not measured here. 88 % of the copy rate
-// are 19 ns, or some 4700 cycles of one of the multiprocessors:
-//                                             streamed           resident
-//   HBM     W in and out, 64 KB; factors      88 %               88 %
-//   L2      to shared memory, and W, at       64 + 8 + 32 KB,    32 + 8 + 32 KB,
-//           some 6.8 TB/s                     80 %               56 %
-//   tensor  by mma.sync, some 62 % of peak    tf32, 70 %         fp16, 35 %
-//   shared  in and out                        320 KB, 53 %       180 KB, 30 %
 //
 // Streamed (any r, any factors): lora_A's stages of 64 bytes along r pass through a ring, lora_B's
 // stay if r <= 128 (16-bit: 256).
-// Resident (fp32 factors, 16-bit W, r <= 128): a block holds all of r as fp16, of up to 256 rows of
-// lora_B for good, and of lora_A for 128 columns at a time, which it multiplies by all its rows.
-// It loads a tile's lora_A into the registers that the accumulators take later: 64 KB are under way
-// at once, and each column's largest element is known before the first is rounded.
+// Resident (fp32 factors of a bf16 W, r <= 128, to nearest or compensated): a block holds all of r as
+// fp16, of up to 256 rows of lora_B for good, and of lora_A for 128 columns at a time, which it
+// multiplies by all of them. It loads a tile's lora_A into the registers that the accumulators take
+// later: 64 KB are under way at once, and each column's largest element is known before the first is
+// rounded.
+//
+// What bounds them on an H200, for each 128 x 128 tile of a whole model's bf16 W with fp32 factors,
+// r = 128; by data sheets, published microbenchmarks and the machine code, not measured here. 88 % of
+// the copy rate are 19 ns, or some 4700 cycles of one of the multiprocessors:
+//                                               streamed           resident
+//   HBM      W in and out, 64 KB; factors       88 %               88 %
+//   L2       to shared memory, and W, at        64 + 8 + 32 KB,    32 + 8 + 32 KB,
+//            some 6.8 TB/s                      80 %               56 %
+//   tensor   by mma.sync, some 62 % of peak     tf32, 70 %         fp16, 35 %
+//   shared   in and out                         320 KB, 53 %       180 KB, 30 %
+//   issue    instructions of a warp, to         some 6500, 140 %   some 2200, 46 %
+//            nearest (16-bit factors: 3800)
 // Both:
 // - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
 //   half as much again;
@@ -307,7 +310,7 @@ __device__ __forceinline__ void fill_panel(Panel& panel, float* units, const Mer
   const int cols = int(min((kIsA ? layer.k : layer.r) - col0, int64_t(128)));
   const float* const from = global_memory<const float>(m.data) + row0 * m.row + col0 * m.col;
   float4 v[kLoads];
-  if (wide) load_panel<kIsA, true>(v, from, m, rows, cols);
+  if (!kIsA || wide) load_panel<kIsA, true>(v, from, m, rows, cols);
   else load_panel<kIsA, false>(v, from, m, rows, cols);
   const int lane = lane_id();
 #pragma unroll
@@ -420,7 +423,7 @@ constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
 template <Rounding kRounding>
-constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;
+constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;  // as many as fit
 template <typename T>
 constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
 
@@ -747,9 +750,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   }
 }
 
-template <typename T, Rounding kRounding>
+template <Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     merge_resident_kernel(const __grid_constant__ MergeTable table) {
+  using T = bf16;
   Resident& held = *reinterpret_cast<Resident*>(dynamic_shared);
   __shared__ MergeLayer layer;
   __shared__ Work work;
@@ -757,8 +761,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   find_layer<&MergeLayer::first_block>(table, layer, found);
   if (threadIdx.x == 0) {
     work = work_of<T, float>(table, layer);
-    work.wide_A &= layer.k % 4 == 0;
-    work.wide_B &= layer.r % 4 == 0;
+    work.wide_A &= layer.k % 4 == 0;  // no chunk reaches beyond a row
   }
   __syncthreads();
 
@@ -771,7 +774,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     if (tile == 0)
 #pragma unroll 1
       for (int below = 0; below * kRows < work.rows; ++below)
-        fill_panel<false>(held.B[below], held.B_units + below * kRows, layer, work.wide_B,
+        fill_panel<false>(held.B[below], held.B_units + below * kRows, layer, true,
                           work.row0 + below * kRows);
     else
       __syncthreads();  // the panel has been multiplied, its units have been used
@@ -797,16 +800,19 @@ using Kernel = void (*)(MergeTable);
 
 // [DType of W][whether the factors are 16-bit, which are W's dtype then]. Roundings are told apart at
 // run time, once a tile: five kernels to compile for each architecture, not 15. The resident ones
-// have no registers to spare for what three roundings keep in common.
+// have no registers to spare for what roundings keep in common.
 constexpr Kernel kKernels[3][2] = {
     {merge_kernel<float, float>, nullptr},
     {merge_kernel<bf16, float>, merge_kernel<bf16, bf16>},
     {merge_kernel<fp16, float>, merge_kernel<fp16, fp16>},
 };
-template <typename T>
-constexpr Kernel kResidentKernels[3] = {merge_resident_kernel<T, Rounding::nearest>,
-                                        merge_resident_kernel<T, Rounding::stochastic>,
-                                        merge_resident_kernel<T, Rounding::compensated>};
+
+// What the resident kernels serve: the usual. The others would take half as long to compile again.
+constexpr Kernel kResidentNearest = merge_resident_kernel<Rounding::nearest>;
+constexpr Kernel kResidentCompensated = merge_resident_kernel<Rounding::compensated>;
+bool can_be_resident(const MergeLayer& layer) {
+  return layer.r <= kMostRank && layer.r % 4 == 0 && is_wide<float>(layer.lora_B);
+}
 
 // ---- The restart --------------------------------------------------------------------------------
 
@@ -895,7 +901,9 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
                   cudaStream_t stream) {
   const bool narrow_factors = factor_dtype != DType::f32;
   if (narrow_factors && factor_dtype != weight_dtype) return cudaErrorInvalidValue;
-  if (resident && (narrow_factors || weight_dtype == DType::f32)) return cudaErrorInvalidValue;
+  if (resident && (narrow_factors || weight_dtype != DType::bf16 ||
+                   rounding == Rounding::stochastic))
+    return cudaErrorInvalidValue;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
@@ -905,7 +913,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
   int64_t tiles = 0, blocks = 0, restart_blocks = 0;
   for (int i = 0; i < count; ++i) {
     tiles += tiles_of(layers[i]);
-    if (resident && layers[i].r > kMostRank) return cudaErrorInvalidValue;
+    if (resident && !can_be_resident(layers[i])) return cudaErrorInvalidValue;
   }
   // A block's own part of lora_B is read once for all of its tiles in one row, resident lora_A once
   // for two rows: 2 x 8 tiles then.
@@ -933,8 +941,8 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
   // A kernel's code is loaded at its first use, which may fail. All of it is loaded before the first
   // launch: else W could be merged and its factors left, and the next call would merge them again.
   const Kernel kernel = !resident ? kKernels[int(weight_dtype)][narrow_factors]
-                        : weight_dtype == DType::bf16 ? kResidentKernels<bf16>[int(rounding)]
-                                                      : kResidentKernels<fp16>[int(rounding)];
+                        : rounding == Rounding::nearest ? kResidentNearest
+                                                        : kResidentCompensated;
   const size_t shared = resident ? sizeof(Resident) : sizeof(Stages);
   const Kernel restart = kRestartKernels[int(restart_dtype)];
   cudaFuncAttributes loaded;

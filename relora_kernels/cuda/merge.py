@@ -15,9 +15,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
 
-# Whether float32 factors of a 16-bit W with r <= merge_most_rank stay in shared memory as scaled fp16,
-# or stream through it as tf32: csrc/merge.cu has the arithmetic, which speaks for the first; a device
-# has to say: "by RESIDENT" in bench/gpu_check.py.
+# Whether float32 factors of a bfloat16 W stay in shared memory as scaled fp16, where _can_be_resident
+# says that they can, or stream through it as tf32. csrc/merge.cu has the arithmetic, which speaks for
+# the first; a device has to say: "by RESIDENT" in bench/gpu_check.py.
 RESIDENT = True
 RESIDENTS = (False, True)
 
@@ -47,14 +47,13 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 
 def merge_many_(merges, restarts=None) -> None:
     """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes and rounding
-    (and, with float32 factors of a 16-bit W, one for r <= merge_most_rank and one for the others).
+    (two where some layers' factors can be resident and others' cannot).
 
     `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Behind
     the write lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
     (seed, first_row), lora_B zeroed, and 1 added to merge_count.
     """
     module, _ = extension()
-    most_rank = module.merge_most_rank
     groups: dict[tuple, list] = {}
     for merge, restart in zip(merges, restarts or [None] * len(merges)):
         weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
@@ -62,14 +61,25 @@ def merge_many_(merges, restarts=None) -> None:
             rounding = "nearest"
         wanted = weight.dtype if lora_A.dtype == weight.dtype else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
+        factors = (
+            lora_A.to(wanted),
+            lora_B.to(wanted),
+        )  # other dtypes become float32, which is exact
         # By the layer alone: what a list is made of decides no bit of a result.
-        resident = RESIDENT and wanted != weight.dtype and len(lora_A) <= most_rank
+        resident = RESIDENT and _can_be_resident(weight, factors[1], rounding, module)
         key = weight.device, weight.dtype, wanted, restarted, rounding, resident
-        # Other factors become float32, which is exact.
-        factors = lora_A.to(wanted), lora_B.to(wanted)
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():
         _launch(module, *key, group)
+
+
+def _can_be_resident(weight, lora_B, rounding, module) -> bool:
+    r = lora_B.shape[1]
+    wide = lora_B.stride(1) == 1 and lora_B.stride(0) % 4 == 0 and lora_B.data_ptr() % 16 == 0
+    usual = weight.dtype == torch.bfloat16 and lora_B.dtype == torch.float32
+    return (
+        usual and wide and rounding != "stochastic" and r <= module.merge_most_rank and r % 4 == 0
+    )
 
 
 def _launch(
