@@ -1,4 +1,4 @@
-"""Every CUDA kernel once, on operands of a few kilobytes, compared with the reference: for compute-sanitizer.
+"""Every CUDA kernel once, on small operands, compared with the reference: for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/sanitizer_program.py
 
@@ -40,6 +40,18 @@ def merges(device):
             factors = exact_factors(n, k, r, factor_dtype, device)
             merge_(weight, *factors, 0.5, rounding, residual, seed=3)
             found += [weight] if residual is None else [weight, residual]
+    return found
+
+
+def many_tiles(device):
+    """More than a GPU's multiprocessors hold: blocks then go through several, below each other too."""
+    found = []
+    for rounding in ("nearest", "compensated"):
+        weight = torch.randn(2400, 2088).bfloat16().to(device)
+        residual = torch.zeros_like(weight) if rounding == "compensated" else None
+        factors = exact_factors(2400, 2088, 8, torch.float32, device)
+        merge_(weight, *factors, 0.5, rounding, residual, seed=3)
+        found += [weight] if residual is None else [weight, residual]
     return found
 
 
@@ -109,7 +121,7 @@ def linear(device):
     return []
 
 
-PARTS = (merges, lists, prunes, random_prunes, counts, linear)
+PARTS = (merges, many_tiles, lists, prunes, random_prunes, counts, linear)
 
 
 def run(part, backend: str, device: str) -> None:
