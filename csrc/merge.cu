@@ -534,13 +534,14 @@ struct Strips {
 };
 
 // A product as the tensor cores leave it, times what its row's and its column's units are worth.
+// One after the other: the units' own product may be an infinity, of which a zero would make NaN.
 struct AsItIs {
   __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
 };
 struct InUnits {
   const float *rows, *cols;
   __device__ __forceinline__ float operator()(float v, int row, int col) const {
-    return __fmul_rn(v, __fmul_rn(rows[row], cols[col]));  // exact
+    return __fmul_rn(__fmul_rn(v, rows[row]), cols[col]);  // exact
   }
 };
 
