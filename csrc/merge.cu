@@ -593,7 +593,8 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units un
 
 // The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
 // accumulators go through shared memory, eight rows at a time, so that neighbouring lanes take
-// neighbouring elements. `scratch`: 2 KB of this warp's own.
+// neighbouring elements. In odd rows neighbouring chunks of 16 bytes have changed places: two rows,
+// which are written at once, lie in all banks. `scratch`: 2 KB of this warp's own.
 template <Rounding kRounding, typename T, typename Units>
 __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units units,
                                              const MergeLayer& layer, const Work& work, int tile,
@@ -610,9 +611,12 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units 
       const Place at = strip_place(s, lane, warp_row, warp_col);
       if (s / 2 == piece)
 #pragma unroll
-        for (int i = 0; i < kStrip; ++i)
-          scratch[g * kWarp + s % 2 * 32 + t * 8 + i] =
-              units(strip_value(acc, s, i), at.row, at.col + i);
+        for (int i = 0; i < kStrip; i += 4)
+          reinterpret_cast<float4*>(scratch)[(g * kWarp + s % 2 * 32 + t * 8 + i) / 4 ^ g % 2] =
+              make_float4(units(strip_value(acc, s, i), at.row, at.col + i),
+                          units(strip_value(acc, s, i + 1), at.row, at.col + i + 1),
+                          units(strip_value(acc, s, i + 2), at.row, at.col + i + 2),
+                          units(strip_value(acc, s, i + 3), at.row, at.col + i + 3));
     }
     __syncwarp();
 #pragma unroll 1
@@ -645,7 +649,7 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units 
           const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
           rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
         }
-        const float* const product = scratch + (first + i) * kWarp + lane;
+        const float* const product = scratch + (first + i) * kWarp + (lane ^ i % 2 * 4);
         merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
       }
 #pragma unroll
