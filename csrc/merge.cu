@@ -35,7 +35,7 @@
 // - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
 //   half as much again;
 // - two blocks share a multiprocessor: one's loads and sums go under the other's products;
-// - W's tile is fetched into L2 before its product, and the first strips into registers;
+// - W's tile is fetched into L2 before its product, and streamed its first strips into registers;
 // - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
