@@ -345,7 +345,8 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[4][8][4], Panel& A,
                                                 int warp_row, int warp_col) {
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int chunk = t; chunk < (r + 31) / 32 * 4; chunk += 4) {
+  for (int first = 0; first < r; first += 32) {
+    const int chunk = first / 8 + t;
     uint4 cols[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
