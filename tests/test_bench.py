@@ -90,7 +90,11 @@ def test_the_values_of_RESIDENT_are_rows_of_their_own_and_no_evidence():
 
     problem = problems.Merge(((33, 48),), 8, by="RESIDENT")
     rows, before = peers.rows(problem), cuda.RESIDENT
-    assert list(rows) == ["device copy", "ours cuda, RESIDENT = False", "ours cuda, RESIDENT = True"]
+    assert list(rows) == [
+        "device copy",
+        "ours cuda, RESIDENT = False",
+        "ours cuda, RESIDENT = True",
+    ]
     for value in cuda.RESIDENTS:
         with rows[f"ours cuda, RESIDENT = {value}"].in_force():
             assert cuda.RESIDENT == value
