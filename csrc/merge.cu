@@ -38,7 +38,7 @@
 // - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
 //   half as much again;
 // - two blocks share a multiprocessor: one's loads and sums go under the other's products;
-// - W's tile is fetched into L2 before its product, and the first strips into registers;
+// - W's tile is fetched into L2 before its product, and streamed its first strips into registers;
 // - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
@@ -348,7 +348,8 @@ __device__ __forceinline__ void multiply_panels(float (&acc)[4][8][4], Panel& A,
                                                 int warp_row, int warp_col) {
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
 #pragma unroll 1
-  for (int chunk = t; chunk < (r + 31) / 32 * 4; chunk += 4) {
+  for (int first = 0; first < r; first += 32) {
+    const int chunk = first / 8 + t;
     uint4 cols[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -539,13 +540,14 @@ struct Strips {
 };
 
 // A product as the tensor cores leave it, times what its row's and its column's units are worth.
+// One after the other: the units' own product may be an infinity, of which a zero would make NaN.
 struct AsItIs {
   __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
 };
 struct InUnits {
   const float *rows, *cols;
   __device__ __forceinline__ float operator()(float v, int row, int col) const {
-    return __fmul_rn(v, __fmul_rn(rows[row], cols[col]));  // exact
+    return __fmul_rn(__fmul_rn(v, rows[row]), cols[col]);  // exact
   }
 };
 
@@ -597,7 +599,8 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units un
 
 // The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
 // accumulators go through shared memory, eight rows at a time, so that neighbouring lanes take
-// neighbouring elements. `scratch`: 2 KB of this warp's own.
+// neighbouring elements. In odd rows neighbouring chunks of 16 bytes have changed places: two rows,
+// which are written at once, lie in all banks. `scratch`: 2 KB of this warp's own.
 template <Rounding kRounding, typename T, typename Units>
 __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units units,
                                              const MergeLayer& layer, const Work& work, int tile,
@@ -614,9 +617,12 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units 
       const Place at = strip_place(s, lane, warp_row, warp_col);
       if (s / 2 == piece)
 #pragma unroll
-        for (int i = 0; i < kStrip; ++i)
-          scratch[g * kWarp + s % 2 * 32 + t * 8 + i] =
-              units(strip_value(acc, s, i), at.row, at.col + i);
+        for (int i = 0; i < kStrip; i += 4)
+          reinterpret_cast<float4*>(scratch)[(g * kWarp + s % 2 * 32 + t * 8 + i) / 4 ^ g % 2] =
+              make_float4(units(strip_value(acc, s, i), at.row, at.col + i),
+                          units(strip_value(acc, s, i + 1), at.row, at.col + i + 1),
+                          units(strip_value(acc, s, i + 2), at.row, at.col + i + 2),
+                          units(strip_value(acc, s, i + 3), at.row, at.col + i + 3));
     }
     __syncwarp();
 #pragma unroll 1
@@ -651,7 +657,7 @@ __device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units 
           const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
           rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
         }
-        const float* const product = scratch + (first + i) * kWarp + lane;
+        const float* const product = scratch + (first + i) * kWarp + (lane ^ i % 2 * 4);
         merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
       }
 #pragma unroll

@@ -1,5 +1,6 @@
 // What merge.cu needs of the machine beyond C++: a tensor-core product, and asynchronous copies
-// into shared memory. On the host, tests/simt/mma_emulation.h does the same by exchange between the lanes of a warp, fragment layout included.
+// into shared memory. On the host, tests/simt/mma_emulation.h does the same by exchange between the
+// lanes of a warp, fragment layout included.
 #pragma once
 
 #include "numerics.cuh"

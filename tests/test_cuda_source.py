@@ -486,6 +486,17 @@ def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(shim):
     assert shim.resident
 
 
+@pytest.mark.parametrize(
+    "col, row",
+    [((80, -200, 62), (-200, 80, 58)), ((80, -200, -200), (-200, 80, -200)), ((-63,), (-63,))],
+)
+def test_units_whose_product_is_no_float32_are_never_multiplied(shim, col, row):
+    """Infinity, which times zero were NaN; or zero, for a product that float32 can hold."""
+    A = 2.0 ** torch.tensor(col)[:, None].expand(-1, 8)  # 2^-200: zero
+    B = 2.0 ** torch.tensor(row)[None].expand(5, -1)
+    assert torch.equal(update_of(A, B, torch.bfloat16), B.double() @ A.double())
+
+
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
     """Layers that the resident kernel does not serve are a launch of their own."""
     ranks = (8, 9, shim.merge_most_rank, shim.merge_most_rank + 4)
