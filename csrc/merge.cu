@@ -9,23 +9,25 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// The product: 16-bit factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16: as
-// tf32, or, resident, as fp16 scaled by a power of two for each row of lora_B and column of lora_A
-// (numerics.cuh). For an fp32 W each is the sum of two tf32, and three of the four products are
-// taken, which keeps 2^-22: three times the tensor work, and still 1.7 times as fast as the fp32
-// pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
+// The product: 16-bit factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16. As
+// tf32; or, resident, as fp16 scaled by a power of two for each row of lora_B and column of lora_A:
+// then 11 bits of what is 2^-28 of the row's or column's largest or more, and below an error of up to
+// 2^-39 of the largest (numerics.cuh). For an fp32 W each is the sum of two tf32, and three of the
+// four products are taken, which keeps 2^-22: three times the tensor work, and still 1.7 times as
+// fast as the fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at
+// r = 128).
 //
 // Streamed (any r, any factors): lora_A's stages of 64 bytes along r pass through a ring, lora_B's
 // stay if r <= 128 (16-bit: 256).
-// Resident (fp32 factors of a bf16 W, r <= 128, to nearest or compensated): a block holds all of r as
-// fp16, of up to 256 rows of lora_B for good, and of lora_A for 128 columns at a time, which it
+// Resident (fp32 factors of a bf16 W, r <= 128, to nearest or compensated): a block holds all of r
+// as fp16, of up to 256 rows of lora_B for good, and of lora_A for 128 columns at a time, which it
 // multiplies by all of them. It loads a tile's lora_A into the registers that the accumulators take
-// later: 64 KB are under way at once, and each column's largest element is known before the first is
-// rounded.
+// later: 64 KB are under way at once, and each column's largest element is known before the first
+// is rounded.
 //
 // What bounds them on an H200, for each 128 x 128 tile of a whole model's bf16 W with fp32 factors,
-// r = 128; by data sheets, published microbenchmarks and the machine code, not measured here. 88 % of
-// the copy rate are 19 ns, or some 4700 cycles of one of the multiprocessors:
+// r = 128; by data sheets, published microbenchmarks and the machine code, not measured here. 88 %
+// of the copy rate are 19 ns, or some 4700 cycles of one of the multiprocessors:
 //                                               streamed           resident
 //   HBM      W in and out, 64 KB; factors       88 %               88 %
 //   L2       to shared memory, and W, at        64 + 8 + 32 KB,    32 + 8 + 32 KB,
@@ -37,7 +39,8 @@
 // Both:
 // - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
 //   half as much again;
-// - two blocks share a multiprocessor: one's loads and sums go under the other's products;
+// - two blocks share a multiprocessor that has 202 KB (sm_90, sm_100): one's loads and sums go
+//   under the other's products;
 // - W's tile is fetched into L2 before its product, and streamed its first strips into registers;
 // - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
@@ -86,7 +89,7 @@ extern __shared__ uint4 dynamic_shared[];
 constexpr int kRows = 128, kCols = 128;  // a tile of W
 constexpr int kWarp = 64;                // rows and columns of a warp's part of it
 constexpr int kThreads = 128, kBlocksAnSM = 2;
-struct Place { int row, col; };  // in a tile
+struct Place { int row, col; };
 constexpr int kRing = 4;   // stages of lora_A in flight
 constexpr int kPanel = 8;  // stages of lora_B that stay, if all of r fits
 
@@ -260,7 +263,7 @@ __device__ __forceinline__ float component(const float4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// A thread's 128 numbers of a panel's 128 x 128. A load is of four neighbours in a row of the matrix.
+// A thread's 128 numbers of a panel's 128 x 128. A load is of four neighbours in a matrix's row.
 //   lora_B  a line is a row. A warp's 32 lines follow each other; four lanes have each eighth of
 //           them, every fourth chunk of r. Loads 8 b + 2 c and the next: line b's chunk c.
 //   lora_A  a line is a column. Eight lanes have four columns each of a warp's 32, the others other
@@ -342,7 +345,7 @@ __device__ __forceinline__ void fill_panel(Panel& panel, float* units, const Mer
   }
 }
 
-// acc += B A over all of r, 32 steps of it at a time: lane 4 g + t multiplies elements 8 t ... 8 t + 7
+// acc += B A over all of r, 32 steps of it at a time: lane 4 g + t multiplies elements 8 t to 8 t + 7
 // of them, in two tensor-core products. acc: as multiply()'s.
 __device__ __forceinline__ void multiply_panels(float (&acc)[4][8][4], Panel& A, Panel& B, int r,
                                                 int warp_row, int warp_col) {
@@ -894,10 +897,14 @@ int64_t tiles_of(const MergeLayer& layer) {
   return divide_up(layer.n, kRows) * divide_up(layer.k, kCols);
 }
 
-// Tiles that a block goes through. As many as leave every multiprocessor its blocks, and few enough
-// to end at about the same time.
-int tiles_per_block(int64_t tiles, int multiprocessors) {
-  return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 16));
+// Tiles that a block goes through: below each other, and in a row. As many as leave every
+// multiprocessor its blocks, and few enough to end at about the same time. A block's own part of
+// lora_B is read once for all in a row, resident lora_A once for two below each other.
+Place tiles_of_a_block(int64_t tiles, int multiprocessors, bool resident) {
+  const int64_t most = resident ? kMostRowTiles * 8 : 8, slots = kBlocksAnSM * multiprocessors;
+  const int64_t count = std::clamp<int64_t>(divide_up(tiles, slots), 1, most);
+  const int64_t rows = resident && count != 1 && count != 3 ? kMostRowTiles : 1;
+  return {int(rows), int(divide_up(count, rows))};
 }
 
 }  // namespace
@@ -921,18 +928,14 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     tiles += tiles_of(layers[i]);
     if (resident && !can_be_resident(layers[i])) return cudaErrorInvalidValue;
   }
-  // A block's own part of lora_B is read once for all of its tiles in one row, resident lora_A once
-  // for two rows: 2 x 8 tiles then.
-  const int tiles_a_block = tiles_per_block(tiles, multiprocessors);
-  const int row_tiles = resident && tiles_a_block > 1 ? kMostRowTiles : 1;
-  const int in_a_row = std::min(divide_up(tiles_a_block, row_tiles), int64_t(8));
-  MergeTable table{nullptr, count, in_a_row, rounding, {}};
+  const Place of_a_block = tiles_of_a_block(tiles, multiprocessors, resident);
+  MergeTable table{nullptr, count, of_a_block.col, rounding, {}};
   for (int i = 0; i < count; ++i) {
     MergeLayer& layer = layers[i];
     layer.first_block = uint32_t(blocks);
     layer.first_restart_block = uint32_t(restart_blocks);
     // Without 16-byte accesses the sum needs room, which is the second panel's.
-    layer.row_tiles = is_wide_sum<uint16_t>(layer, rounding) ? uint32_t(row_tiles) : 1u;
+    layer.row_tiles = is_wide_sum<uint16_t>(layer, rounding) ? uint32_t(of_a_block.row) : 1u;
     if (tiles_of(layer))
       blocks += divide_up(layer.n, layer.row_tiles * kRows) *
                 divide_up(divide_up(layer.k, kCols), table.tiles_per_block);

@@ -44,12 +44,12 @@ def merges(device):
 
 
 def many_tiles(device):
-    """More than a GPU's multiprocessors hold: blocks then go through several, below each other too."""
+    """Over three times what 132 multiprocessors hold: blocks of 2 x 2."""
     found = []
     for rounding in ("nearest", "compensated"):
-        weight = torch.randn(2400, 2088).bfloat16().to(device)
+        weight = torch.randn(3712, 3720).bfloat16().to(device)
         residual = torch.zeros_like(weight) if rounding == "compensated" else None
-        factors = exact_factors(2400, 2088, 8, torch.float32, device)
+        factors = exact_factors(3712, 3720, 8, torch.float32, device)
         merge_(weight, *factors, 0.5, rounding, residual, seed=3)
         found += [weight] if residual is None else [weight, residual]
     return found

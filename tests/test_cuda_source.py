@@ -182,6 +182,7 @@ class Shim:
         self.merge_layer_bytes = library.simt_merge_layer_bytes()
         self.merge_inline_layers = library.simt_merge_inline_layers()
         self.merge_most_rank = library.simt_merge_most_rank()
+        library.simt_multiprocessors(1)
 
     def merge(
         self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, resident, table, device,
@@ -407,10 +408,12 @@ def test_streamed_merge_is_bitwise_the_reference(shim, monkeypatch, part):
 
 @pytest.mark.parametrize("sizes", [(140, 272, 128), (256, 128, 4), (257, 130, 68), (300, 520, 32)])
 @pytest.mark.parametrize("rounding", ["nearest", "compensated"])
-@pytest.mark.parametrize("order", [0, 2])
-def test_tiles_below_each_other_are_bitwise_the_reference(shim, sizes, rounding, order):
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3])
+def test_tiles_below_each_other_are_bitwise_the_reference(shim, sizes, rounding, multiprocessors):
+    """Fewer for a block the more multiprocessors there are."""
     n, k, r = sizes
-    shim.order = order
+    shim.order = multiprocessors
+    shim.library.simt_multiprocessors(multiprocessors)
     A, B = (torch.randint(-4, 4, s) * 2.0 + 1 for s in ((r, k), (n, r)))
     weight = torch.randn(n, k).bfloat16()
     residual = torch.randn(n, k).bfloat16() / 512 if rounding == "compensated" else None
@@ -488,13 +491,18 @@ def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(shim):
 
 @pytest.mark.parametrize(
     "col, row",
-    [((80, -200, 62), (-200, 80, 58)), ((80, -200, -200), (-200, 80, -200)), ((-63,), (-63,))],
+    [
+        ((80, -200, 62, -200), (-200, 80, 58, -200)),
+        ((80, -200, -200, -200), (-200, 80, -200, -200)),
+        ((-63, -63, -200, -200), (-63, -200, -200, -200)),
+    ],
 )
 def test_units_whose_product_is_no_float32_are_never_multiplied(shim, col, row):
     """Infinity, which times zero were NaN; or zero, for a product that float32 can hold."""
-    A = 2.0 ** torch.tensor(col)[:, None].expand(-1, 8)  # 2^-200: zero
-    B = 2.0 ** torch.tensor(row)[None].expand(5, -1)
+    A = (2.0 ** torch.tensor(col))[:, None].repeat(1, 8)  # 2^-200: zero
+    B = (2.0 ** torch.tensor(row))[None].repeat(5, 1)
     assert torch.equal(update_of(A, B, torch.bfloat16), B.double() @ A.double())
+    assert shim.resident
 
 
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):

@@ -29,6 +29,7 @@ void simt_unload(int loads) {
   simt::loaded.clear();
   simt::loads_left = loads;
 }
+void simt_multiprocessors(int count) { multiprocessors = count; }
 int simt_merge_layer_bytes() { return sizeof(relora::MergeLayer); }
 int simt_merge_inline_layers() { return relora::kInlineLayers; }
 int simt_merge_most_rank() { return relora::kMostRank; }

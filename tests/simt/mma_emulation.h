@@ -13,8 +13,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+inline int multiprocessors = 1;  // so that three tiles are enough for a block to go through several
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 1;  // so that two tiles are enough for a block to go through several
+  *value = multiprocessors;
   return cudaSuccess;
 }
 
