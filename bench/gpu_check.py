@@ -1,11 +1,11 @@
 """python bench/gpu_check.py --minutes 8: everything that a GPU has to settle, in one command.
 
-Builds the kernels for this GPU, runs the GPU tests, file by file, and every CUDA kernel under
+Builds the kernels for this GPU, runs the GPU tests, in four steps, and every CUDA kernel under
 compute-sanitizer where that is on PATH (memcheck and racecheck of tests/sanitizer_program.py). Then checks
 and times every backend beside the peers' formulas (common.by_worth: what matters most first), and writes
-bench/results/<device>.json after each case. Each test file and each case runs in another process with a time
+bench/results/<device>.json after each case. Each step of tests and each case runs in another process with a time
 limit, so a crash, a hang or a broken CUDA context loses that one alone. Started again on the same commit it
-goes on with the test files that have not passed and the cases that are missing. At the end: the bars that
+goes on with the steps that have not passed and the cases that are missing. At the end: the bars that
 the project sets itself, met or not.
 
 Needs no network: the build takes setuptools, ninja, pybind11 and nvcc from this machine, and goes to
@@ -39,15 +39,20 @@ TESTS = [
     sys.executable, "-m", "pytest", "-v", "--no-header", "--import-mode=importlib", "-p",
     "no:cacheprovider",
 ]  # fmt: skip
-TEST_FILES = [
-    "cuda_gemm_gpu", "cuda_merge", "cuda_prune", "lora_linear", "merge", "prune", "layer", "optimizer",
-    "triton", "triton_mask",
-]  # fmt: skip
-CHOSEN = {"cuda_prune": "gpu"}  # pytest's -k: the file's other tests are for machines without one
+# Step -> files, and pytest's -k: a file's other tests are for machines without a GPU. What could hang is by
+# itself and last; the others share the seconds that a start of pytest takes.
+TEST_STEPS = {
+    "cuda_merge": (["cuda_merge"], None),
+    "cuda_prune": (["cuda_prune"], "gpu"),
+    "ops": (
+        ["lora_linear", "merge", "prune", "layer", "optimizer", "triton", "triton_mask"], None
+    ),
+    "cuda_gemm": (["cuda_gemm_gpu"], None),
+}  # fmt: skip
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
-# Of the time that is left, at most: for all test files, then for both tools; and what one of these needs
+# Of the time that is left, at most: for all tests, then for both tools; and what one of these needs
 # to be worth starting.
 TESTS_SHARE, SANITIZER_SHARE, LEAST_S = 0.25, 0.2, 10.0
 # For one case: check and timing, and the first time that a row of an op is met, its compilation.
@@ -131,13 +136,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def tests() -> dict[str, list[str]]:
-    """Step -> command, for each file."""
+    """Step -> command."""
     return {
-        f"tests {name}": [
-            *TESTS, str(ROOT / "tests" / f"test_{name}.py"),
-            *(["-k", CHOSEN[name]] if name in CHOSEN else []),
+        f"tests {step}": [
+            *TESTS, *(str(ROOT / "tests" / f"test_{name}.py") for name in files),
+            *(["-k", chosen] if chosen else []),
         ]
-        for name in TEST_FILES
+        for step, (files, chosen) in TEST_STEPS.items()
     }  # fmt: skip
 
 

@@ -263,18 +263,22 @@ class TestGpuCheck:
         assert "[4/5] 3 hang: hung" in printed and "| bar | target |" in printed
 
     def test_it_runs_the_files_that_only_a_gpu_can(self):
-        listed = {f"test_{name}.py" for name in gpu_check.TEST_FILES}
+        listed = {f"test_{name}.py" for names, _ in gpu_check.TEST_STEPS.values() for name in names}
         files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
         assert listed <= files.keys() and "test_cuda_gemm_gpu.py" in listed
         whole = re.compile(r"^pytestmark = pytest\.mark\.skipif\(REASON", re.MULTILINE)
         assert {name for name, text in files.items() if whole.search(text)} <= listed
         some = re.compile(r"^def test_gpu_", re.MULTILINE)
         assert {name for name, text in files.items() if some.search(text)} <= listed
-        for name, chosen in gpu_check.CHOSEN.items():  # and with -k none of those that need one
-            for function in re.findall(r"^def (test_\w+)\(gpu\b", files[f"test_{name}.py"], re.M):
-                assert chosen in function
+        for (
+            names,
+            chosen,
+        ) in gpu_check.TEST_STEPS.values():  # and with -k none of those that need one
+            for name in names if chosen else ():
+                found = re.findall(r"^def (test_\w+)\(gpu\b", files[f"test_{name}.py"], re.M)
+                assert all(chosen in function for function in found)
 
-    def test_each_test_file_is_a_step_of_its_own(self, monkeypatch):
+    def test_a_step_that_fails_loses_itself_alone(self, monkeypatch):
         """One that crashes or hangs loses no other's verdict, and those that passed are not run again."""
         monkeypatch.setattr(gpu_check, "LEAST_S", 0.5)
         hows = {
@@ -308,7 +312,7 @@ class TestGpuCheck:
         monkeypatch.setattr(gpu_check, "run_step", run_step)
         monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
         steps = main()
-        files = [f"tests {name}" for name in gpu_check.TEST_FILES]
+        files = [f"tests {name}" for name in gpu_check.TEST_STEPS]
         assert list(steps) == ["build", *files, "sanitizer memcheck", "sanitizer racecheck"]
         assert all(steps[name]["status"] == "ok" for name in ("build", *files))
         for name in ("sanitizer memcheck", "sanitizer racecheck"):
