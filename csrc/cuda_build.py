@@ -155,15 +155,20 @@ def archs(nvcc: Path) -> list[str]:
     return names
 
 
-def ptx_arch(names: list[str]) -> list[str]:
-    """The one architecture whose PTX goes in, for GPUs newer than all of them; [] where none can:
-    PTX of an architecture with a suffix ("90a") runs on that one alone."""
-    return sorted((name for name in names if name.isdecimal()), key=int)[-1:]
+def virtual_arch(names: list[str]) -> str | None:
+    """The lowest of them, whose PTX all plain ones are assembled from: the sources use nothing newer,
+    and most of a compilation is what leads to PTX. It goes in, too, for GPUs of other architectures.
+    None where there is no plain one: PTX of an architecture with a suffix ("90a") runs on that alone."""
+    return min((name for name in names if name.isdecimal()), key=int, default=None)
 
 
 def arch_flags(names: list[str]) -> list[str]:
-    codes = [f"arch=compute_{name},code=sm_{name}" for name in names]
-    codes += [f"arch=compute_{name},code=compute_{name}" for name in ptx_arch(names)]
+    lowest = virtual_arch(names)
+    own = [name for name in names if lowest is None or int(name.rstrip("af")) < int(lowest)]
+    codes = [f"arch=compute_{name},code=sm_{name}" for name in own]
+    if lowest is not None:
+        shared = [f"sm_{name}" for name in names if name not in own]
+        codes.append(f"arch=compute_{lowest},code=[{','.join(shared)},compute_{lowest}]")
     return [f"-gencode={code}" for code in codes]
 
 
@@ -204,7 +209,8 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
     def path(p: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(p))
 
-    info = {"ARCHS": names, "PTX": ptx_arch(names), "NVCC_VERSION": [nvcc_version(nvcc)]}
+    ptx = virtual_arch(names)
+    info = {"ARCHS": names, "PTX": [ptx] if ptx else [], "NVCC_VERSION": [nvcc_version(nvcc)]}
     info["SOURCES"] = [sources_digest()]
     text = "".join(
         f"#define RELORA_{name} " + ", ".join(f'"{value}"' for value in values) + "\n"
@@ -236,7 +242,7 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         rules += f"build {objects[-1]}: {rule} {path(source)}\n"
         if rule == "cuda":
-            rules += f"  archs = {' '.join(arch_flags(wanted))}\n"
+            rules += f"  archs = {command(*arch_flags(wanted))}\n"
     rules += f"build {path(module)}: link {' '.join(objects)}\n"
     (work / "build.ninja").write_text(rules)
 

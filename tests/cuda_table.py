@@ -48,11 +48,15 @@ def demangled(names: list[str]) -> list[str]:
 def kernels(source: Path, arch: str) -> list[dict]:
     """A row for each kernel of `source`."""
     nvcc = cuda_build.find_nvcc()
+    # As the build does it.
+    base = (
+        cuda_build.virtual_arch(cuda_build.source_archs(source, cuda_build.DEFAULT_ARCHS)) or arch
+    )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
         report = cuda_build.run(
-            nvcc, *cuda_build.COMPILE_FLAGS, "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin", source,
-            "-o", cubin,
+            nvcc, *cuda_build.COMPILE_FLAGS, "-Xptxas=-v", "-cubin", source, "-o", cubin,
+            f"-gencode=arch=compute_{base},code=sm_{arch}",
         )  # fmt: skip
         sass = cuda_build.run(find_cuobjdump(nvcc), "-sass", cubin)
     code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))

@@ -109,7 +109,11 @@ def test_native_archs_come_from_the_gpus(machine, monkeypatch):
 
 def test_ptx_of_the_highest_plain_arch():
     flags = cuda_build.arch_flags(["100", "90a", "80"])
-    assert flags[-1] == "-gencode=arch=compute_100,code=compute_100" and len(flags) == 4
+    assert flags == ["-gencode=arch=compute_80,code=[sm_100,sm_90a,sm_80,compute_80]"]
+    assert cuda_build.arch_flags(["90a", "100"]) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=[sm_100,compute_100]",
+    ]
     assert cuda_build.arch_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
