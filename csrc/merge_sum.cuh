@@ -1,0 +1,300 @@
+// merge.cu's sum: a tile of W, and of the residual, out of memory, with its update back into it.
+#pragma once
+
+#include <type_traits>
+
+#include "merge_product.cuh"
+
+namespace relora {
+namespace {
+
+// Eight neighbouring elements of one row: 16 bytes of a 16-bit W, one random draw.
+constexpr int kStrip = 8, kStrips = 16;  // strips of a lane in a tile
+template <typename T>
+struct Strip { uint4 v[sizeof(T) / 2]; };
+
+// Neighbours 2 i and 2 i + 1.
+__device__ __forceinline__ uint32_t& word(uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+template <typename T>
+__device__ __forceinline__ Neighbours<T> get_pair(Strip<T>& strip, int i) {
+  return {word(strip.v[0], i)};
+}
+__device__ __forceinline__ Neighbours<float> get_pair(Strip<float>& strip, int i) {
+  uint4& v = strip.v[i / 2];
+  return {bits_float(word(v, i % 2 * 2)), bits_float(word(v, i % 2 * 2 + 1))};
+}
+template <typename T>
+__device__ __forceinline__ void set_pair(Strip<T>& strip, int i, Neighbours<T> pair) {
+  word(strip.v[0], i) = pair.bits;
+}
+__device__ __forceinline__ void set_pair(Strip<float>& strip, int i, Neighbours<float> pair) {
+  uint4& v = strip.v[i / 2];
+  word(v, i % 2 * 2) = float_bits(pair.first), word(v, i % 2 * 2 + 1) = float_bits(pair.second);
+}
+
+template <typename T>
+__device__ __forceinline__ void load_strip(Strip<T>& to, const T* from) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) to.v[i] = reinterpret_cast<const uint4*>(from)[i];
+}
+template <typename T>
+__device__ __forceinline__ void store_strip(T* to, const Strip<T>& from) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(to)[i] = from.v[i];
+}
+
+// Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set
+// out before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with
+// four ptxas spills on sm_100 and 120.
+template <typename T>
+constexpr int kWindow = sizeof(T) == 2 ? 3 : 1;
+template <typename T>
+constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
+template <typename T>
+constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
+template <Rounding kRounding>
+constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;  // as many as fit
+template <typename T>
+constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
+
+__device__ __forceinline__ Place strip_place(int strip, int lane, int warp_row, int warp_col) {
+  return {warp_row + strip / 2 * 8 + lane / 4, warp_col + strip % 2 * 32 + lane % 4 * 8};
+}
+__device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int strip, int i) {
+  return acc[strip / 4][strip % 2 * 4 + i % 4][strip / 2 % 2 * 2 + i / 4];
+}
+
+template <Rounding kRounding, typename T>
+__device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
+                                           Neighbours<float> product, float scaling,
+                                           uint32_t rand) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  Neighbours<float> v = widen(w);
+  if (kCompensated) {
+    const Neighbours<float> kept = widen(rest);
+    v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
+  }
+  v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
+       __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
+  w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
+  if (kCompensated) {
+    const Neighbours<float> stored = widen(w);
+    rest = pair_nearest<T>(
+        {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
+  }
+}
+
+// What a block does. In shared memory rather than in registers, which the product needs.
+struct Work {
+  int64_t row0, col0;  // of its first tile; the others follow in the same rows
+  int rows, tiles, chunks;
+  bool stays;                 // streamed: every stage of lora_B has a slot of its own
+  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
+};
+
+template <typename T>
+__host__ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
+  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
+         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
+}
+
+// A thread's rows of the tile on their way from HBM into L2.
+template <typename T>
+__device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer& layer,
+                                              const Work& work, int tile) {
+  const int64_t col = work.col0 + tile * kCols;
+  if (m.col != 1) return;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < work.rows; i += kThreads) {
+    const T* const row = global_memory<const T>(m.data) + (work.row0 + i) * m.row;
+    const T* const end = row + min(layer.k, col + kCols);
+#pragma unroll 1
+    for (const T* at = row + col; at < end; at += 32 / sizeof(T)) prefetch_L2(at);
+  }
+}
+
+// A lane's strips of a tile of W, or of the residual: where the first begins, in the tile, and how
+// much of W there is from there on.
+struct Share {
+  Place first;
+  int rows, cols;
+  __device__ __forceinline__ Share(const MergeLayer& layer, const Work& work, int tile,
+                                   int warp_row, int warp_col)
+      : first(strip_place(0, lane_id(), warp_row, warp_col)),
+        rows(work.rows - first.row),
+        cols(int(min(layer.k - work.col0 - tile * kCols, int64_t(kCols))) - first.col) {}
+  __device__ __forceinline__ bool has(int strip) const {
+    return strip < kStrips && strip / 2 * 8 < rows && strip % 2 * 32 < cols;
+  }
+};
+
+// One strip after the other.
+template <typename T>
+struct Strips {
+  T* at;
+  int64_t eight_rows;
+  __device__ __forceinline__ Strips(const Matrix& m, const Work& work, int tile, Place first)
+      : at(global_memory<T>(m.data) + (work.row0 + first.row) * m.row + work.col0 + tile * kCols +
+           first.col),
+        eight_rows(8 * m.row) {}
+  // Where strip `strip + by` is, from `strip` on.
+  __device__ __forceinline__ T* ahead(int strip, int by) const {
+    return at + (strip % 2 + by) / 2 * eight_rows + ((strip + by) % 2 - strip % 2) * 32;
+  }
+  // Strip `strip + by` into its place in a window.
+  template <int kWindow>
+  __device__ __forceinline__ void load(Strip<T> (&window)[kWindow], int strip, int by,
+                                       const Share& share) const {
+    if (share.has(strip + by)) load_strip<T>(window[(strip + by) % kWindow], ahead(strip, by));
+  }
+};
+
+// A product as the tensor cores leave it, times what its row's and its column's units are worth.
+// One after the other: the units' own product may be an infinity, of which a zero would make NaN.
+struct AsItIs {
+  __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
+};
+struct InUnits {
+  const float *rows, *cols;
+  __device__ __forceinline__ float operator()(float v, int row, int col) const {
+    return __fmul_rn(__fmul_rn(v, rows[row]), cols[col]);  // exact
+  }
+};
+
+// The sum of a tile. `window` holds its first kEarly strips.
+template <Rounding kRounding, int kEarly, typename T, int kWindow, typename Units>
+__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units units,
+                                           Strip<T> (&window)[kWindow], const MergeLayer& layer,
+                                           const Work& work, int tile, int warp_row,
+                                           int warp_col) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  const Share share(layer, work, tile, warp_row, warp_col);
+  Strips<T> at(layer.weight, work, tile, share.first);
+  Strips<T> rest_at(kCompensated ? layer.residual : layer.weight, work, tile, share.first);
+  Strip<T> rest_window[kRestWindow<T>];
+#pragma unroll
+  for (int s = kEarly; s < kWindow; ++s) at.load(window, 0, s, share);
+#pragma unroll
+  for (int s = 0; s < kRestWindow<T>; ++s)
+    if (kCompensated) rest_at.load(rest_window, 0, s, share);
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) {
+    Strip<T> w = window[s % kWindow], rest = rest_window[s % kRestWindow<T>];
+    at.load(window, s, kWindow, share);
+    if (kCompensated) rest_at.load(rest_window, s, kRestWindow<T>, share);
+    if (share.has(s)) {
+      const int row = share.first.row + s / 2 * 8, col = share.first.col + s % 2 * 32;
+      Words words{};
+      if (kRounding == Rounding::stochastic)
+        words = draw(layer.seed, kStreamRound, layer.first_row + work.row0 + row,
+                     (work.col0 + tile * kCols + col) / kStrip);
+#pragma unroll
+      for (int i = 0; i < kStrip / 2; ++i) {
+        Neighbours<T> pair = get_pair(w, i), rest_pair{};
+        if (kCompensated) rest_pair = get_pair(rest, i);
+        merge_pair<kRounding>(pair, rest_pair,
+                              {units(strip_value(acc, s, 2 * i), row, col + 2 * i),
+                               units(strip_value(acc, s, 2 * i + 1), row, col + 2 * i + 1)},
+                              layer.scaling, words.w[i]);
+        set_pair(w, i, pair);
+        if (kCompensated) set_pair(rest, i, rest_pair);
+      }
+      store_strip(at.at, w);
+      if (kCompensated) store_strip(rest_at.at, rest);
+    }
+    at.at = at.ahead(s, 1);
+    if (kCompensated) rest_at.at = rest_at.ahead(s, 1);
+  }
+}
+
+// The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
+// accumulators go through shared memory, eight rows at a time, so that neighbouring lanes take
+// neighbouring elements. In odd rows neighbouring chunks of 16 bytes have changed places: two rows,
+// which are written at once, lie in all banks. `scratch`: 2 KB of this warp's own.
+template <Rounding kRounding, typename T, typename Units>
+__device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units units,
+                                             const MergeLayer& layer, const Work& work, int tile,
+                                             int warp_row, int warp_col, float* scratch) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  constexpr int kRowsAtOnce = kNarrowRows<T>;
+  const Matrix &wm = layer.weight, &rm = layer.residual;
+  const int64_t col = work.col0 + tile * kCols + warp_col + lane;  // and 32 further on
+#pragma unroll 1
+  for (int piece = 0; piece < kStrips / 2; ++piece) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      const Place at = strip_place(s, lane, warp_row, warp_col);
+      if (s / 2 == piece)
+#pragma unroll
+        for (int i = 0; i < kStrip; i += 4)
+          reinterpret_cast<float4*>(scratch)[(g * kWarp + s % 2 * 32 + t * 8 + i) / 4 ^ g % 2] =
+              make_float4(units(strip_value(acc, s, i), at.row, at.col + i),
+                          units(strip_value(acc, s, i + 1), at.row, at.col + i + 1),
+                          units(strip_value(acc, s, i + 2), at.row, at.col + i + 2),
+                          units(strip_value(acc, s, i + 3), at.row, at.col + i + 3));
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int first = 0; first < 8; first += kRowsAtOnce) {
+      const int tile_row = warp_row + piece / 2 * 16 + piece % 2 * 8 + first;
+      const int64_t row = work.row0 + tile_row;
+      T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
+      T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
+      // A row's elements at col and 32 further on, as if they were neighbours.
+      Neighbours<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
+      auto inside = [&](int i) {
+        return tile_row + i / 2 < work.rows && col + i % 2 * 32 < layer.k;
+      };
+#pragma unroll
+      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+        if (!inside(i)) continue;
+        set_half(w[i / 2], i % 2, w_at[i / 2 * wm.row + i % 2 * 32 * wm.col]);
+        if (kCompensated) set_half(rest[i / 2], i % 2, r_at[i / 2 * rm.row + i % 2 * 32 * rm.col]);
+      }
+#pragma unroll
+      for (int i = 0; i < kRowsAtOnce; ++i) {
+        uint32_t rand = 0;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
+          const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + i,
+                                   col / kStrip + half * 4);
+          // bits16 by masks: choosing by index or by condition would put the words in local memory.
+          const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
+          const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
+          const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
+          const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
+          rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
+        }
+        const float* const product = scratch + (first + i) * kWarp + (lane ^ i % 2 * 4);
+        merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+        if (!inside(i)) continue;
+        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = half_of(w[i / 2], i % 2);
+        if (kCompensated)
+          r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = half_of(rest[i / 2], i % 2);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Calls sum with the rounding as a constant: chosen by the element, it cost two thirds more
+// instructions.
+template <typename Sum>
+__device__ __forceinline__ void with_rounding(Rounding rounding, Sum sum) {
+  if (rounding == Rounding::nearest)
+    sum(std::integral_constant<Rounding, Rounding::nearest>{});
+  else if (rounding == Rounding::stochastic)
+    sum(std::integral_constant<Rounding, Rounding::stochastic>{});
+  else
+    sum(std::integral_constant<Rounding, Rounding::compensated>{});
+}
+
+}  // namespace
+}  // namespace relora
