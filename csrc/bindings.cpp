@@ -47,8 +47,8 @@ void check(cudaError_t error, const std::string& call) {
 
 void merge(const py::buffer& layers, const std::string& weight_dtype,
            const std::string& factor_dtype, const std::string& restart_dtype,
-           const std::string& rounding, bool resident, uintptr_t table, int device,
-           uintptr_t stream) {
+           const std::string& rounding, uintptr_t table, int device, uintptr_t stream,
+           bool resident) {
   const py::buffer_info info = layers.request(true);
   const int64_t bytes = info.size * info.itemsize, each = sizeof(relora::MergeLayer);
   if (info.ndim != 1 || info.strides[0] != info.itemsize || bytes % each)
@@ -249,8 +249,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("merge_inline_layers") = relora::kInlineLayers;
   m.attr("merge_most_rank") = relora::kMostRank;
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
-        py::arg("restart_dtype"), py::arg("rounding"), py::arg("resident"), py::arg("table"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
+        py::arg("stream"), py::arg("resident") = false);
   m.def("prune_workspace", &prune_workspace, py::arg("rows"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));

@@ -311,7 +311,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "    _C.merge(**{**dict(layers=layers, weight_dtype='bfloat16',\n"
         "        factor_dtype='float32', restart_dtype='float32', rounding='nearest', table=0,\n"
         "        device=0, stream=0), **changes})\n"
-        "for changes in ({}, dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
+        "for changes in ({}, dict(resident=True), dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
         "                dict(layers=bytearray(9))):\n"
         "    try: call(**changes)\n"
         "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)\n"
@@ -332,13 +332,16 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    built, launch, code, residual, table, torn, product, kernel, form = done.stdout.splitlines()
+    built, launch, resident, code, residual, table, torn, product, kernel, form = (
+        done.stdout.splitlines()
+    )
     assert built.startswith("['80'] ['80'] ")
     shapes = (
         "merge: 1 layers, bfloat16 weight, float32 factors, rounding='nearest', device 0, "
         "(out, in, r) = (5, 7, 3): "
     )
     assert launch.startswith(f"RuntimeError {shapes}cudaError")
+    assert resident.startswith(f"RuntimeError {shapes}cudaError")  # r is no multiple of 4
     assert code.startswith("ValueError merge: rounding: expected ") and code.endswith("got up")
     assert residual.endswith("rounding='compensated': expected a residual, got none")
     assert table.endswith(
