@@ -61,10 +61,8 @@ def merge_many_(merges, restarts=None) -> None:
             rounding = "nearest"
         wanted = weight.dtype if lora_A.dtype == weight.dtype else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
-        factors = (
-            lora_A.to(wanted),
-            lora_B.to(wanted),
-        )  # other dtypes become float32, which is exact
+        # Other dtypes become float32, which is exact.
+        factors = lora_A.to(wanted), lora_B.to(wanted)
         # By the layer alone: what a list is made of decides no bit of a result.
         resident = RESIDENT and _can_be_resident(weight, factors[1], rounding, module)
         key = weight.device, weight.dtype, wanted, restarted, rounding, resident
