@@ -269,9 +269,7 @@ def _merge_bars(rows: list[dict]) -> list[Bar]:
     for group, members in groups([row for row in rows if _kind(row) == "Merge"]).items():
         problem = next(iter(members.values()))["problem"]
         large = sum(out * in_ for out, in_ in problem["shapes"]) >= 2048**2
-        as_configured = problem["rounding"] == "nearest" and not problem.get(
-            "by"
-        )  # older files have none
+        as_configured = problem["rounding"] == "nearest" and not problem.get("by")
         if large and as_configured and problem["r"] <= 128 and ours(members):
             shares[group.removeprefix("merge nearest ")] = _copy_share(members)
     return [
