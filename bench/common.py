@@ -90,6 +90,7 @@ def problems(op: str, gpu: bool = GPU) -> list:
             Merge(model, 128, "compensated"),
             *(Merge(((4096, 4096),), r) for r in (16, 64, 512)),
             Merge(((4096, 4096),), 128, dtype="float32"),
+            Merge(((4096, 4096),), 128, factors="bfloat16"),
         ]
     return [
         Prune(moments(_LARGEST_MODEL, 128), paired=True),

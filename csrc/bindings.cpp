@@ -2,12 +2,12 @@
 // out. The one file that includes pybind11, which takes longer to compile than every kernel.
 // Importing it needs neither a GPU nor a driver; the first launch without one raises.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <initializer_list>
 #include <map>
 #include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
 #include "build_info.h"  // written by cuda_build.py
 #include "launch.h"
@@ -235,12 +235,18 @@ int driver_version() {
   return version;
 }
 
+py::list names(std::initializer_list<const char*> of) {
+  py::list found;
+  for (const char* name : of) found.append(name);
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of relora_kernels. Use them through relora_kernels.";
-  m.attr("archs") = std::vector<std::string>{RELORA_ARCHS};  // machine code, e.g. "80", "90a"
-  m.attr("ptx") = std::vector<std::string>{RELORA_PTX};      // for newer GPUs, at most one
+  m.attr("archs") = names({RELORA_ARCHS});  // machine code, e.g. "80", "90a"
+  m.attr("ptx") = names({RELORA_PTX});      // for newer GPUs, at most one
   m.attr("nvcc_version") = RELORA_NVCC_VERSION;
   m.attr("sources") = RELORA_SOURCES;         // digest of csrc/
   m.attr("cudart_version") = CUDART_VERSION;  // 1000 * major + 10 * minor
@@ -259,11 +265,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("magnitude_counts", &magnitude_counts, py::arg("rows"), py::arg("prefixes"),
         py::arg("shift"), py::arg("bits"), py::arg("counts"), py::arg("lowest"),
         py::arg("highest"), py::arg("device"), py::arg("stream"));
-  m.attr("two_segment_kernels") = [] {
-    std::vector<std::string> names;
-    for (const auto& [name, unused] : kTwoSegment) names.push_back(name);
-    return names;
-  }();
+  py::list kernels;
+  for (const auto& [name, unused] : kTwoSegment) kernels.append(name);
+  m.attr("two_segment_kernels") = kernels;
   m.def("two_segment", &two_segment, py::arg("kernel"), py::arg("form"), py::arg("out"),
         py::arg("p"), py::arg("b"), py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("sizes"),
         py::arg("dtype"), py::arg("bias_dtype"), py::arg("scale"), py::arg("dropout"),

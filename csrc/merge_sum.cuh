@@ -1,22 +1,16 @@
 // merge.cu's sum: a tile of W, and of the residual, out of memory, with its update back into it.
 #pragma once
 
-#include <type_traits>
-
-#include "merge_product.cuh"
+#include "merge.cuh"
 
 namespace relora {
 namespace {
 
-// Eight neighbouring elements of one row: 16 bytes of a 16-bit W, one random draw.
-constexpr int kStrip = 8, kStrips = 16;  // strips of a lane in a tile
+constexpr int kStrips = 16;  // of a lane in a tile
 template <typename T>
 struct Strip { uint4 v[sizeof(T) / 2]; };
 
 // Neighbours 2 i and 2 i + 1.
-__device__ __forceinline__ uint32_t& word(uint4& v, int i) {
-  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 template <typename T>
 __device__ __forceinline__ Neighbours<T> get_pair(Strip<T>& strip, int i) {
   return {word(strip.v[0], i)};
@@ -54,16 +48,22 @@ template <typename T>
 constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
-template <Rounding kRounding>
-constexpr int kResidentWindow = kRounding == Rounding::nearest ? 5 : 3;  // as many as fit
+template <Rounding kRounding>  // as many as fit, all three roundings in one kernel
+constexpr int kResidentWindow = kRounding == Rounding::nearest     ? 5
+                                : kRounding == Rounding::stochastic ? 1
+                                                                    : 3;
 template <typename T>
 constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
 
-__device__ __forceinline__ Place strip_place(int strip, int lane, int warp_row, int warp_col) {
-  return {warp_row + strip / 2 * 8 + lane / 4, warp_col + strip % 2 * 32 + lane % 4 * 8};
+// Where a warp's products are. acc[m][j] is a tensor-core tile: 16 columns of W by 8 rows, columns
+// first, of which lane 4 g + t holds, in i, column i / 2 of its two and row i % 2. Which of W stand
+// where is free, so lane 4 g + t takes columns 8 g + 2 m and the next, and rows 16 t + j and 8
+// further down: strip s of a lane is row 16 t + s, and a warp's strips are whole 128-byte lines.
+__device__ __forceinline__ Place first_strip(int lane, int warp_row, int warp_col) {
+  return {warp_row + lane % 4 * 16, warp_col + lane / 4 * 8};
 }
 __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int strip, int i) {
-  return acc[strip / 4][strip % 2 * 4 + i % 4][strip / 2 % 2 * 2 + i / 4];
+  return acc[i / 2][strip % 8][i % 2 * 2 + strip / 8];
 }
 
 template <Rounding kRounding, typename T>
@@ -86,20 +86,6 @@ __device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest
   }
 }
 
-// What a block does. In shared memory rather than in registers, which the product needs.
-struct Work {
-  int64_t row0, col0;  // of its first tile; the others follow in the same rows
-  int rows, tiles, chunks;
-  bool stays;                 // streamed: every stage of lora_B has a slot of its own
-  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
-};
-
-template <typename T>
-__host__ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
-  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
-         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
-}
-
 // A thread's rows of the tile on their way from HBM into L2.
 template <typename T>
 __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer& layer,
@@ -116,56 +102,48 @@ __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer&
 }
 
 // A lane's strips of a tile of W, or of the residual: where the first begins, in the tile, and how
-// much of W there is from there on.
+// many of them W has.
 struct Share {
   Place first;
-  int rows, cols;
+  int rows;
   __device__ __forceinline__ Share(const MergeLayer& layer, const Work& work, int tile,
                                    int warp_row, int warp_col)
-      : first(strip_place(0, lane_id(), warp_row, warp_col)),
-        rows(work.rows - first.row),
-        cols(int(min(layer.k - work.col0 - tile * kCols, int64_t(kCols))) - first.col) {}
-  __device__ __forceinline__ bool has(int strip) const {
-    return strip < kStrips && strip / 2 * 8 < rows && strip % 2 * 32 < cols;
-  }
+      : first(first_strip(lane_id(), warp_row, warp_col)),
+        rows(work.col0 + tile * kCols + first.col < layer.k ? work.rows - first.row : 0) {}
+  __device__ __forceinline__ bool has(int strip) const { return strip < kStrips && strip < rows; }
 };
 
 // One strip after the other.
 template <typename T>
 struct Strips {
   T* at;
-  int64_t eight_rows;
+  int64_t pitch;
   __device__ __forceinline__ Strips(const Matrix& m, const Work& work, int tile, Place first)
       : at(global_memory<T>(m.data) + (work.row0 + first.row) * m.row + work.col0 + tile * kCols +
            first.col),
-        eight_rows(8 * m.row) {}
-  // Where strip `strip + by` is, from `strip` on.
-  __device__ __forceinline__ T* ahead(int strip, int by) const {
-    return at + (strip % 2 + by) / 2 * eight_rows + ((strip + by) % 2 - strip % 2) * 32;
-  }
-  // Strip `strip + by` into its place in a window.
+        pitch(m.row) {}
+  // From strip `strip` on, strip `strip + by` into its place in a window.
   template <int kWindow>
   __device__ __forceinline__ void load(Strip<T> (&window)[kWindow], int strip, int by,
                                        const Share& share) const {
-    if (share.has(strip + by)) load_strip<T>(window[(strip + by) % kWindow], ahead(strip, by));
+    if (share.has(strip + by)) load_strip<T>(window[(strip + by) % kWindow], at + by * pitch);
   }
 };
 
-// A product as the tensor cores leave it, times what its row's and its column's units are worth.
-// One after the other: the units' own product may be an infinity, of which a zero would make NaN.
-struct AsItIs {
-  __device__ __forceinline__ float operator()(float v, int, int) const { return v; }
-};
-struct InUnits {
+// A product as the tensor cores leave it or, scaled, times what its row's and its column's units are
+// worth: one after the other, for their own product may be an infinity, of which a zero would make
+// NaN.
+template <bool kScaled>
+struct Units {
   const float *rows, *cols;
   __device__ __forceinline__ float operator()(float v, int row, int col) const {
-    return __fmul_rn(__fmul_rn(v, rows[row]), cols[col]);  // exact
+    return kScaled ? __fmul_rn(__fmul_rn(v, rows[row]), cols[col]) : v;  // exact
   }
 };
 
 // The sum of a tile. `window` holds its first kEarly strips.
-template <Rounding kRounding, int kEarly, typename T, int kWindow, typename Units>
-__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units units,
+template <Rounding kRounding, int kEarly, typename T, int kWindow, bool kScaled>
+__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units<kScaled> units,
                                            Strip<T> (&window)[kWindow], const MergeLayer& layer,
                                            const Work& work, int tile, int warp_row,
                                            int warp_col) {
@@ -185,7 +163,7 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units un
     at.load(window, s, kWindow, share);
     if (kCompensated) rest_at.load(rest_window, s, kRestWindow<T>, share);
     if (share.has(s)) {
-      const int row = share.first.row + s / 2 * 8, col = share.first.col + s % 2 * 32;
+      const int row = share.first.row + s, col = share.first.col;
       Words words{};
       if (kRounding == Rounding::stochastic)
         words = draw(layer.seed, kStreamRound, layer.first_row + work.row0 + row,
@@ -204,96 +182,115 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units un
       store_strip(at.at, w);
       if (kCompensated) store_strip(rest_at.at, rest);
     }
-    at.at = at.ahead(s, 1);
-    if (kCompensated) rest_at.at = rest_at.ahead(s, 1);
-  }
-}
-
-// The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
-// accumulators go through shared memory, eight rows at a time, so that neighbouring lanes take
-// neighbouring elements. In odd rows neighbouring chunks of 16 bytes have changed places: two rows,
-// which are written at once, lie in all banks. `scratch`: 2 KB of this warp's own.
-template <Rounding kRounding, typename T, typename Units>
-__device__ __forceinline__ void merge_narrow(const float (&acc)[4][8][4], Units units,
-                                             const MergeLayer& layer, const Work& work, int tile,
-                                             int warp_row, int warp_col, float* scratch) {
-  const int lane = lane_id(), g = lane / 4, t = lane % 4;
-  constexpr bool kCompensated = kRounding == Rounding::compensated;
-  constexpr int kRowsAtOnce = kNarrowRows<T>;
-  const Matrix &wm = layer.weight, &rm = layer.residual;
-  const int64_t col = work.col0 + tile * kCols + warp_col + lane;  // and 32 further on
-#pragma unroll 1
-  for (int piece = 0; piece < kStrips / 2; ++piece) {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      const Place at = strip_place(s, lane, warp_row, warp_col);
-      if (s / 2 == piece)
-#pragma unroll
-        for (int i = 0; i < kStrip; i += 4)
-          reinterpret_cast<float4*>(scratch)[(g * kWarp + s % 2 * 32 + t * 8 + i) / 4 ^ g % 2] =
-              make_float4(units(strip_value(acc, s, i), at.row, at.col + i),
-                          units(strip_value(acc, s, i + 1), at.row, at.col + i + 1),
-                          units(strip_value(acc, s, i + 2), at.row, at.col + i + 2),
-                          units(strip_value(acc, s, i + 3), at.row, at.col + i + 3));
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int first = 0; first < 8; first += kRowsAtOnce) {
-      const int tile_row = warp_row + piece / 2 * 16 + piece % 2 * 8 + first;
-      const int64_t row = work.row0 + tile_row;
-      T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
-      T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
-      // A row's elements at col and 32 further on, as if they were neighbours.
-      Neighbours<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
-      auto inside = [&](int i) {
-        return tile_row + i / 2 < work.rows && col + i % 2 * 32 < layer.k;
-      };
-#pragma unroll
-      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
-        if (!inside(i)) continue;
-        set_half(w[i / 2], i % 2, w_at[i / 2 * wm.row + i % 2 * 32 * wm.col]);
-        if (kCompensated) set_half(rest[i / 2], i % 2, r_at[i / 2 * rm.row + i % 2 * 32 * rm.col]);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowsAtOnce; ++i) {
-        uint32_t rand = 0;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
-          const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + i,
-                                   col / kStrip + half * 4);
-          // bits16 by masks: choosing by index or by condition would put the words in local memory.
-          const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
-          const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
-          const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
-          const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
-          rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
-        }
-        const float* const product = scratch + (first + i) * kWarp + (lane ^ i % 2 * 4);
-        merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
-        if (!inside(i)) continue;
-        w_at[i / 2 * wm.row + i % 2 * 32 * wm.col] = half_of(w[i / 2], i % 2);
-        if (kCompensated)
-          r_at[i / 2 * rm.row + i % 2 * 32 * rm.col] = half_of(rest[i / 2], i % 2);
-      }
-    }
-    __syncwarp();
+    at.at += at.pitch;
+    if (kCompensated) rest_at.at += rest_at.pitch;
   }
 }
 
 // Calls sum with the rounding as a constant: chosen by the element, it cost two thirds more
-// instructions.
-template <typename Sum>
+// instructions. For fp32 stochastic is to nearest.
+template <typename T, typename Sum>
 __device__ __forceinline__ void with_rounding(Rounding rounding, Sum sum) {
-  if (rounding == Rounding::nearest)
-    sum(std::integral_constant<Rounding, Rounding::nearest>{});
-  else if (rounding == Rounding::stochastic)
-    sum(std::integral_constant<Rounding, Rounding::stochastic>{});
-  else
-    sum(std::integral_constant<Rounding, Rounding::compensated>{});
+  if (rounding == Rounding::compensated)
+    return sum(std::integral_constant<Rounding, Rounding::compensated>{});
+  if constexpr (sizeof(T) == 2)
+    if (rounding == Rounding::stochastic)
+      return sum(std::integral_constant<Rounding, Rounding::stochastic>{});
+  sum(std::integral_constant<Rounding, Rounding::nearest>{});
+}
+
+// The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
+// accumulators go through shared memory, two strips of every lane at a time, so that neighbouring
+// lanes take neighbouring elements. Rows 2 i and 2 i + 1 of these eight are 16 i and 16 i + 1 further
+// down in W, and have their chunks of 16 bytes in an order of their own: what is written at once lies
+// in all banks.
+__device__ __forceinline__ int scratch_turn(int row) {  // to exclusive-or a chunk's number with
+  return (row / 2 & 1) | (row / 2 & 2) << 1;
+}
+
+// Rows first, first + 1, ... of the eight in `scratch`; the eighth of W from `tile_row` on.
+template <Rounding kRounding, typename T>
+__device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& work, int tile_row,
+                                           int64_t col, int first, const float* scratch) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  constexpr int kRowsAtOnce = kNarrowRows<T>;
+  const Matrix &wm = layer.weight, &rm = layer.residual;
+  const int lane = lane_id();
+  const int64_t row = work.row0 + tile_row;
+  T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
+  T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
+  // A row's elements at col and 32 further on, as if they were neighbours: element i is of row i / 2.
+  Neighbours<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
+  const auto down = [](int i) { return i / 2 * 16 + i % 2; };
+  const auto at = [&](const Matrix& m, int i) { return down(i / 2) * m.row + i % 2 * 32 * m.col; };
+  const auto inside = [&](int i) {
+    return tile_row + down(i / 2) < work.rows && col + i % 2 * 32 < layer.k;
+  };
+#pragma unroll
+  for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+    if (!inside(i)) continue;
+    set_half(w[i / 2], i % 2, w_at[at(wm, i)]);
+    if (kCompensated) set_half(rest[i / 2], i % 2, r_at[at(rm, i)]);
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsAtOnce; ++i) {
+    uint32_t rand = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
+      const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + down(i),
+                               col / kStrip + half * 4);
+      // bits16 by masks: choosing by index or by condition would put the words in local memory.
+      const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
+      const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
+      const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
+      const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
+      rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
+    }
+    const float* const product =
+        scratch + (first + i) * kWarp + (lane ^ scratch_turn(first + i) * 4);
+    merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
+    if (!inside(i)) continue;
+    w_at[at(wm, i)] = half_of(w[i / 2], i % 2);
+    if (kCompensated) r_at[at(rm, i)] = half_of(rest[i / 2], i % 2);
+  }
+}
+
+// `scratch`: 2 KB of this warp's own.
+template <typename T, bool kScaled>
+__device__ __forceinline__ void merge_narrow(Rounding rounding, const float (&acc)[4][8][4],
+                                             Units<kScaled> units, const MergeLayer& layer,
+                                             const Work& work, int tile, int warp_row, int warp_col,
+                                             float* scratch) {
+  const int lane = lane_id(), t = lane % 4;
+#pragma unroll 1
+  for (int piece = 0; piece < kStrips / 2; ++piece) {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+      const Place first = first_strip(lane, warp_row, warp_col);
+      const int row = 2 * t + s % 2, at = row * (kWarp / 4) + (first.col - warp_col) / 4;
+      if (s / 2 == piece)
+#pragma unroll
+        for (int i = 0; i < kStrip; i += 4)
+          reinterpret_cast<float4*>(scratch)[(at + i / 4) ^ scratch_turn(row)] = make_float4(
+              units(strip_value(acc, s, i), first.row + s, first.col + i),
+              units(strip_value(acc, s, i + 1), first.row + s, first.col + i + 1),
+              units(strip_value(acc, s, i + 2), first.row + s, first.col + i + 2),
+              units(strip_value(acc, s, i + 3), first.row + s, first.col + i + 3));
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int first = 0; first < 8; first += kNarrowRows<T>)
+      with_rounding<T>(rounding, [&](auto constant) {
+        merge_rows<decltype(constant)::value, T>(
+            layer, work, warp_row + 2 * piece + first * 8,
+            work.col0 + tile * kCols + warp_col + lane, first, scratch);  // and 32 columns further on
+      });
+    __syncwarp();
+  }
 }
 
 }  // namespace

@@ -51,12 +51,10 @@ __device__ __forceinline__ void prefetch_L2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
-// fp32 to nearest tf32 (10 bits of mantissa), as fp32 bits; ties away from zero.
-__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) {
-  uint32_t out;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(bits_float(bits)));
-  return out;
-}
+// fp32 to nearest tf32 (10 bits of mantissa), as fp32 bits; ties away from zero. What is left of the
+// lower 13 bits is ignored by a product. Not for NaN: cvt.rna takes that into account, and makes the
+// loop around it twice as long.
+__device__ __forceinline__ uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
 // D (16 x 8) += L (16 x K) R (K x 8) by a warp, D in fp32: K = 8 for fp32 factors (as tf32), 16 for
 // 16-bit ones, whose products are exact. Lane 4 g + t holds L's words (row g, word t), (g + 8, t),

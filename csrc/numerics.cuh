@@ -46,7 +46,7 @@ struct Words { uint32_t w[4]; };
 RELORA_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
 #ifdef __CUDACC__
-#pragma unroll 1  // unrolled, the draws of a thread's rows overlap and the merge kernel spills
+#pragma unroll 2  // unrolled, the draws of a lane's strips overlap and the merge kernel spills
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
@@ -163,16 +163,25 @@ RELORA_HD bf16 round_stochastic<bf16>(float v, uint32_t rand16) {
   return {uint16_t((b + rand16) >> 16)};
 }
 
+// To the next whole number, of v in [0, 2^32).
+RELORA_HD uint32_t round_up(float v) {
+#ifdef __CUDA_ARCH__
+  return __float2uint_ru(v);
+#else
+  return uint32_t(std::ceil(v));
+#endif
+}
+
 template <>
 RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
   const uint32_t sign = (float_bits(v) >> 16) & 0x8000u, mag = float_bits(v) & 0x7FFFFFFFu;
-  if (mag > 0x477FE000u) return round_nearest<fp16>(v);  // above 65504, inf, NaN
-  if (mag >= 0x38800000u)                                // fp16 drops 13 bits of fp32's mantissa
-    return {uint16_t(sign | ((mag - (112u << 23) + (rand16 >> 3)) >> 13))};
-  const float units = bits_float(mag) * 0x1p24f;  // subnormal: every step here is exact
-  const uint32_t whole = uint32_t(units);
-  const uint32_t up = float(rand16) < (units - float(whole)) * 65536.0f;
-  return {uint16_t(sign | (whole + up))};
+  const bool subnormal = mag < 0x38800000u, in_range = mag <= 0x477FE000u;  // 2^-14, 65504
+  // All three are computed: a branch for each of a lane's elements costs the merge more.
+  const fp16 nearest = round_nearest<fp16>(v);
+  const uint32_t normal = mag - (112u << 23) + (rand16 >> 3);  // fp16 drops 13 bits of fp32's 23
+  const uint32_t fixed = round_up(bits_float(subnormal ? mag : 0u) * 0x1p40f);  // 2^-24 is 2^16
+  const uint32_t drawn = subnormal ? (fixed + 0xFFFFu - rand16) >> 16 : normal >> 13;
+  return in_range ? fp16{uint16_t(sign | drawn)} : nearest;
 }
 
 // ---- Two neighbours at a time -------------------------------------------------------------------

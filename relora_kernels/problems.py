@@ -361,9 +361,9 @@ class Merge(Problem):
         what = " to ".join(map(str, reversed(self.shapes[0])))
         if len(self.shapes) > 1:
             what = f"{len(self.shapes)} weights of {self.elements:,} elements"
-        return f"merge {self.rounding} {what}, r {self.r}, {self.dtype}" + (
-            f", by {self.by}" if self.by else ""
-        )
+        factors = "" if self.factors == "float32" else f", {self.factors} factors"
+        by = f", by {self.by}" if self.by else ""
+        return f"merge {self.rounding} {what}, r {self.r}, {self.dtype}{factors}{by}"
 
     @property
     def elements(self) -> int:
@@ -430,8 +430,8 @@ class Merge(Problem):
         return {"error": relative, "error_over_eager": 2 * worst}
 
     def evidence_class(self, o: MergeOperands) -> tuple[str, list] | None:
-        if len(self.shapes) > 1 or self.by:
-            return None
+        if len(self.shapes) > 1 or self.by or self.factors != "float32":
+            return None  # a class says nothing of the factors
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, self.rounding
         return "merge_", list(evidence.CLASSES["merge_"](*call))
 

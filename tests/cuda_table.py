@@ -1,10 +1,11 @@
-"""What nvcc makes of csrc/*.cu, without a GPU.
+"""What nvcc makes of csrc/*.cu, without a GPU: read off the compiled module relora_kernels._C.
 
-    python tests/cuda_table.py [--table] [80 90 ...]
+    python tests/cuda_table.py [--table]
 
-Prints, for each kernel and architecture, registers, spills, shared memory, tensor-core instructions and
-global accesses as found in the machine code: a JSON object a line, or with --table the contents of
-docs/cuda_kernels.md. Dynamic shared memory is not in it.
+Prints, for each kernel and architecture, registers, local memory (spills), shared memory, tensor-core
+instructions and global accesses as found in the machine code: a JSON object a line, or with --table the
+contents of docs/cuda_kernels.md. Dynamic shared memory is not in it. The module is the installed one
+where it is of these sources and all architectures, else it is built.
 """
 
 import concurrent.futures
@@ -21,6 +22,8 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402
+
+ARCHS = (*cuda_build.DEFAULT_ARCHS, "90a")
 
 
 def find_cuobjdump(nvcc: Path) -> Path | None:
@@ -45,29 +48,29 @@ def demangled(names: list[str]) -> list[str]:
     return [re.sub(r"\([^()]*\)$", "", line.strip()) for line in plain.splitlines()]
 
 
-def kernels(source: Path, arch: str) -> list[dict]:
-    """A row for each kernel of `source`."""
-    nvcc = cuda_build.find_nvcc()
-    # As the build does it.
-    base = (
-        cuda_build.virtual_arch(cuda_build.source_archs(source, cuda_build.DEFAULT_ARCHS)) or arch
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        report = cuda_build.run(
-            nvcc, *cuda_build.COMPILE_FLAGS, "-Xptxas=-v", "-cubin", source, "-o", cubin,
-            f"-gencode=arch=compute_{base},code=sm_{arch}",
-        )  # fmt: skip
-        sass = cuda_build.run(find_cuobjdump(nvcc), "-sass", cubin)
-    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))
+def compiled_module(nvcc: Path, work: Path) -> Path:
+    """The installed module if it is what a build would make, else one built in the folder `work`."""
+    from relora_kernels.cuda import extension
+
+    module, _ = extension()
+    if module is not None and module.sources == cuda_build.sources_digest():
+        if set(module.archs) >= set(cuda_build.DEFAULT_ARCHS):
+            return Path(module.__file__)
+    return cuda_build.compile_module(nvcc, work)
+
+
+def kernels(tool: Path, cubin: Path) -> list[dict]:
+    """A row for each kernel of a file for one architecture, named as `cuobjdump -xelf` names it."""
+    arch = cubin.name.split(".")[-2].removeprefix("sm_")
     usage = re.findall(
-        r"Compiling entry function '(\w+)' for.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
-        re.sub(r"\n(?!ptxas info    : Compiling)", " ", report),
+        r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        cuda_build.run(tool, "-res-usage", cubin),
     )
-    assert {name for name, *_ in usage} == set(code), report
+    sass = cuda_build.run(tool, "-sass", cubin)
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))
+    assert usage and {name for name, *_ in usage} == set(code), cubin.name
     rows = []
-    for (mangled, stack, stores, loads, registers, shared), name in zip(
+    for (mangled, registers, stack, shared, local), name in zip(
         usage, demangled([name for name, *_ in usage])
     ):
         body = code[mangled]
@@ -76,25 +79,25 @@ def kernels(source: Path, arch: str) -> list[dict]:
                 "kernel": name,
                 "arch": arch,
                 "registers": int(registers),
-                "spills": int(stack) + int(stores) + int(loads),
-                "shared": int(shared or 0),
+                "spills": int(stack) + int(local),
+                "shared": int(shared),
                 "tensor_core": sorted(set(re.findall(r"\b([HIQ]G?MMA\.\d[\w.]*)", body))),
                 "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", body))),
             }
         )
-    return sorted(rows, key=lambda row: row["kernel"])
+    return rows
 
 
-def all_kernels(archs) -> list[dict]:
-    work = [
-        (source, arch)
-        for source in sorted(CSRC.glob("*.cu"))
-        for arch in cuda_build.source_archs(source, list(archs))
-    ]
-    # The longest first, so that the workers end together.
-    work.sort(key=lambda item: -item[0].stat().st_size)
-    with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
-        found = list(pool.map(lambda item: kernels(*item), work))
+def all_kernels() -> list[dict]:
+    nvcc = cuda_build.find_nvcc()
+    tool = find_cuobjdump(nvcc)
+    with tempfile.TemporaryDirectory() as folder:
+        module = compiled_module(nvcc, Path(folder))
+        subprocess.run([tool, "-xelf", "all", module], cwd=folder, check=True, capture_output=True)
+        cubins = [path for arch in ARCHS for path in Path(folder).glob(f"*.sm_{arch}.cubin")]
+        cubins.sort(key=lambda path: -path.stat().st_size)  # so that the workers end together
+        with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
+            found = list(pool.map(lambda cubin: kernels(tool, cubin), cubins))
     rows = [row for each in found for row in each]
     return sorted(rows, key=lambda row: (int(row["arch"].rstrip("af")), row["kernel"]))
 
@@ -113,7 +116,8 @@ def print_table(rows) -> None:
         f"nvcc {nvcc}, by `python tests/cuda_table.py --table`; no GPU is needed. Spills: bytes of"
     )
     print(
-        "local memory. Shared: bytes of static shared memory; the launchers ask for the dynamic part."
+        "local memory. Shared: bytes of static shared memory, from sm_90 on with the 1024 that are the\n"
+        "system's; the launchers ask for the dynamic part."
     )
     print(
         "Load, copy, store: bits of the widest global access, copy being straight to shared memory; TMA,"
@@ -135,8 +139,7 @@ def print_table(rows) -> None:
 
 
 def main() -> None:
-    archs = [a for a in sys.argv[1:] if a != "--table"] or list(cuda_build.DEFAULT_ARCHS)
-    rows = all_kernels(archs)
+    rows = all_kernels()
     if "--table" in sys.argv:
         return print_table(rows)
     for row in rows:

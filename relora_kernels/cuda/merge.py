@@ -1,4 +1,4 @@
-"""merge_ in CUDA, for one layer or a list. Formula: reference/merge.py. Kernel: csrc/merge.cu."""
+"""merge_ in CUDA, for one layer or a list. Formula: reference/merge.py. Kernels: csrc/merge*.cu."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
 
-# Whether float32 factors of a bfloat16 W stay in shared memory as scaled fp16, where _can_be_resident
-# says that they can, or stream through it as tf32. csrc/merge.cu has the arithmetic, which speaks for
-# the first; a device has to say: "by RESIDENT" in bench/gpu_check.py.
+# Whether factors of a bfloat16 W stay in shared memory, all of r at once, where _can_be_resident says
+# that they can, or stream through it. csrc/merge.cu has the arithmetic, which speaks for the first; a
+# device has to say: "by RESIDENT" in bench/gpu_check.py.
 RESIDENT = True
 RESIDENTS = (False, True)
 
@@ -59,25 +59,24 @@ def merge_many_(merges, restarts=None) -> None:
         weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
         if residual is None and rounding == "compensated":  # float32: nothing is dropped to keep
             rounding = "nearest"
-        wanted = weight.dtype if lora_A.dtype == weight.dtype else torch.float32
+        # Other dtypes than the usual become float32, which is exact.
+        narrow = weight.dtype == lora_A.dtype == torch.bfloat16
+        wanted = torch.bfloat16 if narrow else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
-        # Other dtypes become float32, which is exact.
         factors = lora_A.to(wanted), lora_B.to(wanted)
         # By the layer alone: what a list is made of decides no bit of a result.
-        resident = RESIDENT and _can_be_resident(weight, factors[1], rounding, module)
+        resident = RESIDENT and _can_be_resident(weight, factors[1], module)
         key = weight.device, weight.dtype, wanted, restarted, rounding, resident
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():
         _launch(module, *key, group)
 
 
-def _can_be_resident(weight, lora_B, rounding, module) -> bool:
-    r = lora_B.shape[1]
-    wide = lora_B.stride(1) == 1 and lora_B.stride(0) % 4 == 0 and lora_B.data_ptr() % 16 == 0
-    usual = weight.dtype == torch.bfloat16 and lora_B.dtype == torch.float32
-    return (
-        usual and wide and rounding != "stochastic" and r <= module.merge_most_rank and r % 4 == 0
-    )
+def _can_be_resident(weight, lora_B, module) -> bool:
+    r, size = lora_B.shape[1], lora_B.element_size()
+    wide = lora_B.stride(1) == 1 and lora_B.stride(0) * size % 16 == lora_B.data_ptr() % 16 == 0
+    fits = r <= module.merge_most_rank and (size == 2 or r % 4 == 0)
+    return weight.dtype == torch.bfloat16 and wide and fits
 
 
 def _launch(

@@ -1,5 +1,7 @@
-// csrc/merge.cu, as it is, on the CPU: a C interface for ctypes.
+// csrc/merge*.cu, as they are, on the CPU: a C interface for ctypes.
 #include "merge.cu"
+#include "merge_resident.cu"
+#include "merge_streamed.cu"
 
 namespace relora {
 namespace {

@@ -1,0 +1,123 @@
+// What the kernels of the merge share: their table of layers, a block's part of it, a tile of W.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.h"
+#include "mma.cuh"
+
+namespace relora {
+
+// What every kernel of a merge is given.
+struct MergeTable {
+  const MergeLayer* layers;  // in device memory, or null: `first` holds them all
+  int count;
+  int tiles_per_block;  // in one row
+  Rounding rounding;
+  MergeLayer first[kInlineLayers];
+};
+static_assert(sizeof(MergeTable) <= 4096, "kernel parameters");
+
+// A kernel and the dynamic shared memory of its blocks. The factors are fp32 or, narrow, bf16 beside a
+// bf16 weight.
+struct MergeKernel {
+  void (*kernel)(MergeTable);
+  int shared;
+};
+MergeKernel streamed_merge(DType weight, bool narrow_factors);
+MergeKernel resident_merge(bool narrow_factors);  // bf16 weights, can_be_resident for every layer
+bool can_be_resident(const MergeLayer& layer, bool narrow_factors);
+
+namespace {
+
+constexpr int kRows = 128, kCols = 128;  // a tile of W
+constexpr int kWarp = 64;                // rows and columns of a warp's part of it
+constexpr int kThreads = 128, kBlocksAnSM = 2;
+constexpr int kMostRowTiles = 2;  // of a resident block: tiles one below the other
+constexpr int kStrip = 8;  // neighbouring elements of a row: 16 bytes of a 16-bit W, one random draw
+struct Place { int row, col; };
+
+extern __shared__ uint4 dynamic_shared[];
+
+__device__ __forceinline__ uint32_t& word(uint4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+// Of two rows of 16-bit elements, where a word is two neighbours: one of the two columns.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t first, uint32_t second) {
+  return (first & 0xFFFFu) | second << 16;
+}
+__device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xFFFF0000u);
+}
+
+template <typename F>
+__host__ __device__ __forceinline__ bool is_wide(const Matrix& m) {
+  return m.col == 1 && m.row * int64_t(sizeof(F)) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
+template <typename T>
+__host__ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
+  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
+         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
+}
+
+// The layer that this block works for, to shared memory: the last that begins at or before it.
+template <uint32_t MergeLayer::*kFirst>
+__device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& layer, int& found) {
+  const MergeLayer* layers = table.layers ? table.layers : table.first;
+  for (int i = int(threadIdx.x); i < table.count; i += int(blockDim.x))
+    if (layers[i].*kFirst <= blockIdx.x &&
+        (i + 1 == table.count || blockIdx.x < layers[i + 1].*kFirst))
+      found = i;
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < int(sizeof(MergeLayer) / 8); i += int(blockDim.x))
+    reinterpret_cast<uint64_t*>(&layer)[i] = reinterpret_cast<const uint64_t*>(layers + found)[i];
+  __syncthreads();
+}
+
+// What a block does. In shared memory rather than in registers, which the product needs.
+struct Work {
+  int64_t row0, col0;  // of its first tile; the others follow in the same rows
+  int rows, tiles;
+  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
+};
+
+template <typename T, typename F>
+__device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
+  const int col_tiles = int((layer.k + kCols - 1) / kCols), rows = int(layer.row_tiles) * kRows;
+  const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
+  const int block = int(blockIdx.x - layer.first_block);
+  const int first_tile = block % blocks_a_row * table.tiles_per_block;
+  Work work;
+  work.row0 = int64_t(block / blocks_a_row) * rows;
+  work.col0 = int64_t(first_tile) * kCols;
+  work.rows = int(min(layer.n - work.row0, int64_t(rows)));
+  work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
+  work.wide_A = is_wide<F>(layer.lora_A);
+  work.wide_B = is_wide<F>(layer.lora_B);
+  work.wide = is_wide_sum<T>(layer, table.rounding);
+  return work;
+}
+
+// 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from `valid` on.
+template <typename F>
+__device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, bool wide, int64_t row,
+                                           int64_t col, int64_t valid) {
+  constexpr int kElements = 16 / int(sizeof(F));
+  const int count = int(valid < 0 ? 0 : min(valid, int64_t(kElements)));
+  const F* from = global_memory<const F>(m.data);  // a valid address even where nothing is read
+  if (count) from += row * m.row + col * m.col;
+  if (wide) return copy_async<16>(to, from, count * int(sizeof(F)));
+#pragma unroll
+  for (int i = 0; i < kElements; ++i) {
+    F* at = static_cast<F*>(to) + i;
+    if constexpr (sizeof(F) == 4)
+      copy_async<4>(at, i < count ? from + i * m.col : from, i < count ? 4 : 0);
+    else
+      *at = i < count ? from[i * m.col] : F{};
+  }
+}
+
+}  // namespace
+}  // namespace relora

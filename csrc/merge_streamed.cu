@@ -1,0 +1,242 @@
+// merge.cu's kernel for any factors: lora_A's stages of 64 bytes along r pass through a ring in shared
+// memory, lora_B's stay if r <= 128 (16-bit: 256).
+//
+// bf16 factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16, as tf32. For an
+// fp32 W each is the sum of two tf32, and three of the four products are taken, which keeps 2^-22:
+// three times the tensor work, and still 1.7 times as fast as the fp32 pipes (12.9 GFLOP at some
+// 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
+#include "merge_sum.cuh"
+
+namespace relora {
+namespace {
+
+// ---- The product --------------------------------------------------------------------------------
+
+constexpr int kRing = 4;   // stages of lora_A in flight
+constexpr int kPanel = 8;  // stages of lora_B that stay, if all of r fits
+
+// A stage is 64 bytes along r of either factor: kDepth steps.
+template <typename F>
+constexpr int kDepth = 64 / int(sizeof(F));
+
+struct alignas(16) Slot { unsigned char bytes[64 * 128]; };
+struct Stages {
+  Slot A[kRing];   // [kDepth][kCols], where swizzled_A says
+  Slot B[kPanel];  // [kRows][kDepth], where swizzled_B says
+};
+
+// In step s of a stage's two, lane 4 g + t multiplies words 8 s + 2 t and 8 s + 2 t + 1 (a word: one
+// fp32, or two neighbours along r) of columns 8 g ... 8 g + 7 of A, which are two or four rows of its
+// slot, with those of rows 8 g + j of B. The exclusive ors spread what is read at once over all banks.
+template <typename F>
+__device__ __forceinline__ int swizzled_A(int row, int chunk) {
+  const int t = row / (kDepth<F> / 8) % 4, turn = sizeof(F) == 4 ? (t & 1) | (t & 2) << 1 : t * 2;
+  return row * kCols * int(sizeof(F)) + (chunk ^ turn) * 16;
+}
+__device__ __forceinline__ int swizzled_B(int row, int chunk) {
+  return (row ^ row / 8 % 2) * 64 + (chunk ^ row / 16 % 2 * 2) * 16;
+}
+
+// Stage `chunk` of either factor: lora_A's columns from `begin` on, or lora_B's rows.
+template <typename F, bool kIsA>
+__device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool wide, int chunk,
+                                     int64_t begin) {
+  constexpr int kElements = 16 / int(sizeof(F)), kChunks = kIsA ? kCols / kElements : 4;
+  constexpr int kCopies = int(sizeof(Slot)) / 16 / kThreads, kStep = kThreads / kChunks;
+  const Matrix& m = kIsA ? layer.lora_A : layer.lora_B;
+  const int thread = int(threadIdx.x), row = thread / kChunks, at = thread % kChunks;
+  const int64_t depth = int64_t(chunk) * kDepth<F>;
+  const int64_t first_row = (kIsA ? depth : begin) + row;
+  const int64_t first_col = (kIsA ? begin : depth) + at * kElements;
+  const int64_t rows = (kIsA ? layer.r : layer.n) - first_row;
+  const int64_t cols = (kIsA ? layer.k : layer.r) - first_col;
+  const auto to = [&](int i) {
+    const int line = row + i * kStep;
+    return slot.bytes + (kIsA ? swizzled_A<F>(line, at) : swizzled_B(line, at));
+  };
+  if (wide) {
+    const F* const data = global_memory<const F>(m.data);  // valid even where nothing is read
+    const F* from = data + first_row * m.row + first_col;
+    const int bytes = cols <= 0 ? 0 : int(min(cols, int64_t(kElements))) * int(sizeof(F));
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i, from += kStep * m.row) {
+      const bool there = i * kStep < rows && bytes > 0;
+      copy_async<16>(to(i), there ? from : data, there ? bytes : 0);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kCopies; ++i)
+      fill_chunk<F>(to(i), m, false, first_row + i * kStep, first_col, i * kStep < rows ? cols : 0);
+  }
+}
+
+// Columns col ... col + 7 of A as a lane multiplies them in a step: of columns 2 m and 2 m + 1 the
+// first words, then the second ones.
+template <typename F>
+__device__ __forceinline__ void load_columns(uint32_t (&out)[4][4], const Slot& A, int col, int t,
+                                             int step) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = 8 * step + 2 * t + i;
+    if constexpr (sizeof(F) == 4) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint4 v =
+            *reinterpret_cast<const uint4*>(A.bytes + swizzled_A<F>(row, col / 4 + half));
+        out[2 * half][2 * i] = v.x, out[2 * half][2 * i + 1] = v.y;
+        out[2 * half + 1][2 * i] = v.z, out[2 * half + 1][2 * i + 1] = v.w;
+      }
+    } else {  // neighbours along r lie in two rows
+      uint4 v[2];
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd)
+        v[odd] = *reinterpret_cast<const uint4*>(A.bytes + swizzled_A<F>(2 * row + odd, col / 8));
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        out[m][2 * i] = lower_halves(word(v[0], m), word(v[1], m));
+        out[m][2 * i + 1] = upper_halves(word(v[0], m), word(v[1], m));
+      }
+    }
+  }
+}
+
+// fp32 words as tf32 and, where `rest` is given, what that leaves as another tf32.
+template <int kCount>
+__device__ __forceinline__ void split(uint32_t (&words)[kCount], uint32_t* rest) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t tf32 = to_tf32(words[i]);
+    if (rest)
+      rest[i] = to_tf32(
+          float_bits(__fsub_rn(bits_float(words[i]), bits_float(tf32 & 0xFFFFE000u))));
+    words[i] = tf32;
+  }
+}
+
+// acc gains one stage: see first_strip.
+template <typename F, bool kSplit>
+__device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, const Slot& B,
+                                         int warp_row, int warp_col) {
+  const int lane = lane_id(), g = lane / 4, t = lane % 4;
+  constexpr bool kTf32 = sizeof(F) == 4;
+#pragma unroll 1  // both steps at once need more registers than sm_100 and 120 have to spare
+  for (int step = 0; step < 2; ++step) {
+    uint32_t cols[4][4], cols_rest[4][4];
+    load_columns<F>(cols, A, warp_col + 8 * g, t, step);
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+      if (kTf32) split(cols[m], kSplit ? cols_rest[m] : nullptr);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      uint32_t row_rest[2];
+      const uint2 v = *reinterpret_cast<const uint2*>(
+          B.bytes + swizzled_B(warp_row + 8 * g + j, 2 * step + t / 2) + t % 2 * 8);
+      uint32_t row[2] = {v.x, v.y};
+      if (kTf32) split(row, kSplit ? row_rest : nullptr);
+      // Small products first; no accumulator twice in a row.
+#pragma unroll
+      for (int m = 0; kSplit && m < 4; ++m) mma<F>(acc[m][j], cols[m], row_rest);
+#pragma unroll
+      for (int m = 0; kSplit && m < 4; ++m) mma<F>(acc[m][j], cols_rest[m], row);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) mma<F>(acc[m][j], cols[m], row);
+    }
+  }
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+struct StreamedWork : Work {
+  int chunks;  // stages along r
+  bool stays;  // every stage of lora_B has a slot of its own
+};
+
+// Roundings are told apart at run time, once a tile: four kernels to compile, not twelve.
+template <typename T, typename F>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+    merge_kernel(const __grid_constant__ MergeTable table) {
+  Stages& stages = *reinterpret_cast<Stages*>(dynamic_shared);
+  __shared__ MergeLayer layer;
+  __shared__ StreamedWork work;
+  __shared__ int found;
+  find_layer<&MergeLayer::first_block>(table, layer, found);
+  if (threadIdx.x == 0) {
+    static_cast<Work&>(work) = work_of<T, F>(table, layer);
+    work.chunks = int((layer.r + kDepth<F> - 1) / kDepth<F>);
+    work.stays = work.chunks <= kPanel;
+  }
+  __syncthreads();
+
+  const int warp = int(threadIdx.x) / 32, warp_row = warp / 2 * kWarp, warp_col = warp % 2 * kWarp;
+  int next_tile = 0, next_chunk = 0, next_slot = 0;  // filled kRing - 1 stages before it is used
+  int tile = 0, chunk = 1 - kRing, slot = 0;         // chunk < 0: nothing to multiply yet
+  Strip<T> window[kWindow<T>];
+  float acc[4][8][4] = {};
+  while (tile < work.tiles) {
+    if (chunk == (tile ? 0 : 1 - kRing)) {  // so that HBM's latency passes under the product
+      prefetch_tile<T>(layer.weight, layer, work, tile);
+      if (table.rounding == Rounding::compensated)
+        prefetch_tile<T>(layer.residual, layer, work, tile);
+      if (work.wide) {
+        const Share share(layer, work, tile, warp_row, warp_col);
+        const Strips<T> at(layer.weight, work, tile, share.first);
+#pragma unroll
+        for (int s = 0; s < kEarly<T>; ++s) at.load(window, 0, s, share);
+      }
+    }
+    if (chunk >= 0) {
+      wait_for_copies<kRing - 2>();
+      __syncthreads();  // all copies of this stage have arrived; next_slot has been multiplied
+    }
+    if (next_tile < work.tiles) {
+      fill<F, true>(stages.A[next_slot], layer, work.wide_A, next_chunk,
+                    work.col0 + next_tile * kCols);
+      if (!work.stays || next_tile == 0)
+        fill<F, false>(stages.B[work.stays ? next_chunk : next_slot], layer, work.wide_B,
+                       next_chunk, work.row0);
+      next_slot = (next_slot + 1) % kRing;
+      if (++next_chunk == work.chunks) next_chunk = 0, ++next_tile;
+    }
+    commit_copies();  // a group without copies, too: wait_for_copies counts groups
+    if (chunk < 0) {
+      ++chunk;
+      continue;
+    }
+    multiply<F, std::is_same<T, float>::value && std::is_same<F, float>::value>(
+        acc, stages.A[slot], stages.B[work.stays ? chunk : slot], warp_row, warp_col);
+    slot = (slot + 1) % kRing;
+    if (++chunk < work.chunks) continue;
+
+    if (!work.wide) __syncthreads();  // the slot multiplied last is free then, until the next stage
+    if (work.wide)
+      with_rounding<T>(table.rounding, [&](auto rounding) {
+        merge_wide<decltype(rounding)::value, kEarly<T>>(acc, Units<false>{}, window, layer, work,
+                                                         tile, warp_row, warp_col);
+      });
+    else
+      merge_narrow<T>(
+          table.rounding, acc, Units<false>{}, layer, work, tile, warp_row, warp_col,
+          reinterpret_cast<float*>(stages.A[(slot + kRing - 1) % kRing].bytes) + warp * 8 * kWarp);
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][j][i] = 0.f;
+    chunk = 0;
+    ++tile;
+  }
+}
+
+}  // namespace
+
+MergeKernel streamed_merge(DType weight, bool narrow_factors) {
+  constexpr int kShared = int(sizeof(Stages));
+  switch (weight) {
+    case DType::f32: return {merge_kernel<float, float>, kShared};
+    case DType::fp16: return {merge_kernel<fp16, float>, kShared};
+    default: return {narrow_factors ? merge_kernel<bf16, bf16> : merge_kernel<bf16, float>, kShared};
+  }
+}
+
+}  // namespace relora
