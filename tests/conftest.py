@@ -10,6 +10,9 @@ _spec = importlib.util.find_spec("triton")
 if _spec is None or _spec.origin is None:
     sys.modules["triton"] = None
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -21,6 +24,20 @@ if os.environ.get("TRITON_INTERPRET") == "1" and sys.modules.get("triton", ()) i
     import interpreted_bf16
 
     interpreted_bf16.install()
+
+
+# Minutes each: first, so that two processes of pytest end together.
+SLOW = (
+    "test_triton_compile",
+    "test_train_distributed",
+    "test_train_resume",
+    "test_sharded",
+    "test_ablation",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in SLOW)
 
 
 @pytest.fixture

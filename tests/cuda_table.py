@@ -9,15 +9,15 @@ where it is of these sources and all architectures, else it is built.
 """
 
 import concurrent.futures
-import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import sass
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
@@ -26,15 +26,9 @@ import cuda_build  # noqa: E402
 ARCHS = (*cuda_build.DEFAULT_ARCHS, "90a")
 
 
-def find_cuobjdump(nvcc: Path) -> Path | None:
-    """The toolkit's; PyPI's nvcc comes without one, and then Triton's."""
-    triton = importlib.util.find_spec("triton")
-    candidates = [cuda_build.toolkit_root(nvcc) / "bin", nvcc.parent]
-    candidates += [Path(shutil.which("cuobjdump")).parent] if shutil.which("cuobjdump") else []
-    if triton is not None and triton.origin is not None:
-        candidates.append(Path(triton.origin).parent / "backends/nvidia/bin")
-    found = (folder / "cuobjdump" for folder in candidates)
-    return next((tool for tool in found if os.access(tool, os.X_OK)), None)
+def find_tools(nvcc: Path) -> Path | None:
+    """The toolkit's; PyPI's nvcc comes without them, and then Triton's."""
+    return sass.find_tools(cuda_build.toolkit_root(nvcc) / "bin", nvcc.parent)
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -59,15 +53,15 @@ def compiled_module(nvcc: Path, work: Path) -> Path:
     return cuda_build.compile_module(nvcc, work)
 
 
-def kernels(tool: Path, cubin: Path) -> list[dict]:
+def kernels(tools: Path, cubin: Path) -> list[dict]:
     """A row for each kernel of a file for one architecture, named as `cuobjdump -xelf` names it."""
     arch = cubin.name.split(".")[-2].removeprefix("sm_")
     usage = re.findall(
         r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
-        cuda_build.run(tool, "-res-usage", cubin),
+        cuda_build.run(tools / "cuobjdump", "-res-usage", cubin),
     )
-    sass = cuda_build.run(tool, "-sass", cubin)
-    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S))
+    functions = sass.functions(cubin.read_bytes())
+    code = dict(zip(functions, sass.disassembled(list(functions.values()), arch, tools)))
     assert usage and {name for name, *_ in usage} == set(code), cubin.name
     rows = []
     for (mangled, registers, stack, shared, local), name in zip(
@@ -90,14 +84,17 @@ def kernels(tool: Path, cubin: Path) -> list[dict]:
 
 def all_kernels() -> list[dict]:
     nvcc = cuda_build.find_nvcc()
-    tool = find_cuobjdump(nvcc)
+    tools = find_tools(nvcc)
     with tempfile.TemporaryDirectory() as folder:
         module = compiled_module(nvcc, Path(folder))
-        subprocess.run([tool, "-xelf", "all", module], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [tools / "cuobjdump", "-xelf", "all", module],
+            cwd=folder, check=True, capture_output=True,
+        )  # fmt: skip
         cubins = [path for arch in ARCHS for path in Path(folder).glob(f"*.sm_{arch}.cubin")]
         cubins.sort(key=lambda path: -path.stat().st_size)  # so that the workers end together
         with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
-            found = list(pool.map(lambda cubin: kernels(tool, cubin), cubins))
+            found = list(pool.map(lambda cubin: kernels(tools, cubin), cubins))
     rows = [row for each in found for row in each]
     return sorted(rows, key=lambda row: (int(row["arch"].rstrip("af")), row["kernel"]))
 

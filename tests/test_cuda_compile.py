@@ -37,8 +37,8 @@ def rows():
     nvcc = cuda_build.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
-    if cuda_table.find_cuobjdump(nvcc) is None:
-        pytest.skip("no cuobjdump on this machine")
+    if cuda_table.find_tools(nvcc) is None:
+        pytest.skip("no cuobjdump and nvdisasm on this machine")
     found = cuda_table.all_kernels()
     # All of them: an nvcc that lacks one is no reason to pass.
     assert {row["arch"] for row in found} == set(cuda_table.ARCHS)

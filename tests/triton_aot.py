@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import sass
+
 from relora_kernels._triton import (
     lora_linear,
     lora_linear_mask,
@@ -169,36 +171,40 @@ def compiled(kernel, types: dict, constants: dict, arch: int, odd: bool = False)
     return compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def inspect(cubin: bytes) -> dict:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def inspect(cubin: bytes, code: str, tools: Path) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "registers": int(registers),
         "stack": int(stack),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-        "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", sass))),
-        "tma": sorted(set(re.findall(r"\b(UTMA\w+)", sass))),
-        "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", sass))),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", code))),
+        "tma": sorted(set(re.findall(r"\b(UTMA\w+)", code))),
+        "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", code))),
     }
 
 
 def rows(archs):
+    tools = sass.find_tools()
     for arch in archs:
-        for kernel, name, types, constants in (*variants(arch), *prune_variants()):
-            binary = compiled(kernel, types, constants, arch, " odd" in name)
+        kernels = [
+            (name, compiled(kernel, types, constants, arch, " odd" in name))
+            for kernel, name, types, constants in (*variants(arch), *prune_variants())
+        ]
+        cubins = [binary.asm["cubin"] for _, binary in kernels]
+        codes = [b"".join(sass.functions(cubin).values()) for cubin in cubins]
+        suffix = "a" if arch >= 90 else ""
+        for (name, binary), cubin, code in zip(
+            kernels, cubins, sass.disassembled(codes, f"{arch}{suffix}", tools)
+        ):
             row = {"kernel": name, "arch": arch, "shared": binary.metadata.shared}
-            yield row | {"most_shared": SHARED[arch]} | inspect(binary.asm["cubin"])
+            yield row | {"most_shared": SHARED[arch]} | inspect(cubin, code, tools)
 
 
 def print_table(found) -> None:
