@@ -24,9 +24,9 @@
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one
 // standard deviation, 1.51 %, and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % holds that at any
 // scale and ratio, and costs 1.56 % of the tensor's memory. A launch takes as many tensors as have
-// room for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, or in
-// 320 KB, and the next launches reuse it. One tensor is always taken: up to 10 MB its own needs are
-// more than that share.
+// room for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, and the
+// next launches reuse it. One tensor is always taken: its histogram may be more than that share, and
+// of the list it gets what is left.
 #include "launch.h"
 #include "numerics.cuh"
 
@@ -43,8 +43,7 @@ constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit coun
 constexpr int kRoomShare = 64;  // one element in so many may be listed
 constexpr int kLocal = 2048;    // listed elements that a block collects before it asks for room
 constexpr int kRows = 48;       // of 72 bytes: a kernel's parameters are at most 4 KB
-constexpr int kMemoryShare = 52;          // a launch's workspace: one byte in so many of the list,
-constexpr int64_t kFewBytes = 320 << 10;  // or so many
+constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
@@ -758,7 +757,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
     listed_bytes += tensors[i].size * bytes_of(tensors[i].dtype) +
                     (tensors[i].partner ? tensors[i].size * bytes_of(tensors[i].partner_dtype) : 0);
   const bool large = which == Which::large;
-  const int64_t most_bytes = max(listed_bytes / kMemoryShare, kFewBytes);
+  const int64_t most_bytes = listed_bytes / kMemoryShare;
   for (int64_t i = 0; i < count;) {
     Group group{};
     Table& table = group.table;
@@ -770,10 +769,12 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       const int64_t its_blocks =
           which == Which::small ? 1 : (t.size + kSpan<Bits> - 1) / kSpan<Bits>;
       const bool wide = t.size >= kWideFrom;
-      const uint32_t room =
-          large && sizeof(Bits) == 4 && !wide ? uint32_t(t.size / kRoomShare) : 0;
       const int64_t hist_bytes =
           large ? rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins)) : 0;
+      const int64_t most_room = max((most_bytes - hist_bytes) / 4, int64_t(0));
+      const uint32_t room = large && sizeof(Bits) == 4 && !wide
+                                ? uint32_t(min(t.size / kRoomShare, most_room))
+                                : 0;
       const int64_t its_bytes = hist_bytes + rounded(4 * int64_t(room));
       if (blocks + its_blocks > INT32_MAX) break;
       if (table.count > 0 && group.bytes + its_bytes > most_bytes) break;
