@@ -40,10 +40,11 @@ constexpr int kInlineLayers = 16;
 
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
-// factors are fp32, or bf16 as weight. `table`: device memory for `count` MergeLayers, unused up to
-// kInlineLayers. `resident`: by the kernel that keeps r in shared memory; a bf16 weight, r <=
-// kMostRank, lora_B's rows 16-byte aligned, fp32 factors of an r that is a multiple of 4; else
-// cudaErrorInvalidValue, as for other dtypes. Enqueues on `stream`, never synchronises,
+// factors are fp32, or bf16 as weight. Their elements are finite and below 2^120, which the caller has
+// made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for `count`
+// MergeLayers, unused up to kInlineLayers. `resident`: by the kernel that keeps r in shared memory; a
+// bf16 weight, r <= kMostRank, lora_B's rows 16-byte aligned, fp32 factors of an r that is a multiple
+// of 4; else cudaErrorInvalidValue, as for other dtypes. Enqueues on `stream`, never synchronises,
 // copies nothing from host memory; launches nothing where there is nothing to do.
 constexpr int kMostRank = 128;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,

@@ -17,6 +17,10 @@ namespace {
 
 constexpr int kLoads = 32;  // of 16 bytes, of a thread at once
 
+// A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
+// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more.
+constexpr float kShift = 0x1p15f;
+
 struct alignas(16) Panel { unsigned char bytes[128 * kMostRank * 2]; };
 struct Resident {
   Panel A;
@@ -111,7 +115,8 @@ __device__ __forceinline__ void fill_panel(Panel& panel, float* units, const Mer
       largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, with));
     scales[line] = half_scale(largest);
     if (kIsA ? lane < 8 : lane % 4 == 0)
-      units[kIsA ? first.col + line : first.row + 2 * line] = half_unit(scales[line]);
+      units[kIsA ? first.col + line : first.row + 2 * line] =
+          half_unit(scales[line]) * (kIsA ? kShift : 1 / kShift);
   }
   // Word w of a line's chunk c.
   const auto scaled = [&](int line, int c, int w) {

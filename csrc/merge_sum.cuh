@@ -130,14 +130,13 @@ struct Strips {
   }
 };
 
-// A product as the tensor cores leave it or, scaled, times what its row's and its column's units are
-// worth: one after the other, for their own product may be an infinity, of which a zero would make
-// NaN.
+// A product as the tensor cores leave it or, scaled, times what its row and then its column are worth:
+// one after the other, for their own product may be an infinity, of which a zero would make NaN.
 template <bool kScaled>
 struct Units {
   const float *rows, *cols;
   __device__ __forceinline__ float operator()(float v, int row, int col) const {
-    return kScaled ? __fmul_rn(__fmul_rn(v, rows[row]), cols[col]) : v;  // exact
+    return kScaled ? __fmul_rn(__fmul_rn(v, rows[row]), cols[col]) : v;
   }
 };
 

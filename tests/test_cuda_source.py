@@ -509,6 +509,23 @@ def test_units_whose_product_is_no_float32_are_never_multiplied(shim, col, row):
     assert shim.resident
 
 
+@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("r", [4, 128])
+@pytest.mark.parametrize(
+    "of_A, of_B",
+    [(2.0**-100, 2.0**113), (2.0**-14, 2.0**119), (2.0**119, 2.0**-20), (2.0**119, 2.0**-120)],
+)
+def test_factors_up_to_the_end_of_the_checked_range(shim, monkeypatch, resident, r, of_A, of_B):
+    """A sum times its row's unit alone may leave float32's range, above or below."""
+    monkeypatch.setattr(launcher, "RESIDENT", resident)
+    A, B = (torch.rand(s) * 0.99 + 1 for s in ((r, 20), (12, r)))
+    A, B = A * of_A, B * of_B
+    exact = B.double() @ A.double()
+    found = update_of(A, B, torch.bfloat16)
+    assert shim.resident == resident
+    assert ((found - exact).abs() <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * exact).all()
+
+
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
     """Layers that the resident kernel does not serve are a launch of their own."""
     ranks = (8, 9, shim.merge_most_rank, shim.merge_most_rank + 4)

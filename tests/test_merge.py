@@ -230,6 +230,67 @@ def test_large_but_finite_updates_are_merged():
     assert weight[0, 0] == 1e38 and weight[1:].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "a, b, scaling",
+    [
+        (1e20, 1e20, 1e-36),  # B @ A overflows, the update does not
+        (3.4028e38, 0.0, 1.0),  # rounded to tf32: infinity, of which a zero makes NaN
+        (3.4028e38, 1e-36, 1.0),
+        (0.0, 2.0**120, 1.0),
+    ],
+)
+def test_what_overflows_on_the_way_is_refused(backend, dtype, a, b, scaling, device):
+    weight = torch.ones(4, 8, dtype=dtype, device=device)
+    factors = torch.full((4, 8), a, device=device), torch.full((4, 4), b, device=device)
+    with use_backend(backend), pytest.raises(FloatingPointError, match="nothing was merged"):
+        merge_(weight, *factors, scaling)
+    assert weight.eq(1).all()
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("large, small", [(1.3e36, 1e-36), (1e34, 1e-30), (1e20, 1e-25)])
+@pytest.mark.parametrize("r", [4, 128])
+def test_large_factors_beside_small_ones_are_merged(backend, dtype, large, small, r, device):
+    for a, b in ((large, small), (small, large)):
+        weight = torch.zeros(4, 8, dtype=dtype, device=device)
+        factors = torch.full((r, 8), a, device=device), torch.full((4, r), b, device=device)
+        with use_backend(backend):
+            merge_(weight, *factors, 1e-4)
+        exact = factors[1].double() @ factors[0].double() * 1e-4
+        assert torch.allclose(weight.double(), exact, rtol=2.0**-7, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("rounding", checks.ROUNDINGS)
+def test_a_float16_sum_at_the_end_of_its_range_is_refused_or_finite(backend, rounding, device):
+    """Kernels round the factors to tf32: up, by as much as 2^-10 of the product."""
+    refused = 0
+    for a, b in (
+        (256.125, 255.6875),
+        (256.125, 255.5),
+        (256.0, 255.75),
+        (1.0, 65504.0),
+        (250.0, 260.0),
+    ):
+        weight = torch.zeros(4, 8, dtype=torch.float16, device=device)
+        rest = torch.zeros_like(weight) if rounding == "compensated" else None
+        factors = torch.full((1, 8), a, device=device), torch.full((4, 1), b, device=device)
+        try:
+            with use_backend(backend):
+                merge_(weight, *factors, 1.0, rounding, rest)
+        except FloatingPointError:
+            refused += 1
+            assert weight.eq(0).all()
+        else:
+            assert torch.allclose(
+                weight.double(), torch.full_like(weight, a * b).double(), rtol=2.0**-9
+            )
+    assert refused == 3
+
+
 def test_float16_overflow_of_the_sum_is_refused():
     weight = torch.full((4, 4), 65000.0).half()
     with pytest.raises(FloatingPointError):

@@ -103,8 +103,9 @@ def merge_(
         seed: int64, used by ``"stochastic"``.
 
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
-    share memory with weight or residual, and FloatingPointError where the update, or a float16 sum,
-    is not finite; W is untouched then.
+    share memory with weight or residual, and FloatingPointError where the update cannot be computed in
+    finite numbers: NaN, a factor's element of 2^120 or more, B @ A or the update beyond float32's range,
+    a float16 sum beyond its own. W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
@@ -206,24 +207,61 @@ def check_backend(weight, lora_A, lora_B, rounding: str) -> None:
 
 @torch.no_grad()
 def check_finite(updates) -> None:
-    """Raise FloatingPointError if an update (weight, lora_A, lora_B, scaling, residual, name) is not
-    finite, or a float16 sum with it.
+    """Raise FloatingPointError if an update (weight, lora_A, lora_B, scaling, residual, name) cannot be
+    computed in finite numbers: factors, sums of products in any order, scaling times those, and a
+    float16 sum with weight and residual.
 
     |s| r max|A| max|B| bounds every element of the update, so one reduction over all factors of a
     dtype and one copy to the host per device settle the usual case, without temporaries of a tensor's
-    size; the product is formed, in pieces, only for an update whose bound does not settle it.
+    size; |B| |A| is formed, in pieces, only for an update whose bound does not settle it.
     """
     updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0 and not u[1].is_meta]
     if not updates:
         return
-    for (weight, lora_A, lora_B, scaling, residual, name), bound in zip(updates, _bounds(updates)):
-        if bound < _largest(weight.dtype) or _is_finite(weight, lora_A, lora_B, scaling, residual):
+    scalings = torch.tensor([u[3] for u in updates], dtype=torch.float64)
+    for update, narrow, found in zip(updates, scalings.float().tolist(), _magnitudes(updates)):
+        weight, lora_A, lora_B, scaling, residual, name = update
+        scaling = abs(scaling if weight.dtype == torch.float64 else narrow)
+        if _is_bounded(weight.dtype, lora_A.shape[0], scaling, *found):
             continue
+        in_range = weight.dtype == torch.float64 or max(found[:2]) < _FACTORS_END
+        if in_range and _is_finite(weight, lora_A, lora_B, update[3], residual):
+            continue
+        work = torch.promote_types(weight.dtype, torch.float32)
+        expected = f"lora_B @ lora_A, and scaling times it, in the range of {work}"
+        if work == torch.float32:
+            expected = f"factors below 2**120, {expected}"
+        if weight.dtype == torch.float16:
+            expected += ", its sum with weight in float16's"
         raise FloatingPointError(
-            f"{name}: expected a finite update of weight {tuple(weight.shape)} {weight.dtype}, got "
-            f"inf or NaN in scaling * lora_B @ lora_A or in its sum; nothing was merged. Check "
-            f"lora_A and lora_B for NaN, and the learning rate"
+            f"{name}: expected a finite update of weight {tuple(weight.shape)} {weight.dtype}: {expected}; "
+            f"got scaling {update[3]:.4g}, max|lora_A| {found[0]:.4g}, max|lora_B| {found[1]:.4g}; nothing "
+            f"was merged. Check lora_A and lora_B for NaN, and the learning rate"
         )
+
+
+# Of factors beside weights other than float64: from some 2^127.99 on tf32 rounds to infinity, and the
+# CUDA kernels need room for scales (csrc/merge_resident.cu).
+_FACTORS_END = 2.0**120
+
+
+def _tf32_error(r: int) -> float:
+    """Of a sum of r products of factors rounded to 11 bits, relative to that of their magnitudes."""
+    return 2.0**-10 + (r + 8) * 2.0**-23
+
+
+def _is_bounded(dtype, r, scaling, A, B, weight, residual) -> bool:
+    """By the largest magnitudes alone. False with a NaN among them."""
+    products = r * A * B
+    work = torch.promote_types(dtype, torch.float32)
+    # A tenth of the range leaves room for the sum's own rounding.
+    if not products * max(1.0, scaling) < torch.finfo(work).max / 10:
+        return False
+    if dtype == torch.float16:  # its own range ends soon: the sum counts
+        update = products * scaling * (1 + _tf32_error(r))
+        if not update + weight + residual <= torch.finfo(dtype).max:
+            return False
+    return dtype == torch.float64 or max(A, B) < _FACTORS_END
 
 
 # max|t| of each tensor, NaN if one is in it; unlike t.abs().amax() without a temporary of t's size. One
@@ -234,14 +272,14 @@ _LARGEST = {
 }
 
 
-def _bounds(updates) -> list[float]:
-    """Of every element of each update, or of a float16 sum; NaN where a NaN is in what it comes from."""
+def _magnitudes(updates) -> list[list[float]]:
+    """max|t| of each update's lora_A and lora_B and, of a float16 sum, weight and residual (else 0)."""
     # (device, dtype, the kernels' dtype) -> {place in `found`: tensor}
     groups: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
-    for row, (weight, lora_A, lora_B, scaling, residual, _) in enumerate(updates):
+    for row, (weight, lora_A, lora_B, _, residual, _) in enumerate(updates):
         work = torch.promote_types(weight.dtype, torch.float32)
         read = [lora_A, lora_B]
-        if weight.dtype == torch.float16:  # its own range ends soon: the sum counts
+        if weight.dtype == torch.float16:
             read += [weight, residual]
         for column, t in enumerate(read):
             if t is not None:
@@ -250,36 +288,31 @@ def _bounds(updates) -> list[float]:
     places: dict[torch.device, list[tuple[int, int]]] = {}
     for (device, _, work), tensors in groups.items():
         largest = torch.stack(_LARGEST[device.type](list(tensors.values())))
-        # As the kernels hold them: what is inf there makes a bound of inf or, beside zeros, NaN.
+        # As the kernels hold them: what is inf there is inf here.
         magnitudes.setdefault(device, []).append(largest.to(work).double())
         places.setdefault(device, []).extend(tensors)
     found = torch.zeros(len(updates), 4, dtype=torch.float64)
     for device, values in magnitudes.items():
         rows, columns = zip(*places[device])
         found[rows, columns] = torch.cat(values).cpu()
-    scalings = torch.tensor([u[3] for u in updates], dtype=torch.float64).abs()
-    wide = torch.tensor([u[0].dtype == torch.float64 for u in updates])
-    scalings = scalings.where(wide, scalings.float().double())
-    ranks = torch.tensor([u[1].shape[0] for u in updates])
-    return (found[:, :2].prod(1) * scalings * ranks + found[:, 2:].sum(1)).tolist()
-
-
-def _largest(dtype: torch.dtype) -> float:
-    # A tenth of float32's range leaves room for the sum's own rounding; float16's limit is W's own.
-    return 65504.0 if dtype == torch.float16 else torch.finfo(torch.float32).max / 10
+    return found.tolist()
 
 
 def _is_finite(weight, lora_A, lora_B, scaling, residual) -> bool:
+    """Element by element, whatever the order that a kernel sums products in."""
     work = torch.promote_types(weight.dtype, torch.float32)
-    rows_at_once = max(1, 2**24 // lora_A.shape[1])
+    a, rows_at_once = lora_A.to(work), max(1, 2**24 // lora_A.shape[1])
     for row in range(0, lora_B.shape[0], rows_at_once):
         rows = slice(row, row + rows_at_once)
-        update = (lora_B[rows].to(work) @ lora_A.to(work)) * scaling
+        b = lora_B[rows].to(work)
+        products = b.abs() @ a.abs()
+        fits = products * max(1.0, abs(scaling)) < torch.finfo(work).max / 2
         if weight.dtype == torch.float16:
-            total = weight[rows] + update
+            total = weight[rows] + (b @ a) * scaling
             if residual is not None:
-                total = total + residual[rows].to(total.device)
-            update = torch.where(weight[rows].isfinite(), total.to(weight.dtype), update)
-        if not update.isfinite().all():
+                total += residual[rows].to(total.device)
+            error = products * abs(scaling) * _tf32_error(lora_A.shape[0])
+            fits &= (total.abs() + error <= 65504) | ~weight[rows].isfinite()
+        if not fits.all():
             return False
     return True
