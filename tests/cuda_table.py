@@ -3,12 +3,13 @@
     python tests/cuda_table.py [--table]
 
 Prints, for each kernel and architecture, registers, local memory (spills), shared memory, tensor-core
-instructions and global accesses as found in the machine code: a JSON object a line, or with --table the
-contents of docs/cuda_kernels.md. Dynamic shared memory is not in it. The module is the installed one
-where it is of these sources and all architectures, else it is built.
+instructions and global accesses as found in the machine code, and its digest: a JSON object a line, or
+with --table the contents of docs/cuda_kernels.md. Dynamic shared memory is not in it. The module is the
+installed one where it is of these sources and all architectures, else it is built.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import re
 import shutil
@@ -23,7 +24,8 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402
 
-ARCHS = (*cuda_build.DEFAULT_ARCHS, "90a")
+FROM_PTX = ("89",)  # no build makes it by default: assembled here from the module's PTX
+ARCHS = (*cuda_build.DEFAULT_ARCHS, *FROM_PTX, "90a")
 
 
 def find_tools(nvcc: Path) -> Path | None:
@@ -72,6 +74,7 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
             {
                 "kernel": name,
                 "arch": arch,
+                "code": hashlib.sha256(functions[mangled]).hexdigest(),
                 "registers": int(registers),
                 "spills": int(stack) + int(local),
                 "shared": int(shared),
@@ -80,6 +83,25 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
             }
         )
     return rows
+
+
+def assemble(nvcc: Path, tools: Path, module: Path, folder: Path) -> None:
+    """The module's PTX for FROM_PTX, named as `cuobjdump -xelf` would name it."""
+    ptxas = cuda_build.toolkit_root(nvcc) / "bin" / "ptxas"
+    subprocess.run(
+        [tools / "cuobjdump", "-xptx", "all", module], cwd=folder, check=True, capture_output=True
+    )
+    jobs = [(path, arch) for path in folder.glob("*.ptx") for arch in FROM_PTX]
+    assert jobs, f"{module} has no PTX"
+    jobs.sort(key=lambda job: -job[0].stat().st_size)
+
+    def one(job):
+        path, arch = job
+        cubin = path.with_name(f"{path.name.rsplit('.', 2)[0]}.sm_{arch}.cubin")
+        cuda_build.run(ptxas, f"-arch=sm_{arch}", path, "-o", cubin)
+
+    with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
+        list(pool.map(one, jobs))
 
 
 def all_kernels() -> list[dict]:
@@ -91,6 +113,7 @@ def all_kernels() -> list[dict]:
             [tools / "cuobjdump", "-xelf", "all", module],
             cwd=folder, check=True, capture_output=True,
         )  # fmt: skip
+        assemble(nvcc, tools, module, Path(folder))
         cubins = [path for arch in ARCHS for path in Path(folder).glob(f"*.sm_{arch}.cubin")]
         cubins.sort(key=lambda path: -path.stat().st_size)  # so that the workers end together
         with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:

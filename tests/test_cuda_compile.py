@@ -58,3 +58,12 @@ def test_main_paths_move_16_bytes_at_a_time(rows):
             widths = [cuda_table.widest(row, kind) for kind in ("LDG.", "LDGSTS.", "STG.")]
             assert all(w >= least for w, least in zip(widths, (load, copy, store))), row
             assert row["tensor_core"] == ([unit] if unit else []), row
+
+
+def test_sm_86_serves_sm_89(rows):
+    """Its machine code runs there, and is what would be made for it: the build leaves sm_89 out."""
+    code = {
+        arch: {row["kernel"]: row["code"] for row in rows if row["arch"] == arch}
+        for arch in ("86", "89")
+    }
+    assert code["86"] == code["89"]
