@@ -46,10 +46,12 @@ def merges(device):
 def many_tiles(device):
     """Over three times what 132 multiprocessors hold: blocks of 2 x 2."""
     found = []
-    for rounding in ("nearest", "compensated"):
+    for rounding, factor_dtype in (
+        ("nearest", torch.float32), ("compensated", torch.bfloat16), ("stochastic", torch.float32)
+    ):  # fmt: skip
         weight = torch.randn(3712, 3720).bfloat16().to(device)
         residual = torch.zeros_like(weight) if rounding == "compensated" else None
-        factors = exact_factors(3712, 3720, 8, torch.float32, device)
+        factors = exact_factors(3712, 3720, 8, factor_dtype, device)
         merge_(weight, *factors, 0.5, rounding, residual, seed=3)
         found += [weight] if residual is None else [weight, residual]
     return found
