@@ -476,10 +476,20 @@ def test_failing_after_the_first_rows_changes_nothing(monkeypatch, rounding):
 
 
 def test_float16_overflow_with_the_residual_is_refused():
-    weight, residual = torch.full((2, 2), 65504.0).half(), torch.full((2, 2), 15.0).half()
+    weight, residual = torch.full((2, 2), 65472.0).half(), torch.full((2, 2), 15.0).half()
+    args = weight, torch.ones(1, 2), torch.full((2, 1), 20.0)
     with pytest.raises(FloatingPointError):
-        merge_(weight, torch.ones(1, 2), torch.full((2, 1), 10.0), 1.0, "compensated", residual)
-    assert weight.eq(65504).all() and residual.eq(15).all()
+        merge_(*args, 1.0, "compensated", residual)
+    assert weight.eq(65472).all() and residual.eq(15).all()
+    merge_(*args, 0.5, "compensated", residual)
+    assert weight.eq(65504).all() and residual.eq(-7).all()
+
+
+def test_a_float16_weight_that_is_inf_stays_so_alone():
+    weight = torch.ones(2, 3).half()
+    weight[0, 1] = torch.inf
+    merge_(weight, torch.ones(1, 3), torch.full((2, 1), 2.0), 1.0)
+    assert weight[0, 1].isinf() and weight[1].eq(3).all() and weight[0, ::2].eq(3).all()
 
 
 @pytest.mark.parametrize("where", op._LARGEST)
