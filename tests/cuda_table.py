@@ -50,7 +50,7 @@ def compiled_module(nvcc: Path, work: Path) -> Path:
 
     module, _ = extension()
     if module is not None and module.sources == cuda_build.sources_digest():
-        if set(module.archs) >= set(cuda_build.DEFAULT_ARCHS):
+        if set(module.archs) == set(cuda_build.DEFAULT_ARCHS):
             return Path(module.__file__)
     return cuda_build.compile_module(nvcc, work)
 
