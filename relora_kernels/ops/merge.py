@@ -301,11 +301,12 @@ def _magnitudes(updates) -> list[list[float]]:
 def _is_finite(weight, lora_A, lora_B, scaling, residual) -> bool:
     """Element by element, whatever the order that a kernel sums products in."""
     work = torch.promote_types(weight.dtype, torch.float32)
-    a, rows_at_once = lora_A.to(work), max(1, 2**24 // lora_A.shape[1])
+    a = lora_A.to(work)
+    a_abs, rows_at_once = a.abs(), max(1, 2**24 // lora_A.shape[1])
     for row in range(0, lora_B.shape[0], rows_at_once):
         rows = slice(row, row + rows_at_once)
         b = lora_B[rows].to(work)
-        products = b.abs() @ a.abs()
+        products = b.abs() @ a_abs
         fits = products * max(1.0, abs(scaling)) < torch.finfo(work).max / 2
         if weight.dtype == torch.float16:
             total = weight[rows] + (b @ a) * scaling
