@@ -128,8 +128,7 @@ struct TwoSegmentArgs {
 };
 
 // Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where
-// an operand's start or pitch is no multiple of 16 bytes, or there is no such variant. sm_90 takes
-// any start and pitch of x, and of what x^T is multiplied by, where they have eight rows or more.
+// an operand's start or pitch is no multiple of 16 bytes, or there is no such variant.
 cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a alone
 cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_80 and newer
 

@@ -21,18 +21,18 @@ __device__ __forceinline__ void transpose_four(uint32_t (&w)[4], int lane) {
     }
 }
 
-// acc = kept ? acc * keep_scale : 0, for rows `row` and, 8 further down in the accumulators, row +
-// down. One draw serves the eight columns that four lanes hold, two each: every lane draws for one
-// of four such blocks, then they exchange words.
+// acc = kept ? acc * keep_scale : 0, for rows `row` and row + 8. One draw serves the eight columns
+// that four lanes hold, two each: every lane draws for one of four such blocks, then they exchange
+// words.
 template <int kCount>
-__device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int down,
-                                     int col, int lane) {
+__device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int col,
+                                     int lane) {
   const uint64_t seed = uint64_t(*p.seed);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int block = 0; block < kCount / 4; block += 4) {
-      Words words = draw(seed, kStreamDropout, row + down * half, col / 8 + block + lane % 4);
+      Words words = draw(seed, kStreamDropout, row + 8 * half, col / 8 + block + lane % 4);
       transpose_four(words.w, lane);
 #pragma unroll
       for (int of = 0; of < 4; ++of) {

@@ -62,10 +62,11 @@ struct Schedule {
   }
 };
 
-// Where a box that starts at `start` is fetched from: no box starts outside its operand. What such
-// a box would hold is multiplied into rows or columns that are never stored.
+// Where a box that starts at `start`, a multiple of 64, is fetched from: no box starts outside its
+// operand, nor at other than a multiple of 16 bytes, at which TMA stops with an illegal instruction.
+// What a box beyond the end would hold is multiplied into rows or columns that are never stored.
 RELORA_HD constexpr int box_start(int start, int extent) {
-  return start < extent ? start : extent - 1;
+  return start < extent ? start : (extent - 1) / 8 * 8;
 }
 
 // ---- k-steps -----------------------------------------------------------------------------------
@@ -192,23 +193,6 @@ struct MapSpec {
 inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int box_rows) {
   return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
-
-// Rows that start anywhere: of eight rows the first, the second, ... make matrices of their own,
-// whose pitch is a multiple of 16 bytes. Each is described from the 16-byte boundary before its
-// first element, and read from column `shift` on.
-struct Eighth { MapSpec spec; int shift; };
-
-inline Eighth eighth_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, int which) {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data) + uintptr_t(which * pitch * 2);
-  const int shift = int(start % 16 / 2);
-  return {map_spec(reinterpret_cast<void*>(start - start % 16), ceil_div(rows - which, 8),
-                   cols + shift, pitch * 8, 8),
-          shift};
-}
-
-// Read so, 64 rows lie in shared memory eighth by eighth: row i is row eighths_row(i) of the
-// matrix, and the other way round.
-RELORA_HD constexpr int eighths_row(int i) { return i % 8 * 8 + i / 8; }
 
 // TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands
 // have no map either.

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
     if (kDropout && s == steps.low)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        mask(acc[i], a.dropout, work.row + row + i * 16 + lane / 4, 8, work.col + col, lane);
+        mask(acc[i], a.dropout, work.row + row + i * 16 + lane / 4, work.col + col, lane);
     const uint32_t left = memory + s % kStages80 * kStageBytes, right = left + kTileBytes;
 #pragma unroll
     for (int k0 = 0; k0 < kDepth; k0 += 16) {

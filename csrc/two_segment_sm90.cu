@@ -22,16 +22,8 @@ namespace {
 
 using namespace two_segment;
 
-// An operand's tensor map, or those of its eighths and four bits for the shift of each.
-struct Operand {
-  CUtensorMap maps[8];
-  uint32_t shifts;
-};
-
 struct Params {
-  Operand low_left, left, right;  // right, and of a pair p, in eighths: as k of tn alone
-  CUtensorMap low_right, out;
-  bool eighths;        // x, and p or w with it: rows that start at other than multiples of 16 bytes
+  CUtensorMap low_left, left, right, low_right, out;  // of a pair, p is in low_left
   bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
   void* out_data;
   int64_t out_pitch;
@@ -101,16 +93,6 @@ __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32
     ptx::load_multicast(map, to, full, c0, c1, (1 << kBlocks) - 1);
 }
 
-// 64 rows by 64 columns, eighth by eighth. Rows beyond the edge are zeros, as they have to be where
-// they are k.
-template <int kBlocks>
-__device__ __forceinline__ void load_eighths(const Operand& operand, uint32_t to, uint32_t full,
-                                             int col, int row) {
-  for (int i = 0; i < 8; ++i)
-    load<kBlocks>(operand.maps + i, to + i * kAtomBytes, full,
-                  col + int(operand.shifts >> (4 * i) & 7), row / 8);
-}
-
 template <typename V>
 __device__ __forceinline__ void produce(const Params& p, uint32_t memory, int rank) {
   const Barriers<V> barriers{memory};
@@ -122,36 +104,24 @@ __device__ __forceinline__ void produce(const Params& p, uint32_t memory, int ra
     constexpr int kShare = V::kBlockN / V::kCluster;  // columns of W's tile that this block fetches
     for (int s = work.from; s < work.to; ++s, ring.advance()) {
       const Step step = steps.at(s);
-      const Operand& left_operand = step.low ? p.low_left : p.left;
-      const Operand& right_operand = U::kDown ? p.low_left : p.right;
-      const CUtensorMap* const right_map = step.low ? &p.low_right : right_operand.maps;
+      const CUtensorMap* const left_map = step.low ? &p.low_left : &p.left;
+      const CUtensorMap* const right_map =
+          U::kDown ? &p.low_left : step.low ? &p.low_right : &p.right;
       const uint32_t left = memory + ring.stage * V::stage_bytes, right = left + V::left_bytes;
       const uint32_t full = barriers.full(ring.stage);
 
       ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
       ptx::arrive_expect(full, V::stage_bytes);
-      if (p.eighths) {
-        for (int i = 0; i < kBlockM; i += kSpan) {
-          const int row = box_start(work.row + i, m);
-          load_eighths<1>(left_operand, left + i * kRowBytes, full, U::kLeftK ? step.k : row,
-                          U::kLeftK ? row : step.k);
-        }
-      } else {
 #pragma unroll
-        for (int i = 0; i < kBlockM; i += U::kLeftBox) {
-          const int row = box_start(work.row + i, m);
-          ptx::load(left_operand.maps, left + i * kRowBytes, full, U::kLeftK ? step.k : row,
-                    U::kLeftK ? row : step.k);
-        }
+      for (int i = 0; i < kBlockM; i += U::kLeftBox) {
+        const int row = box_start(work.row + i, m);
+        ptx::load(left_map, left + i * kRowBytes, full, U::kLeftK ? step.k : row,
+                  U::kLeftK ? row : step.k);
       }
       const int from = rank * kShare;
       if constexpr (U::kRightK) {
         load<V::kCluster>(right_map, right + from * kRowBytes, full, step.k,
                           box_start(work.col + from, p.n));
-      } else if (U::kForm == Form::tn && p.eighths) {
-        for (int i = from; i < from + kShare; i += kSpan)
-          load_eighths<V::kCluster>(right_operand, right + i * kRowBytes, full,
-                                    box_start(work.col + i, p.n), step.k);
       } else {
 #pragma unroll
         for (int i = from; i < from + kShare; i += kSpan)
@@ -211,9 +181,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t memory, int ra
     const int row = work.row + warpgroup * (kBlockM / kConsumers);
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
-      const int line = warp * 16 + lane / 4;
-      mask(acc, p.dropout, row + (p.eighths ? eighths_row(line) : line), p.eighths ? 1 : 8,
-           work.col, lane);
+      mask(acc, p.dropout, row + warp * 16 + lane / 4, work.col, lane);
       multiply(steps.low, steps.total, true);
     } else {
       multiply(work.from, work.to, false);
@@ -254,9 +222,8 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t memory, int ra
           packed[i] = ptx::pack<T>(pair[0], pair[1]);
         }
         const int line = warp * 16 + lane % 16;  // of the accumulators
-        ptx::store_matrices(
-            to + swizzled(p.eighths ? eighths_row(line) : line, sixteen * 2 + lane / 16), packed[0],
-            packed[1], packed[2], packed[3]);
+        ptx::store_matrices(to + swizzled(line, sixteen * 2 + lane / 16), packed[0], packed[1],
+                            packed[2], packed[3]);
       }
       if (p.stores_by_tma) {
         ptx::fence_async_shared();
@@ -429,22 +396,11 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   // What x^T is multiplied by.
   const Matrix& under = pair ? a.p : a.w;
   const MapSpec under_spec = map_spec(under.data, pair ? a.m : a.k, a.n, under.row, kBlockK);
-  p.eighths = !has_map(left_spec(a.x, a.k)) || (slabs && !has_map(under_spec));
-  const auto operand = [&](Operand* to, const Matrix& t, const MapSpec& whole) {
-    if (!p.eighths) return map(to->maps, whole);
-    if (t.row < int64_t(whole.extent[0])) error = cudaErrorInvalidValue;  // rows overlap
-    for (int i = 0; i < 8; ++i) {
-      const Eighth eighth =
-          eighth_spec(t.data, int64_t(whole.extent[1]), int64_t(whole.extent[0]), t.row, i);
-      to->shifts |= uint32_t(eighth.shift) << (4 * i);
-      map(to->maps + i, eighth.spec);
-    }
-  };
-  operand(&p.left, a.x, left_spec(a.x, a.k));
-  if (a.r > 0) operand(&p.low_left, a.p, left_spec(a.p, a.r));
+  map(&p.left, left_spec(a.x, a.k));
+  if (a.r > 0) map(&p.low_left, left_spec(a.p, a.r));
   if (a.r > 0) map(&p.low_right, right_spec(a.b, a.r));
-  if (slabs) operand(pair ? &p.low_left : &p.right, under, under_spec);
-  if (!partial) map(p.right.maps, right_spec(a.w, a.k));
+  if (slabs) map(pair ? &p.low_left : &p.right, under_spec);
+  if (!partial) map(&p.right, right_spec(a.w, a.k));
   const MapSpec out_spec = map_spec(a.out.data, a.m, a.n, a.out.row, kBlockM / kConsumers);
   p.stores_by_tma = !partial && has_map(out_spec);
   if (p.stores_by_tma) map(&p.out, out_spec);

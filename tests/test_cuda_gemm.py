@@ -315,11 +315,9 @@ def padded(rows, cols, dtype, pitch=None, start=0):
     return matrix.copy_(torch.randn(rows, cols))
 
 
-def product_case(
-    shim, form, m, n, k, r, dtype, variant, bias=None, scale=1.0, pitch=None, p=0.0, anywhere=False
-):
-    """(result, exact, eager) of one launch. `anywhere`: where rows of x start."""
-    x = padded(m, k, dtype, k + 3, 5) if anywhere else padded(m, k, dtype)
+def product_case(shim, form, m, n, k, r, dtype, variant, bias=None, scale=1.0, pitch=None, p=0.0):
+    """(result, exact, eager) of one launch."""
+    x = padded(m, k, dtype)
     w, b = (padded(*((n, d) if form == "nt" else (d, n)), dtype) for d in (k, max(r, 1)))
     low = padded(m, max(r, 1), dtype)
     seed = torch.tensor(1234567)
@@ -359,14 +357,14 @@ VARIANTS = {"sm90": [(128, 1), (256, 1), (256, 2)], "sm80": [(128, 1)]}
         (70, 300, 130, 3, {"bias": torch.bfloat16, "scale": -0.75}),
         (140, 515, 64, 0, {"pitch": 515}),  # an output that TMA cannot store
         (513, 128, 40, 130, {"processors": 1}),  # every tile by the same block
-        (141, 300, 131, 66, {"anywhere": True}),  # x in eighths
-        (8, 40, 61, 3, {"anywhere": True}),
+        (141, 300, 131, 66, {}),
+        (8, 40, 61, 3, {}),  # boxes that would begin beyond the operands
     ],
 )
 def test_product_on_the_model(shim, form, m, n, k, r, options):
     shim.processors = options.get("processors", 4)
     for number, variant in enumerate(VARIANTS[shim.kernel]):
-        if variant[1] > shim.processors or options.get("anywhere") and shim.kernel == "sm80":
+        if variant[1] > shim.processors:
             continue
         dtype = (torch.bfloat16, torch.float16)[(number + m) % 2]
         bias = torch.randn(n).to(options["bias"]) if "bias" in options else None
@@ -374,7 +372,7 @@ def test_product_on_the_model(shim, form, m, n, k, r, options):
             dtype = bias.dtype
         got, exact, eager = product_case(
             shim, form, m, n, k, r, dtype, variant, bias, options.get("scale", 1.0),
-            options.get("pitch"), 0.0, options.get("anywhere", False),
+            options.get("pitch"),
         )  # fmt: skip
         assert_as_good_as(got, eager, exact, 2, dtype)
 
@@ -383,8 +381,7 @@ def test_product_on_the_model(shim, form, m, n, k, r, options):
 def test_dropout_masks_the_low_rank_segment_alone(shim, p):
     variant = VARIANTS[shim.kernel][min(1, len(VARIANTS[shim.kernel]) - 1)]
     for dtype in (torch.bfloat16, torch.float16):
-        anywhere = shim.kernel == "sm90" and dtype == torch.float16
-        case = product_case(shim, "nn", 150, 300, 70, 65, dtype, variant, p=p, anywhere=anywhere)
+        case = product_case(shim, "nn", 150, 300, 70, 65, dtype, variant, p=p)
         assert_as_good_as(case[0], case[2], case[1], 2, dtype)
 
 
@@ -421,18 +418,15 @@ def test_any_interleaving_gives_the_same_bits(shim, variant):
             5,
             {"pitch": 23, "scale": -0.75},
         ),  # one slab; an output that TMA cannot store
-        (270, 24, 133, 1, {"anywhere": "xp"}),  # rows start anywhere: x and p in eighths
-        (130, 72, 61, 1, {"anywhere": "p", "processors": 2}),
+        (270, 24, 133, 1, {}),
+        (130, 72, 61, 1, {"processors": 2}),
     ],
 )
 def test_a_pair_is_its_two_products_on_the_model(shim, cluster, m, n, k, slab, options):
     """Bit for bit what a launch each gives."""
     shim.processors, scale = options.get("processors", 6), options.get("scale", 0.5)
     dtype = (torch.bfloat16, torch.float16)[m // 10 % 2]
-    anywhere = options.get("anywhere", "")
-    x = padded(m, k, dtype, *((k + 3, 5) if "x" in anywhere else ()))
-    p = padded(m, n, dtype, *((n + 1, 3) if "p" in anywhere else ()))
-    w = padded(k, n, dtype)
+    x, p, w = (padded(*shape, dtype) for shape in ((m, k), (m, n), (k, n)))
     steps, pitch = slab * 2 * cluster, options.get("pitch", -(-n // 8) * 8)
     out = torch.full((2, m, pitch), 7.0, dtype=dtype)
     sums = torch.full((2, -(-m // (64 * steps)), k, n + n % 2), torch.nan)
@@ -605,19 +599,13 @@ def test_hostile_layouts(shim):
     assert x.grad.shape == (0, 40) and not A.grad.any() and not B.grad.any()
 
 
-def test_odd_pitch_is_read_in_place_where_tma_is(shim):
+def test_rows_that_start_anywhere_are_copied():
     x = torch.randn(40, 61).bfloat16()
-    assert (launcher._left(x) is x) == (shim.kernel == "sm90")
-    for other in (
-        x[:7],
-        x.expand(2, 40, 61)[:, 0].T,
-        x[:, ::2],
-        x[:1].expand(9, 61),
-    ):  # copied anywhere
-        copy = launcher._left(other)
+    for other in (x, x[:7], x.expand(2, 40, 61)[:, 0].T, x[:, ::2], x[:1].expand(9, 61)):
+        copy = launcher._rows(other)
         assert torch.equal(copy, other) and copy.stride(0) % 8 == 0 and copy.stride(1) == 1
     aligned = torch.randn(9, 16).bfloat16()[:, 8:]
-    assert launcher._left(aligned) is aligned and launcher._rows(aligned) is aligned
+    assert launcher._rows(aligned) is aligned
 
 
 def test_the_variant_fills_the_machine():
@@ -688,13 +676,13 @@ def test_the_program_for_gpus_finds_what_is_wrong(shim, monkeypatch):
     variant = VARIANTS[shim.kernel][-1]
     gemm_program.product(shim.kernel, variant, "nt", (7, 72, 40, 3), torch.float16)
     if shim.kernel == "sm90":
-        gemm_program.product(shim.kernel, variant, "nn", (9, 40, 70, 3), torch.float16, 0.0, 73)
+        gemm_program.product(shim.kernel, variant, "nn", (9, 40, 70, 3), torch.float16)
     gemm_program.product(shim.kernel, (variant[0], 1), "nn", (7, 72, 40, 3), torch.bfloat16, 0.3)
     gemm_program.layer(9, 24, 40, 4, torch.bfloat16, torch.float32)
     if shim.kernel == "sm90":
         monkeypatch.setattr(launcher, "PAIR", 0)  # it sets that, too
         gemm_program.pair(2, (130, 40, 3), torch.bfloat16)
-        gemm_program.pair(1, (9, 70, 3), torch.float16, 73)
+        gemm_program.pair(1, (9, 70, 3), torch.float16)
         gemm_program.pair_layer(2, 9, 24, 40, 4)
         assert sum("+tn" in str(launch[1]) for launch in shim.launches) == 7
     gemm_program.dropout_layer(0.3, (20, 24, 40, 4))

@@ -8,12 +8,11 @@
 dbias is torch's sum. No atomics: the results are bitwise repeatable. On sm_90 the products are TMA and
 wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
 
-Rows of x and dy may start anywhere on sm_90, as with in or out = 5461, and results of any pitch are
-written directly. Other operands whose rows do not start at multiples of 16 bytes (weight with in = 5461,
-and on sm_80 x and dy) are copied to a padded pitch at each call. Of 2048 x 5461 in bfloat16 that reads and
-writes 45 MB, on an H200 10 us at 4.3 TB/s: at 16384 tokens 2.2 % of the product's 464 us at 790 TFLOP/s,
-forward and backward, but 18 % at 2048 tokens. Estimates, and floors: the copy's rows are not aligned
-alike, and it may take twice as long.
+Results of any pitch are written directly. Operands whose rows do not start at multiples of 16 bytes (x, dy
+and weight with in or out = 5461) are copied to a padded pitch at each call: cp.async and TMA take no others,
+and a box of TMA may not begin anywhere else either. Of 2048 x 5461 in bfloat16 that reads and writes 45 MB
+for the weight, on an H200 10 us at 4.3 TB/s, and 358 MB for 16384 tokens of 5461: 84 us beside the product's
+464 us at 790 TFLOP/s. Estimates, and floors.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
     """x (M, in) -> y (M, out), P (M, r), both in x's dtype."""
     dropout = _dropout(dropout_p, seed)
     a, b = _rows(lora_A, x.dtype), _rows(lora_B, x.dtype)
-    x = _left(x)
+    x = _rows(x)
     p = _product("nt", _masked(x, dropout), a, scale=scaling * dropout[2], padded=True)
     y = _product("nt", x, _rows(weight), p, b, bias=bias)
     return y, p.contiguous()
@@ -108,7 +107,7 @@ def backward(
     if need_dbias:
         dbias = dy.sum(0, dtype=torch.float32)
     if need_dx or need_dA or need_dB:
-        dy = _left(dy)
+        dy = _rows(dy)
     need_q = need_dx or need_dA
     if PAIR and need_q and need_dB and len(dy) and _kernel(dy.device) == "sm90":
         q, dlora_B = _pair(dy, _rows(lora_B, dy.dtype), _rows(p), scaling, lora_B.dtype)
@@ -121,13 +120,13 @@ def backward(
         a = _rows(lora_A, dy.dtype)
         dx = _product("nn", dy, _rows(weight), q, a, dropout=dropout)
     if need_dA:
-        dlora_A = _summed(q, _masked(_left(x), dropout), dropout[2], lora_A.dtype)
+        dlora_A = _summed(q, _masked(_rows(x), dropout), dropout[2], lora_A.dtype)
     return dx, dlora_A, dlora_B, dbias
 
 
 def main_loop(x, weight) -> torch.Tensor:
     """x W^T (M, out): the two-segment product without its first segment, for benchmarks."""
-    return _product("nt", _left(x), _rows(weight))
+    return _product("nt", _rows(x), _rows(weight))
 
 
 def _product(
@@ -292,12 +291,6 @@ def _dropout(p: float, seed) -> tuple:
 
 def _padded(cols: int) -> int:
     return -(-cols // PER_16_BYTES) * PER_16_BYTES
-
-
-def _left(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or a copy that the kernels can read as x, dy or an operand of a sum over rows."""
-    anywhere = _kernel(t.device) == "sm90" and len(t) >= 8 and t.stride(0) >= t.shape[1]
-    return t if anywhere and t.stride(1) == 1 and t.shape[1] > 0 else _rows(t)
 
 
 def _rows(t: torch.Tensor, dtype=None) -> torch.Tensor:

@@ -155,12 +155,10 @@ inline uint32_t swizzle(uint32_t address) { return address ^ ((address >> 7 & 7)
 struct Box { CUtensorMap map; int c[2]; };
 
 inline void check_box(const Box& b, uint32_t address) {
-  for (int i = 0; i < 2; ++i) {
-    // Boxes of eight rows, one in eight each, may lie below the last of theirs: zeros.
-    const bool below = i == 1 && b.map.box[1] == 8;
-    if (b.c[i] < 0 || (uint64_t(b.c[i]) >= b.map.extent[i] && !below))
+  for (int i = 0; i < 2; ++i)
+    if (b.c[i] < 0 || uint64_t(b.c[i]) >= b.map.extent[i])
       fail("a box starts at " + std::to_string(b.c[i]) + " of " + std::to_string(b.map.extent[i]));
-  }
+  if (b.c[0] % 8) fail("a box starts at " + std::to_string(b.c[0]) + ", not at 16 bytes");
   if (address % 1024) fail("a swizzled box at address " + std::to_string(address));
 }
 
