@@ -41,7 +41,8 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kUnroll = 4;      // 16-byte loads in flight a thread
 constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit counters hold that
 constexpr int kRoomShare = 64;  // one element in so many may be listed
-constexpr int kLocal = 2048;    // listed elements that a block collects before it asks for room
+constexpr int kLocal = 8192;    // listed elements that a block collects before it asks for room
+constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
 constexpr int kRows = 48;       // of 72 bytes: a kernel's parameters are at most 4 KB
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
@@ -107,6 +108,7 @@ struct Row {
 struct Table {
   Row rows[kRows];
   uint32_t count, blocks;
+  uint32_t spans;  // a block's
   double ratio;
   uint64_t random_threshold;
   const int64_t* prefixes;  // magnitude_counts
@@ -120,10 +122,14 @@ extern __shared__ uint4 dynamic_shared[];
 template <typename Bits>
 constexpr int kPack = 16 / int(sizeof(Bits));
 
-// Elements a block: 96 KB of them, so that a tensor of 1 MB has eleven blocks, and the block's
-// histogram costs little beside them.
+// Blocks take whole spans of elements, 96 KB, so that a tensor of 1 MB has eleven. How many each is
+// decided for a launch: see spans_a_block.
 template <typename Bits>
 constexpr int kSpan = 3 * kThreads * kUnroll * kPack<Bits>;
+// Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span.
+template <typename Bits>
+constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? 16 : 1;
+static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters");
 
 // ---- A block's part of a tensor -----------------------------------------------------------------
 
@@ -143,8 +149,8 @@ __device__ __forceinline__ Part find_part(const Table& table) {
   const Row& row = table.rows[low];
   const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
   const uint32_t block = blockIdx.x - row.first_block;
-  const int64_t begin = int64_t(block) * kSpan<Bits>;
-  return {row, block, next - row.first_block, begin, min(row.size, begin + kSpan<Bits>)};
+  const int64_t span = int64_t(kSpan<Bits>) * table.spans, begin = block * span;
+  return {row, block, next - row.first_block, begin, min(row.size, begin + span)};
 }
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
@@ -274,6 +280,26 @@ __device__ __forceinline__ void clear_to(const Row& row, int64_t begin, int64_t 
     for (int i = 0; i < kPack<Bits>; ++i) mask |= uint32_t(strip.key(i) <= threshold) << i;
     return mask;
   });
+}
+
+// visit(index, bits) for listed elements first, first + step, ...: four fetches in flight a thread.
+template <typename Bits, typename Visit>
+__device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uint32_t first,
+                                            uint32_t step, Visit&& visit) {
+  const Bits* data = static_cast<const Bits*>(row.data);
+#pragma unroll 1
+  for (int64_t i = first; i < listed; i += 4 * int64_t(step)) {
+    uint32_t at[4];
+    Bits bits[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) at[u] = i + u * int64_t(step) < listed ? row.list[i + u * step] : kAll;
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (at[u] != kAll) bits[u] = data[at[u]];
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (at[u] != kAll) visit(at[u], bits[u]);
+  }
 }
 
 // ---- Histograms ---------------------------------------------------------------------------------
@@ -448,7 +474,7 @@ __device__ __forceinline__ uint32_t find_threshold(const Row& row, const Table& 
 // ---- Kernels ------------------------------------------------------------------------------------
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, 2) count_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) count_kernel(const __grid_constant__ Table table) {
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
   SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
@@ -492,12 +518,12 @@ __global__ void __launch_bounds__(kThreads, 2) count_kernel(const __grid_constan
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 partition_kernel(const __grid_constant__ Table table) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kNextShift = F::third, kNextBins = 1 << F::second;
   alignas(16) __shared__ uint32_t words[kNextBins];
-  __shared__ uint16_t local[kLocal];
+  __shared__ uint32_t local[kLocal];
   __shared__ uint32_t found, base;
   const Part part = find_part<uint32_t>(table);
   const Row& row = part.row;
@@ -524,7 +550,7 @@ partition_kernel(const __grid_constant__ Table table) {
         if (!listing) continue;
         const uint32_t place = atomicAdd(&found, 1u);
         if (place < kLocal) {
-          local[place] = uint16_t(first + i - part.begin);
+          local[place] = uint32_t(first + i);
         } else {
           const uint32_t at = atomicAdd(&state.listed, 1u);
           if (at < row.room) row.list[at] = uint32_t(first + i);
@@ -541,7 +567,7 @@ partition_kernel(const __grid_constant__ Table table) {
   if (threadIdx.x == 0 && collected) base = atomicAdd(&state.listed, collected);
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < collected; i += kThreads)
-    if (base + i < row.room) row.list[base + i] = uint32_t(part.begin + local[i]);
+    if (base + i < row.room) row.list[base + i] = local[i];
   GlobalHist whole(row);
   whole.add(hist, kNextBins);
   if (!is_last_block(&state.arrived, part.blocks) || state.source == Source::nothing) return;
@@ -553,7 +579,7 @@ partition_kernel(const __grid_constant__ Table table) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 recount_kernel(const __grid_constant__ Table table) {
   using F = Format<uint32_t>;
   constexpr int kBins = 1 << F::third;
@@ -579,9 +605,8 @@ recount_kernel(const __grid_constant__ Table table) {
     if (key >> F::third > prefix) not_above = max(not_above, ~key);
   };
   if (listing) {
-    const uint32_t* data = static_cast<const uint32_t*>(row.data);
-    for (uint32_t i = part.block * kThreads + threadIdx.x; i < listed; i += blocks * kThreads)
-      count_key(magnitude_key(data[row.list[i]]));
+    each_listed<uint32_t>(row, listed, part.block * kThreads + threadIdx.x, blocks * kThreads,
+                          [&](uint32_t, uint32_t bits) { count_key(magnitude_key(bits)); });
   } else {
     read<uint32_t>(row, part.begin, part.end, [&](const auto& strip, int64_t, int count) {
 #pragma unroll
@@ -606,24 +631,23 @@ recount_kernel(const __grid_constant__ Table table) {
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, 2) finish_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __grid_constant__ Table table) {
   const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold, listed = state.listed;
   if (state.finish == Source::whole) clear_to<Bits>(row, part.begin, part.end, threshold);
   if (state.finish != Source::list) return;
-  Bits* data = static_cast<Bits*>(row.data);
-  for (uint32_t i = part.block * kThreads + threadIdx.x; i < listed; i += part.blocks * kThreads) {
-    const uint32_t at = row.list[i];
-    if (magnitude_key(data[at]) > threshold) continue;
-    data[at] = 0;
-    clear_partner(row, at);
-  }
+  each_listed<Bits>(row, listed, part.block * kThreads + threadIdx.x, part.blocks * kThreads,
+                    [&](uint32_t at, Bits bits) {
+                      if (magnitude_key(bits) > threshold) return;
+                      static_cast<Bits*>(row.data)[at] = 0;
+                      clear_partner(row, at);
+                    });
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, 2) small_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __grid_constant__ Table table) {
   using F = Format<Bits>;
   constexpr int kKeyBits = 8 * int(sizeof(Bits)) - 1;
   __shared__ uint32_t extremes[2];  // greatest key, ~(least key above the prefix)
@@ -669,7 +693,7 @@ __global__ void __launch_bounds__(kThreads, 2) small_kernel(const __grid_constan
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) random_kernel(const __grid_constant__ Table table) {
   const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   const int shift = int(row.first & 3);  // words of a draw that belong to elements before `first`
@@ -697,7 +721,7 @@ __global__ void __launch_bounds__(kThreads, 2) random_kernel(const __grid_consta
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) counts_kernel(const __grid_constant__ Table table) {
   const Part part = find_part<Bits>(table);
   const Row& row = part.row;
   SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
@@ -739,6 +763,11 @@ __global__ void __launch_bounds__(kThreads, 2) counts_kernel(const __grid_consta
 
 int bytes_of(int64_t dtype) { return DType(dtype) == DType::f32 ? 4 : 2; }
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+template <typename Bits>
+int64_t blocks_of(int64_t size, int64_t spans) {
+  const int64_t span = spans * kSpan<Bits>;
+  return (size + span - 1) / span;
+}
 
 // Tensors of one element size, in groups of one table each; a group's histograms lie first in the
 // workspace, its lists behind them.
@@ -749,9 +778,37 @@ struct Group {
 
 enum class Which { small, large, any };
 
+// Few, so that all multiprocessors have work and end together; many, so that what a block pays for
+// itself (a histogram to zero, to add to the tensor's and to wait for) is little beside its elements.
+// It is about one span's time: 4070 blocks of one span took 266 us to count 10^8 elements, on an H200
+// whose memory gives them in 94.
+template <typename Bits>
+uint32_t spans_a_block(const Table& table, int slots) {
+  uint32_t best = 1;
+  int64_t least = INT64_MAX;
+  for (uint32_t spans = 1; spans <= kMostSpans<Bits>; ++spans) {
+    int64_t blocks = 0;
+    for (uint32_t r = 0; r < table.count; ++r)
+      blocks += blocks_of<Bits>(table.rows[r].size, spans);
+    const int64_t cost = (blocks + slots - 1) / slots * (spans + 1);
+    if (cost < least) best = spans, least = cost;
+  }
+  return best;
+}
+
+// Blocks that are at work at a time.
+cudaError_t find_slots(int* slots) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  *slots = kBlocksAnSM * multiprocessors;
+  return error;
+}
+
 template <typename Bits, typename Run>
-cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which which, char* workspace,
-                           Run&& run) {
+cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which which, int slots,
+                           char* workspace, Run&& run) {
   int64_t listed_bytes = 0;
   for (int64_t i = 0; i < count; ++i)
     listed_bytes += tensors[i].size * bytes_of(tensors[i].dtype) +
@@ -766,8 +823,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
       if (which != Which::any && (t.size <= kSmall) != (which == Which::small)) continue;
-      const int64_t its_blocks =
-          which == Which::small ? 1 : (t.size + kSpan<Bits> - 1) / kSpan<Bits>;
+      const int64_t its_blocks = which == Which::small ? 1 : blocks_of<Bits>(t.size, 1);
       const bool wide = t.size >= kWideFrom;
       const int64_t hist_bytes =
           large ? rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins)) : 0;
@@ -784,7 +840,6 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       row.size = t.size;
       row.seed = uint64_t(t.seed);
       row.first = t.first;
-      row.first_block = uint32_t(blocks);
       row.index = uint32_t(i);
       row.dtype = uint8_t(t.dtype);
       row.partner_bytes = uint8_t(t.partner ? bytes_of(t.partner_dtype) : 0);
@@ -803,7 +858,13 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       table.rows[r].list = reinterpret_cast<uint32_t*>(list);
       list += rounded(4 * int64_t(table.rows[r].room));
     }
-    table.blocks = uint32_t(blocks);
+    table.spans = which == Which::small ? 1 : spans_a_block<Bits>(table, slots);
+    for (uint32_t r = 0; r < table.count; ++r) {
+      Row& row = table.rows[r];
+      row.first_block = table.blocks;
+      table.blocks +=
+          which == Which::small ? 1u : uint32_t(blocks_of<Bits>(row.size, table.spans));
+    }
     if (const cudaError_t error = run(group)) return error;
   }
   return cudaSuccess;
@@ -824,11 +885,11 @@ cudaError_t launch(void (*kernel)(Table), const Table& table, int shared_bytes,
 }
 
 template <typename Bits>
-cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, char* workspace,
-                        cudaStream_t stream) {
+cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, int slots,
+                        char* workspace, cudaStream_t stream) {
   constexpr int kShared = Format<Bits>::shared_bytes;
   cudaError_t error = for_each_group<Bits>(
-      tensors, count, Which::large, workspace, [&](Group& group) -> cudaError_t {
+      tensors, count, Which::large, slots, workspace, [&](Group& group) -> cudaError_t {
         Table& table = group.table;
         table.ratio = ratio;
         if (cudaError_t e = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream)) return e;
@@ -840,7 +901,7 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
         return launch(finish_kernel<Bits>, table, 0, stream);
       });
   if (error) return error;
-  return for_each_group<Bits>(tensors, count, Which::small, nullptr, [&](Group& group) {
+  return for_each_group<Bits>(tensors, count, Which::small, slots, nullptr, [&](Group& group) {
     group.table.ratio = ratio;
     return launch(small_kernel<Bits>, group.table, kShared, stream);
   });
@@ -854,16 +915,19 @@ int64_t prune_workspace(const PruneTensor* tensors, int64_t count) {
     most = max(most, group.bytes);
     return cudaSuccess;
   };
-  for_each_group<uint32_t>(tensors, count, Which::large, nullptr, measure);
-  for_each_group<uint16_t>(tensors, count, Which::large, nullptr, measure);
+  for_each_group<uint32_t>(tensors, count, Which::large, 1, nullptr, measure);
+  for_each_group<uint16_t>(tensors, count, Which::large, 1, nullptr, measure);
   return most;
 }
 
 cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
                   cudaStream_t stream) {
   char* at = static_cast<char*>(workspace);
-  if (cudaError_t error = prune_sized<uint32_t>(tensors, count, ratio, at, stream)) return error;
-  return prune_sized<uint16_t>(tensors, count, ratio, at, stream);
+  int slots;
+  cudaError_t error = find_slots(&slots);
+  if (!error) error = prune_sized<uint32_t>(tensors, count, ratio, slots, at, stream);
+  if (!error) error = prune_sized<uint16_t>(tensors, count, ratio, slots, at, stream);
+  return error;
 }
 
 cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t threshold,
@@ -874,11 +938,15 @@ cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t thr
       return launch(kernel, group.table, 0, stream);
     };
   };
-  if (cudaError_t error = for_each_group<uint32_t>(tensors, count, Which::any, nullptr,
-                                                   run(random_kernel<uint32_t>)))
-    return error;
-  return for_each_group<uint16_t>(tensors, count, Which::any, nullptr,
-                                  run(random_kernel<uint16_t>));
+  int slots;
+  cudaError_t error = find_slots(&slots);
+  if (!error)
+    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr,
+                                     run(random_kernel<uint32_t>));
+  if (!error)
+    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr,
+                                     run(random_kernel<uint16_t>));
+  return error;
 }
 
 cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const int64_t* prefixes,
@@ -898,11 +966,15 @@ cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const in
       return launch(kernel, table, max(4 << bits, 16), stream);
     };
   };
-  if (cudaError_t error = for_each_group<uint32_t>(tensors, count, Which::any, nullptr,
-                                                   run(counts_kernel<uint32_t>)))
-    return error;
-  return for_each_group<uint16_t>(tensors, count, Which::any, nullptr,
-                                  run(counts_kernel<uint16_t>));
+  int slots;
+  cudaError_t error = find_slots(&slots);
+  if (!error)
+    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr,
+                                     run(counts_kernel<uint32_t>));
+  if (!error)
+    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr,
+                                     run(counts_kernel<uint16_t>));
+  return error;
 }
 
 }  // namespace relora

@@ -402,6 +402,17 @@ inline cudaError_t load(const void* kernel) {
 }
 }  // namespace simt
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline int multiprocessors = 1;  // few, so that a block goes through several tiles or spans
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = multiprocessors;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
   std::memset(at, value, bytes);
   return cudaSuccess;

@@ -21,6 +21,8 @@ static int in_order(unsigned order, long* blocks, Run&& run) {
 
 extern "C" {
 
+void simt_multiprocessors(int count) { multiprocessors = count; }
+
 int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) {
   return relora::prune_workspace(tensors, count);
 }
