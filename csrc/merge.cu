@@ -14,9 +14,17 @@
 // Streamed (merge_streamed.cu): any W, r and factors.
 // Resident (merge_resident.cu): a bf16 W and r <= 128.
 //
-// What bounds them on an H200, for each 128 x 128 tile of a whole model's bf16 W, r = 128; by data
-// sheets, published microbenchmarks and the machine code, not measured here. 88 % of the copy rate
-// are 19 ns, or some 4700 cycles of one of the multiprocessors:
+// Measured on an H200 (bench/gpu_check.py, 2026-11-27, bench/results): the whole model, 168 layers, in
+// 3.09 ms resident and 5.10 streamed, where copying its weights takes 1.69; 4096 x 4096 in 43 and 66 us,
+// of 26 for the copy. That is 0.6 of the copy's rate, not the 0.88 aimed at. By ncu on 4096 x 4096: a
+// quarter of the issue slots and 37 % of HBM are used, the rest is waiting, in the sum (42 % of the
+// warps' time: W's strips, units), the product (20 %) and lora_A's panel (16 %), one after the other
+// in each of two blocks. An odd pitch costs most: 2048 x 5461 runs at 0.4 of the rate of 5461 x 2048.
+// Without the sum it still takes 0.59 of the time: more warps alone (256 threads of 64 x 32) bring 5 %.
+//
+// The estimates that it was built by, for each 128 x 128 tile of a whole model's bf16 W, r = 128, by
+// data sheets, published microbenchmarks and the machine code. 88 % of the copy rate are 19 ns, or some
+// 4700 cycles of one of the multiprocessors:
 //                                               streamed           resident
 //   HBM      W in and out, 64 KB; factors       88 %               88 %
 //   L2       fp32 factors to shared memory,     64 + 8 + 32 KB,    32 + 8 + 32 KB,
@@ -35,7 +43,9 @@
 //   together from two reads they were moved once more for each product, two thirds of the loop;
 // - two blocks share a multiprocessor that has 202 KB (sm_90, sm_100): one's loads and sums go
 //   under the other's products;
-// - W's tile is fetched into L2 before its product, and streamed its first strips into registers;
+// - streamed, W's tile is fetched into L2 and its first strips into registers before its product.
+//   Resident, fetching W into L2 costs more than it brings: 0.83 ms with it, 0.81 without, for 24
+//   layers of 4096 x 4096;
 // - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>

@@ -269,9 +269,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   const int warp = int(threadIdx.x) / 32, warp_row = warp / 2 * kWarp, warp_col = warp % 2 * kWarp;
 #pragma unroll 1
   for (int tile = 0; tile < work.tiles; ++tile) {
-    prefetch_tile<T>(layer.weight, layer, work, tile);
     if (table.rounding == Rounding::compensated)
-      prefetch_tile<T>(layer.residual, layer, work, tile);
+      prefetch_tile<T>(layer.residual, layer, work, tile);  // of W it does not pay: merge.cu
     if (tile == 0)
 #pragma unroll 1
       for (int below = 0; below * kRows < work.rows; ++below)
