@@ -17,6 +17,8 @@
 // shared arrays.
 #pragma once
 
+#define CUDART_VERSION 13000
+
 #include <link.h>
 #include <ucontext.h>
 
