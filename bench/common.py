@@ -85,7 +85,7 @@ def problems(op: str, gpu: bool = GPU) -> list:
         model = tuple((out, in_) for in_, out in _LARGEST_MODEL)
         return [
             Merge(model, 128),
-            *(Merge(shapes, 128, by="RESIDENT") for shapes in (model, ((4096, 4096),))),
+            *(Merge(shapes, 128, by="KERNEL") for shapes in (model, ((4096, 4096),))),
             *(Merge((size,), 128, rounding) for size in sizes for rounding in ROUNDINGS),
             Merge(model, 128, "compensated"),
             *(Merge(((4096, 4096),), r) for r in (16, 64, 512)),

@@ -21,6 +21,10 @@ const std::map<std::string, relora::DType> kDTypes = {
     {"bfloat16", relora::DType::bf16},
     {"float16", relora::DType::fp16},
 };
+const std::map<std::string, relora::MergeKind> kMergeKinds = {
+    {"streamed", relora::MergeKind::streamed},
+    {"sm90", relora::MergeKind::sm90},
+};
 const std::map<std::string, relora::Rounding> kRoundings = {
     {"nearest", relora::Rounding::nearest},
     {"stochastic", relora::Rounding::stochastic},
@@ -48,7 +52,7 @@ void check(cudaError_t error, const std::string& call) {
 void merge(const py::buffer& layers, const std::string& weight_dtype,
            const std::string& factor_dtype, const std::string& restart_dtype,
            const std::string& rounding, uintptr_t table, int device, uintptr_t stream,
-           bool resident) {
+           const std::string& kind) {
   const py::buffer_info info = layers.request(true);
   const int64_t bytes = info.size * info.itemsize, each = sizeof(relora::MergeLayer);
   if (info.ndim != 1 || info.strides[0] != info.itemsize || bytes % each)
@@ -74,7 +78,8 @@ void merge(const py::buffer& layers, const std::string& weight_dtype,
   check(relora::merge(first, int(last - first),
                       code(kDTypes, "merge: dtype of weight", weight_dtype),
                       code(kDTypes, "merge: dtype of lora_A and lora_B", factor_dtype),
-                      code(kDTypes, "merge: dtype of what restarts", restart_dtype), given, resident,
+                      code(kDTypes, "merge: dtype of what restarts", restart_dtype), given,
+                      code(kMergeKinds, "merge: kind", kind),
                       reinterpret_cast<relora::MergeLayer*>(table),
                       reinterpret_cast<cudaStream_t>(stream)),
         call);
@@ -254,9 +259,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("merge_layer_bytes") = sizeof(relora::MergeLayer);
   m.attr("merge_inline_layers") = relora::kInlineLayers;
   m.attr("merge_most_rank") = relora::kMostRank;
+  m.attr("merge_has_sm90") = bool(RELORA_SM90);
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
         py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
-        py::arg("stream"), py::arg("resident") = false);
+        py::arg("stream"), py::arg("kind") = "streamed");
   m.def("prune_workspace", &prune_workspace, py::arg("rows"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));

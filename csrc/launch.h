@@ -10,6 +10,7 @@ namespace relora {
 
 enum class DType : int { f32, bf16, fp16 };
 enum class Rounding : int { nearest, stochastic, compensated };
+enum class MergeKind : int { streamed, sm90 };
 
 struct Matrix {
   void* data;
@@ -31,8 +32,7 @@ struct MergeLayer {
   int64_t first_row, first_restart;  // logical rows of weight's and restart_A's first ones
   float scaling, restart_step;       // s; fl32(2^-23 * bound) of A's draw
   uint32_t restarts;                 // 1: restart_A and restart_B are to be written
-  // Set by merge(): where it begins in the grids, and how many tiles a block takes below each other.
-  uint32_t first_block, first_restart_block, row_tiles;
+  uint32_t first_block, first_restart_block;  // set by merge(): in the grids; sm90: its first unit
 };
 
 // Layers that travel as a launch's own arguments, within the 4 KB that every driver allows.
@@ -42,13 +42,14 @@ constexpr int kInlineLayers = 16;
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32, or bf16 as weight. Their elements are finite and below 2^120, which the caller has
 // made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for `count`
-// MergeLayers, unused up to kInlineLayers. `resident`: by the kernel that keeps r in shared memory; a
-// bf16 weight, r <= kMostRank, lora_B's rows 16-byte aligned, fp32 factors of an r that is a multiple
-// of 4; else cudaErrorInvalidValue, as for other dtypes. Enqueues on `stream`, never synchronises,
+// MergeLayers, unused up to kInlineLayers. The kind `sm90` is for a GPU of compute capability 9.0, a bf16
+// weight with its columns next to each other, a residual whose rows begin at the same offsets from 16
+// bytes, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where
+// the module was built without it. Enqueues on `stream`, never synchronises,
 // copies nothing from host memory; launches nothing where there is nothing to do.
 constexpr int kMostRank = 128;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
-                  DType restart_dtype, Rounding rounding, bool resident, MergeLayer* table,
+                  DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,
                   cudaStream_t stream);
 
 // ---- prune.cu -----------------------------------------------------------------------------------

@@ -9,44 +9,33 @@
 // d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
 // do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// Two kinds of kernels, each with a product of its own; the sum is merge_sum.cuh's:
+// Two kinds of kernels, each with a product and a sum of its own:
 //
-// Streamed (merge_streamed.cu): any W, r and factors.
-// Resident (merge_resident.cu): a bf16 W and r <= 128.
+// Streamed (merge_streamed.cu, merge_sum.cuh): any W, r and factors, on any GPU.
+// sm_90 (merge_sm90.cu): a bf16 W and r <= 128, on Hopper.
 //
-// Measured on an H200 (bench/gpu_check.py, 2026-11-27, bench/results): the whole model, 168 layers, in
-// 3.09 ms resident and 5.10 streamed, where copying its weights takes 1.69; 4096 x 4096 in 43 and 66 us,
-// of 26 for the copy. That is 0.6 of the copy's rate, not the 0.88 aimed at. By ncu on 4096 x 4096: a
-// quarter of the issue slots and 37 % of HBM are used, the rest is waiting, in the sum (42 % of the
-// warps' time: W's strips, units), the product (20 %) and lora_A's panel (16 %), one after the other
-// in each of two blocks. An odd pitch costs most: 2048 x 5461 runs at 0.4 of the rate of 5461 x 2048.
-// Without the sum it still takes 0.59 of the time: more warps alone (256 threads of 64 x 32) bring 5 %.
+// Streamed, on an H200 (bench/gpu_check.py, 2026-11-27, bench/results): the whole model, 168 layers, in
+// 5.10 ms where copying its weights takes 1.69; 4096 x 4096 in 66 us, of 26 for the copy. A kernel of
+// the same form with 16-bit factors that stayed in shared memory took 3.09 ms and 43 us. ncu of that:
+// a quarter of the issue slots and 37 % of HBM were used, the rest was waiting, in the sum (42 % of
+// the warps' time), the product (20 %) and lora_A's panel (16 %), one after the other in each of two
+// blocks; an odd pitch cost most, 2048 x 5461 at 0.4 of the rate of 5461 x 2048; more warps alone, 256
+// threads of 64 x 32, brought 5 %. From this merge_sm90.cu follows: W on its way at all times, nothing
+// behind anything else in one thread's program, and 16-byte accesses at any pitch.
 //
-// The estimates that it was built by, for each 128 x 128 tile of a whole model's bf16 W, r = 128, by
-// data sheets, published microbenchmarks and the machine code. 88 % of the copy rate are 19 ns, or some
-// 4700 cycles of one of the multiprocessors:
-//                                               streamed           resident
-//   HBM      W in and out, 64 KB; factors       88 %               88 %
-//   L2       fp32 factors to shared memory,     64 + 8 + 32 KB,    32 + 8 + 32 KB,
-//            and W, at some 6.8 TB/s            80 %               56 %
-//   tensor   by mma.sync, some 62 % of peak     tf32, 70 %         16 bits, 35 %
-//   shared   in and out                         320 KB, 53 %       180 KB, 30 %
-//   issue    instructions of a warp:
-//            fp32 factors, to nearest           some 4900, 105 %   some 2200, 45 %
-//                          compensated          5500               2800
-//                          stochastic           7000               4300, 90 %
-//            bf16 factors, to nearest           3000, 65 %         1400, 30 %
-// Both:
-// - a warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
-//   half as much again;
-// - operands lie in shared memory as a product takes them, four and two registers in a row: put
-//   together from two reads they were moved once more for each product, two thirds of the loop;
-// - two blocks share a multiprocessor that has 202 KB (sm_90, sm_100): one's loads and sums go
-//   under the other's products;
-// - streamed, W's tile is fetched into L2 and its first strips into registers before its product.
-//   Resident, fetching W into L2 costs more than it brings: 0.83 ms with it, 0.81 without, for 24
-//   layers of 4096 x 4096;
-// - accumulators never leave registers: tensor-core columns are permuted so that each lane holds
+// The streamed kernel's estimates, for each 128 x 128 tile of a bf16 W, r = 128, fp32 factors, to
+// nearest, by data sheets, published microbenchmarks and the machine code. 88 % of the copy rate are
+// 19 ns, or some 4700 cycles of one of the multiprocessors: HBM 88 %; L2, 64 + 8 + 32 KB, 80 %; tensor
+// cores, tf32 by mma.sync at some 62 % of peak, 70 %; shared memory, 320 KB, 53 %; issue, some 4900
+// instructions a warp, 105 %. bf16 factors: issue 65 %.
+// - A warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
+//   half as much again.
+// - Operands lie in shared memory as a product takes them, four and two registers in a row: put
+//   together from two reads they were moved once more for each product, two thirds of the loop.
+// - Two blocks share a multiprocessor that has 202 KB (sm_90, sm_100): one's loads and sums go
+//   under the other's products.
+// - W's tile is fetched into L2 and its first strips into registers before its product.
+// - Accumulators never leave registers: tensor-core columns are permuted so that each lane holds
 //   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
 
@@ -150,54 +139,57 @@ int64_t tiles_of(const MergeLayer& layer) {
   return divide_up(layer.n, kRows) * divide_up(layer.k, kCols);
 }
 
-// Tiles that a block goes through: below each other, and in a row. As many as leave every
-// multiprocessor its blocks, and few enough to end at about the same time. A block's own part of
-// lora_B is read once for all in a row, resident lora_A once for two below each other.
-Place tiles_of_a_block(int64_t tiles, int multiprocessors, bool resident) {
-  const int64_t most = resident ? kMostRowTiles * 8 : 8, slots = kBlocksAnSM * multiprocessors;
-  const int64_t count = std::clamp<int64_t>(divide_up(tiles, slots), 1, most);
-  const int64_t rows = resident && count != 1 && count != 3 ? kMostRowTiles : 1;
-  return {int(rows), int(divide_up(count, rows))};
+// Tiles of a row that a block goes through: as many as leave every multiprocessor its blocks, and few
+// enough to end at about the same time. Its part of lora_B is read once for all of them.
+int tiles_of_a_block(int64_t tiles, int multiprocessors) {
+  return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 8));
 }
 
 }  // namespace
 
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
-                  DType restart_dtype, Rounding rounding, bool resident, MergeLayer* device_table,
+                  DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* device_table,
                   cudaStream_t stream) {
   const bool narrow_factors = factor_dtype != DType::f32;
   const bool bf16_weights = weight_dtype == DType::bf16;
   if (narrow_factors && (factor_dtype != DType::bf16 || !bf16_weights)) return cudaErrorInvalidValue;
-  if (resident && !bf16_weights) return cudaErrorInvalidValue;
-  const MergeKernel merge =
-      resident ? resident_merge(narrow_factors) : streamed_merge(weight_dtype, narrow_factors);
+  if (kind != MergeKind::streamed && !bf16_weights) return cudaErrorInvalidValue;
+  if (kind == MergeKind::sm90 && !sm90_merge) return cudaErrorNotSupported;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 
-  int64_t tiles = 0, blocks = 0, restart_blocks = 0;
-  for (int i = 0; i < count; ++i) {
-    tiles += tiles_of(layers[i]);
-    if (resident && !can_be_resident(layers[i], narrow_factors)) return cudaErrorInvalidValue;
+  MergeTable table{nullptr, count, 0, 0, rounding, {}};
+  MergeKernel merge;
+  int64_t blocks = 0, restart_blocks = 0;
+  if (kind == MergeKind::sm90) {
+    error = sm90_merge(layers, count, narrow_factors, rounding, multiprocessors, table, merge);
+    if (error != cudaSuccess) return error;
+    blocks = std::min(table.units, multiprocessors);
+  } else {
+    merge = streamed_merge(weight_dtype, narrow_factors);
+    int64_t tiles = 0;
+    for (int i = 0; i < count; ++i) tiles += tiles_of(layers[i]);
+    table.tiles_per_block = tiles_of_a_block(tiles, multiprocessors);
+    for (int i = 0; i < count; ++i) {
+      MergeLayer& layer = layers[i];
+      layer.first_block = uint32_t(blocks);
+      if (tiles_of(layer))
+        blocks += divide_up(layer.n, kRows) *
+                  divide_up(divide_up(layer.k, kCols), table.tiles_per_block);
+      if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    }
   }
-  const Place of_a_block = tiles_of_a_block(tiles, multiprocessors, resident);
-  MergeTable table{nullptr, count, of_a_block.col, rounding, {}};
   for (int i = 0; i < count; ++i) {
     MergeLayer& layer = layers[i];
-    layer.first_block = uint32_t(blocks);
     layer.first_restart_block = uint32_t(restart_blocks);
-    // Without 16-byte accesses the sum needs room, which is the second panel's.
-    layer.row_tiles = is_wide_sum<uint16_t>(layer, rounding) ? uint32_t(of_a_block.row) : 1u;
-    if (tiles_of(layer))
-      blocks += divide_up(layer.n, layer.row_tiles * kRows) *
-                divide_up(divide_up(layer.k, kCols), table.tiles_per_block);
     if (layer.restarts)
       restart_blocks += divide_up(layer.restart_rows * divide_up(layer.k, 4) +
                                       layer.n * divide_up(layer.r, 4),
                                   kRestartThreads * kQuads);
-    if (blocks > INT32_MAX || restart_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (restart_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   }
   if (blocks == 0 && restart_blocks == 0) return cudaSuccess;
 
@@ -222,7 +214,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     table.layers = device_table;
   }
   if (blocks && error == cudaSuccess)
-    error = launch(merge.kernel, blocks, kThreads, size_t(merge.shared), stream, table);
+    error = launch(merge.kernel, blocks, merge.threads, size_t(merge.shared), stream, table);
   if (restart_blocks && error == cudaSuccess)
     error = launch(restart, restart_blocks, kRestartThreads, 0, stream, table);
   return error;

@@ -12,7 +12,8 @@ namespace relora {
 struct MergeTable {
   const MergeLayer* layers;  // in device memory, or null: `first` holds them all
   int count;
-  int tiles_per_block;  // in one row
+  int tiles_per_block;  // in one row; sm_90: steps of a unit
+  int units;            // sm_90: of all layers
   Rounding rounding;
   MergeLayer first[kInlineLayers];
 };
@@ -22,18 +23,20 @@ static_assert(sizeof(MergeTable) <= 4096, "kernel parameters");
 // bf16 weight.
 struct MergeKernel {
   void (*kernel)(MergeTable);
-  int shared;
+  int shared, threads;
 };
 MergeKernel streamed_merge(DType weight, bool narrow_factors);
-MergeKernel resident_merge(bool narrow_factors);  // bf16 weights, can_be_resident for every layer
-bool can_be_resident(const MergeLayer& layer, bool narrow_factors);
+// bf16 weights. Finds the kernel, sets the units in `table` and where each layer's begin; blocks are as
+// many as there are units, at most one a multiprocessor. Null where the module has no code for sm_90.
+cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
+                       int multiprocessors, MergeTable& table, MergeKernel& kernel)
+    __attribute__((weak));
 
 namespace {
 
 constexpr int kRows = 128, kCols = 128;  // a tile of W
 constexpr int kWarp = 64;                // rows and columns of a warp's part of it
 constexpr int kThreads = 128, kBlocksAnSM = 2;
-constexpr int kMostRowTiles = 2;  // of a resident block: tiles one below the other
 constexpr int kStrip = 8;  // neighbouring elements of a row: 16 bytes of a 16-bit W, one random draw
 struct Place { int row, col; };
 
@@ -48,6 +51,27 @@ __device__ __forceinline__ uint32_t lower_halves(uint32_t first, uint32_t second
 }
 __device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xFFFF0000u);
+}
+
+// Two neighbours of W, and of the residual, with their update.
+template <Rounding kRounding, typename T>
+__device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
+                                           Neighbours<float> product, float scaling,
+                                           uint32_t rand) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  Neighbours<float> v = widen(w);
+  if (kCompensated) {
+    const Neighbours<float> kept = widen(rest);
+    v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
+  }
+  v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
+       __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
+  w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
+  if (kCompensated) {
+    const Neighbours<float> stored = widen(w);
+    rest = pair_nearest<T>(
+        {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
+  }
 }
 
 template <typename F>
@@ -85,14 +109,14 @@ struct Work {
 
 template <typename T, typename F>
 __device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
-  const int col_tiles = int((layer.k + kCols - 1) / kCols), rows = int(layer.row_tiles) * kRows;
+  const int col_tiles = int((layer.k + kCols - 1) / kCols);
   const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
   const int block = int(blockIdx.x - layer.first_block);
   const int first_tile = block % blocks_a_row * table.tiles_per_block;
   Work work;
-  work.row0 = int64_t(block / blocks_a_row) * rows;
+  work.row0 = int64_t(block / blocks_a_row) * kRows;
   work.col0 = int64_t(first_tile) * kCols;
-  work.rows = int(min(layer.n - work.row0, int64_t(rows)));
+  work.rows = int(min(layer.n - work.row0, int64_t(kRows)));
   work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
   work.wide_A = is_wide<F>(layer.lora_A);
   work.wide_B = is_wide<F>(layer.lora_B);

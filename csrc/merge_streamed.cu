@@ -210,12 +210,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     if (!work.wide) __syncthreads();  // the slot multiplied last is free then, until the next stage
     if (work.wide)
       with_rounding<T>(table.rounding, [&](auto rounding) {
-        merge_wide<decltype(rounding)::value, kEarly<T>>(acc, Units<false>{}, window, layer, work,
-                                                         tile, warp_row, warp_col);
+        merge_wide<decltype(rounding)::value>(acc, window, layer, work, tile, warp_row, warp_col);
       });
     else
       merge_narrow<T>(
-          table.rounding, acc, Units<false>{}, layer, work, tile, warp_row, warp_col,
+          table.rounding, acc, layer, work, tile, warp_row, warp_col,
           reinterpret_cast<float*>(stages.A[(slot + kRing - 1) % kRing].bytes) + warp * 8 * kWarp);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
@@ -233,9 +232,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 MergeKernel streamed_merge(DType weight, bool narrow_factors) {
   constexpr int kShared = int(sizeof(Stages));
   switch (weight) {
-    case DType::f32: return {merge_kernel<float, float>, kShared};
-    case DType::fp16: return {merge_kernel<fp16, float>, kShared};
-    default: return {narrow_factors ? merge_kernel<bf16, bf16> : merge_kernel<bf16, float>, kShared};
+    case DType::f32: return {merge_kernel<float, float>, kShared, kThreads};
+    case DType::fp16: return {merge_kernel<fp16, float>, kShared, kThreads};
+    default: return {narrow_factors ? merge_kernel<bf16, bf16> : merge_kernel<bf16, float>, kShared,
+                     kThreads};
   }
 }
 

@@ -48,10 +48,6 @@ template <typename T>
 constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
-template <Rounding kRounding>  // as many as fit, all three roundings in one kernel
-constexpr int kResidentWindow = kRounding == Rounding::nearest     ? 5
-                                : kRounding == Rounding::stochastic ? 1
-                                                                    : 3;
 template <typename T>
 constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
 
@@ -64,26 +60,6 @@ __device__ __forceinline__ Place first_strip(int lane, int warp_row, int warp_co
 }
 __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int strip, int i) {
   return acc[i / 2][strip % 8][i % 2 * 2 + strip / 8];
-}
-
-template <Rounding kRounding, typename T>
-__device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
-                                           Neighbours<float> product, float scaling,
-                                           uint32_t rand) {
-  constexpr bool kCompensated = kRounding == Rounding::compensated;
-  Neighbours<float> v = widen(w);
-  if (kCompensated) {
-    const Neighbours<float> kept = widen(rest);
-    v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
-  }
-  v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
-       __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
-  w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
-  if (kCompensated) {
-    const Neighbours<float> stored = widen(w);
-    rest = pair_nearest<T>(
-        {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
-  }
 }
 
 // A thread's rows of the tile on their way from HBM into L2.
@@ -130,20 +106,10 @@ struct Strips {
   }
 };
 
-// A product as the tensor cores leave it or, scaled, times what its row and then its column are worth:
-// one after the other, for their own product may be an infinity, of which a zero would make NaN.
-template <bool kScaled>
-struct Units {
-  const float *rows, *cols;
-  __device__ __forceinline__ float operator()(float v, int row, int col) const {
-    return kScaled ? __fmul_rn(__fmul_rn(v, rows[row]), cols[col]) : v;
-  }
-};
-
 // The sum of a tile. `window` holds its first kEarly strips.
-template <Rounding kRounding, int kEarly, typename T, int kWindow, bool kScaled>
-__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units<kScaled> units,
-                                           Strip<T> (&window)[kWindow], const MergeLayer& layer,
+template <Rounding kRounding, typename T>
+__device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4],
+                                           Strip<T> (&window)[kWindow<T>], const MergeLayer& layer,
                                            const Work& work, int tile, int warp_row,
                                            int warp_col) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
@@ -152,14 +118,14 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units<kS
   Strips<T> rest_at(kCompensated ? layer.residual : layer.weight, work, tile, share.first);
   Strip<T> rest_window[kRestWindow<T>];
 #pragma unroll
-  for (int s = kEarly; s < kWindow; ++s) at.load(window, 0, s, share);
+  for (int s = kEarly<T>; s < kWindow<T>; ++s) at.load(window, 0, s, share);
 #pragma unroll
   for (int s = 0; s < kRestWindow<T>; ++s)
     if (kCompensated) rest_at.load(rest_window, 0, s, share);
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
-    Strip<T> w = window[s % kWindow], rest = rest_window[s % kRestWindow<T>];
-    at.load(window, s, kWindow, share);
+    Strip<T> w = window[s % kWindow<T>], rest = rest_window[s % kRestWindow<T>];
+    at.load(window, s, kWindow<T>, share);
     if (kCompensated) rest_at.load(rest_window, s, kRestWindow<T>, share);
     if (share.has(s)) {
       const int row = share.first.row + s, col = share.first.col;
@@ -172,8 +138,7 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4], Units<kS
         Neighbours<T> pair = get_pair(w, i), rest_pair{};
         if (kCompensated) rest_pair = get_pair(rest, i);
         merge_pair<kRounding>(pair, rest_pair,
-                              {units(strip_value(acc, s, 2 * i), row, col + 2 * i),
-                               units(strip_value(acc, s, 2 * i + 1), row, col + 2 * i + 1)},
+                              {strip_value(acc, s, 2 * i), strip_value(acc, s, 2 * i + 1)},
                               layer.scaling, words.w[i]);
         set_pair(w, i, pair);
         if (kCompensated) set_pair(rest, i, rest_pair);
@@ -259,11 +224,10 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
 }
 
 // `scratch`: 2 KB of this warp's own.
-template <typename T, bool kScaled>
+template <typename T>
 __device__ __forceinline__ void merge_narrow(Rounding rounding, const float (&acc)[4][8][4],
-                                             Units<kScaled> units, const MergeLayer& layer,
-                                             const Work& work, int tile, int warp_row, int warp_col,
-                                             float* scratch) {
+                                             const MergeLayer& layer, const Work& work, int tile,
+                                             int warp_row, int warp_col, float* scratch) {
   const int lane = lane_id(), t = lane % 4;
 #pragma unroll 1
   for (int piece = 0; piece < kStrips / 2; ++piece) {
@@ -275,10 +239,8 @@ __device__ __forceinline__ void merge_narrow(Rounding rounding, const float (&ac
 #pragma unroll
         for (int i = 0; i < kStrip; i += 4)
           reinterpret_cast<float4*>(scratch)[(at + i / 4) ^ scratch_turn(row)] = make_float4(
-              units(strip_value(acc, s, i), first.row + s, first.col + i),
-              units(strip_value(acc, s, i + 1), first.row + s, first.col + i + 1),
-              units(strip_value(acc, s, i + 2), first.row + s, first.col + i + 2),
-              units(strip_value(acc, s, i + 3), first.row + s, first.col + i + 3));
+              strip_value(acc, s, i), strip_value(acc, s, i + 1), strip_value(acc, s, i + 2),
+              strip_value(acc, s, i + 3));
     }
     __syncwarp();
 #pragma unroll 1

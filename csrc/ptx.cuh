@@ -1,4 +1,4 @@
-// PTX that the two-segment kernels need and C++ has no name for. Semantics: PTX ISA 8.x, chapters
+// PTX that the two-segment kernels and the merge of sm_90 need and C++ has no name for. Semantics: PTX ISA 8.x, chapters
 // "mbarrier", "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80. Addresses
 // of shared memory are 32-bit. (An include guard instead of #pragma once: the tests put a model of
 // these functions in their place.)
@@ -168,10 +168,13 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define RELORA_REGS_64                                                                        \
+#define RELORA_REGS_32                                                                        \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,"     \
-  "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,"   \
-  "%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+  "%24,%25,%26,%27,%28,%29,%30,%31"
+#define RELORA_REGS_64                                                                        \
+  RELORA_REGS_32                                                                              \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"  \
+  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define RELORA_REGS_128                                                                       \
   RELORA_REGS_64                                                                              \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"  \
@@ -181,9 +184,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #define RELORA_D8(i)                                                                   \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define RELORA_D64(i)                                                                      \
-  RELORA_D8(i), RELORA_D8(i + 8), RELORA_D8(i + 16), RELORA_D8(i + 24), RELORA_D8(i + 32), \
-      RELORA_D8(i + 40), RELORA_D8(i + 48), RELORA_D8(i + 56)
+#define RELORA_D32(i) RELORA_D8(i), RELORA_D8(i + 8), RELORA_D8(i + 16), RELORA_D8(i + 24)
+#define RELORA_D64(i) RELORA_D32(i), RELORA_D32(i + 32)
 // REGS: %0..; A, B, P, S, T: the operands after them: descriptors, whether to accumulate,
 // transpositions.
 #define RELORA_WGMMA(N, TYPE, REGS, A, B, P, S, T, ...)                                           \
@@ -199,7 +201,7 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 template <typename T, bool kLeftK, bool kRightK, int kCount>
 __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right,
                                       bool accumulate) {
-  static_assert(kCount == 64 || kCount == 128);
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   if constexpr (kCount == 128 && kBf16)
     RELORA_WGMMA("256", "bf16", RELORA_REGS_128, "%128", "%129", "%130", "%131", "%132",
@@ -207,10 +209,14 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
   else if constexpr (kCount == 128)
     RELORA_WGMMA("256", "f16", RELORA_REGS_128, "%128", "%129", "%130", "%131", "%132",
                  RELORA_D64(0), RELORA_D64(64));
-  else if constexpr (kBf16)
+  else if constexpr (kCount == 64 && kBf16)
     RELORA_WGMMA("128", "bf16", RELORA_REGS_64, "%64", "%65", "%66", "%67", "%68", RELORA_D64(0));
-  else
+  else if constexpr (kCount == 64)
     RELORA_WGMMA("128", "f16", RELORA_REGS_64, "%64", "%65", "%66", "%67", "%68", RELORA_D64(0));
+  else if constexpr (kBf16)
+    RELORA_WGMMA("64", "bf16", RELORA_REGS_32, "%32", "%33", "%34", "%35", "%36", RELORA_D32(0));
+  else
+    RELORA_WGMMA("64", "f16", RELORA_REGS_32, "%32", "%33", "%34", "%35", "%36", RELORA_D32(0));
 }
 
 // ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
@@ -296,6 +302,16 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
+__device__ __forceinline__ void store_shared_128(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
+  uint32_t bits;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address) : "memory");
+  return bits;
+}
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -310,6 +326,9 @@ __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
   return bits;
 }
 
+// Which of the warp's lanes vote yes, a bit each.
+__device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }

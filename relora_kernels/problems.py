@@ -344,7 +344,7 @@ def _our_main_loop(name: str) -> Row:
 class Merge(Problem):
     """W += s B A in place, W (out, in), for each of `shapes`; A and B as `factors`.
 
-    `by`: the name of a constant (RESIDENT) for whose values (RESIDENTS) a backend has a row each.
+    `by`: the name of a constant (KERNEL) for whose values (KERNELS) a backend has a row each.
     """
 
     shapes: tuple[tuple[int, int], ...]

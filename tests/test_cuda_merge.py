@@ -40,7 +40,7 @@ def both(*args, rounding="nearest", seed=3):
 
 @pytest.mark.parametrize("rounding", checks.ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("kernel", launcher.KERNELS)
 @pytest.mark.parametrize(
     "shape",
     [
@@ -52,16 +52,16 @@ def both(*args, rounding="nearest", seed=3):
         (33, 129, 1),
     ],
 )
-def test_bitwise_as_the_reference_at_models_sizes(monkeypatch, shape, resident, dtype, rounding):
-    monkeypatch.setattr(launcher, "RESIDENT", resident)
+def test_bitwise_as_the_reference_at_models_sizes(monkeypatch, shape, kernel, dtype, rounding):
+    monkeypatch.setattr(launcher, "KERNEL", kernel)
     for theirs, ours in zip(*both(*operands(*shape, dtype), rounding=rounding)):
         test_cuda_source.assert_same_bits(ours, theirs)
 
 
-@pytest.mark.parametrize("resident", launcher.RESIDENTS)
+@pytest.mark.parametrize("kernel", launcher.KERNELS)
 @pytest.mark.parametrize("r", [4, 36, 128])
-def test_float32_factors_keep_tf32s_precision(monkeypatch, resident, r):
-    monkeypatch.setattr(launcher, "RESIDENT", resident)
+def test_float32_factors_keep_tf32s_precision(monkeypatch, kernel, r):
+    monkeypatch.setattr(launcher, "KERNEL", kernel)
     test_cuda_source.keeps_tf32s_precision(r, (1030, 2056), "cuda")
 
 

@@ -178,15 +178,15 @@ class Shim:
     """relora_kernels._C's stand-in: the same kernels, on the CPU."""
 
     def __init__(self, library):
-        self.library, self.order, self.blocks, self.calls, self.resident = library, 0, 0, 0, False
+        self.library, self.order, self.blocks, self.calls, self.kind = library, 0, 0, 0, ""
+        self.merge_has_sm90 = False
         self.merge_layer_bytes = library.simt_merge_layer_bytes()
         self.merge_inline_layers = library.simt_merge_inline_layers()
         self.merge_most_rank = library.simt_merge_most_rank()
         library.simt_multiprocessors(1)
 
     def merge(
-        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, resident, table, device,
-        stream,
+        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, kind, table, device, stream,
     ):  # fmt: skip
         assert len(layers) % self.merge_layer_bytes == 0
         blocks = ctypes.c_long()
@@ -195,12 +195,12 @@ class Shim:
             len(layers) // self.merge_layer_bytes,
             *(CODES["dtype"].index(name) for name in (weight_dtype, factor_dtype, restart_dtype)),
             CODES["rounding"].index(rounding),
-            resident,
+            launcher.KERNELS.index(kind),
             ctypes.c_void_p(table),
             self.order,
             ctypes.byref(blocks),
         )
-        self.blocks, self.calls, self.resident = blocks.value, self.calls + 1, resident
+        self.blocks, self.calls, self.kind = blocks.value, self.calls + 1, kind
         if error:
             raise RuntimeError(f"cudaError {error}")
 
@@ -396,21 +396,11 @@ def test_merge_is_bitwise_the_reference(shim, part):
         assert shim.blocks > 0
 
 
-@pytest.mark.parametrize("part", range(6))
-def test_streamed_merge_is_bitwise_the_reference(shim, monkeypatch, part):
-    """Of factors beside a bfloat16 W, which stay in shared memory otherwise."""
-    monkeypatch.setattr(launcher, "RESIDENT", False)
-    for number in range(part * 27, (part + 1) * 27):
-        if number % 3 == 0:
-            shim.order = number % 5
-            assert_bitwise_as_the_reference(number)
-
-
 @pytest.mark.parametrize("sizes", [(140, 272, 128), (256, 128, 4), (257, 130, 68), (300, 520, 32)])
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 @pytest.mark.parametrize("multiprocessors", [1, 2, 3])
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
-def test_tiles_below_each_other_are_bitwise_the_reference(
+def test_blocks_of_several_tiles_are_bitwise_the_reference(
     shim, sizes, rounding, multiprocessors, factor_dtype
 ):
     """Fewer for a block the more multiprocessors there are."""
@@ -426,7 +416,6 @@ def test_tiles_below_each_other_are_bitwise_the_reference(
         w, rest = weight.clone(), None if residual is None else residual.clone()
         merge_(w, A, B, 2.0**-9, rounding, rest, 7, 2**31)
         found.append([w] if rest is None else [w, rest])
-    assert shim.resident
     for expected, got in zip(*found):
         assert_same_bits(got, expected)
 
@@ -473,74 +462,28 @@ def keeps_tf32s_precision(r, shape, device="cpu"):
     assert (error > 2.0**-12 * magnitude).any()  # a limit far from all errors would find nothing
 
 
-@pytest.mark.parametrize("resident", launcher.RESIDENTS)
 @pytest.mark.parametrize("r", [4, 36, 128])
-def test_float32_factors_keep_tf32s_precision(shim, monkeypatch, resident, r):
-    monkeypatch.setattr(launcher, "RESIDENT", resident)
+def test_float32_factors_keep_tf32s_precision(shim, r):
     keeps_tf32s_precision(r, (130, 140))
-    assert shim.resident == resident
+    assert shim.calls == 1
 
 
-def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(shim):
-    """Powers of two of a row or column come out as they went in, bit for bit."""
-    n, k, r = 130, 140, 20
-    A, B = torch.randn(r, k), torch.randn(n, r)
-    rows = 2.0 ** torch.randint(-60, 30, (n, 1)).float()
-    cols = 2.0 ** torch.randint(-30, 60, (1, k)).float()
-    A[:, 3], B[5] = 0.0, 0.0
-    scaled = update_of(A * cols, B * rows, torch.bfloat16)
-    assert torch.equal(scaled, rows.double() * update_of(A, B, torch.bfloat16) * cols)
-    assert shim.resident
-
-
-@pytest.mark.parametrize(
-    "col, row",
-    [
-        ((80, -200, 62, -200), (-200, 80, 58, -200)),
-        ((80, -200, -200, -200), (-200, 80, -200, -200)),
-        ((-63, -63, -200, -200), (-63, -200, -200, -200)),
-    ],
-)
-def test_units_whose_product_is_no_float32_are_never_multiplied(shim, col, row):
-    """Infinity, which times zero were NaN; or zero, for a product that float32 can hold."""
-    A = (2.0 ** torch.tensor(col))[:, None].repeat(1, 8)  # 2^-200: zero
-    B = (2.0 ** torch.tensor(row))[None].repeat(5, 1)
-    assert torch.equal(update_of(A, B, torch.bfloat16), B.double() @ A.double())
-    assert shim.resident
-
-
-@pytest.mark.parametrize("resident", launcher.RESIDENTS)
-@pytest.mark.parametrize("r", [4, 128])
-@pytest.mark.parametrize(
-    "of_A, of_B",
-    [(2.0**-100, 2.0**113), (2.0**-14, 2.0**119), (2.0**119, 2.0**-20), (2.0**119, 2.0**-120)],
-)
-def test_factors_up_to_the_end_of_the_checked_range(shim, monkeypatch, resident, r, of_A, of_B):
-    """A sum times its row's unit alone may leave float32's range, above or below."""
-    monkeypatch.setattr(launcher, "RESIDENT", resident)
+def factors_up_to_the_end_of_the_checked_range(r, of_A, of_B):
     A, B = (torch.rand(s) * 0.99 + 1 for s in ((r, 20), (12, r)))
     A, B = A * of_A, B * of_B
     exact = B.double() @ A.double()
     found = update_of(A, B, torch.bfloat16)
-    assert shim.resident == resident
     assert ((found - exact).abs() <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * exact).all()
 
 
-def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
-    """Layers that the resident kernel does not serve are a launch of their own."""
-    ranks = (8, 9, shim.merge_most_rank, shim.merge_most_rank + 4)
-    layers = [
-        (torch.randn(20, 30).bfloat16(), torch.randn(r, 30), torch.randn(20, r)) for r in ranks
-    ]
-    layers.append((layers[0][0].clone(), torch.randn(8, 30), torch.randn(8, 20).t()))
-    alone = [layer[0].clone() for layer in layers]
-    for weight, (_, A, B) in zip(alone, layers):
-        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
-    shim.calls = 0
-    launcher.merge_many_([(*layer, 1.0, "nearest", None, 0, 0) for layer in layers])
-    assert shim.calls == 2 and not shim.resident
-    for weight, (merged, _, _) in zip(alone, layers):
-        assert torch.equal(weight, merged)
+ENDS = [(2.0**-100, 2.0**113), (2.0**-14, 2.0**119), (2.0**119, 2.0**-20), (2.0**119, 2.0**-120)]
+
+
+@pytest.mark.parametrize("r", [4, 128])
+@pytest.mark.parametrize("of_A, of_B", ENDS)
+def test_factors_up_to_the_end_of_the_checked_range(shim, r, of_A, of_B):
+    factors_up_to_the_end_of_the_checked_range(r, of_A, of_B)
+    assert shim.calls == 1
 
 
 @pytest.mark.parametrize("rounding", CODES["rounding"])
@@ -579,6 +522,10 @@ def test_empty_merge_launches_nothing(shim, sizes):
 @pytest.mark.parametrize("size, pitch", [(2, 2**31 + 8), (9, 2**28 + 8)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
+    offsets_beyond_32_bits(name, size, pitch, transposed)
+
+
+def offsets_beyond_32_bits(name, size, pitch, transposed, rounding="compensated"):
     """Rows or columns so far apart that steps, or their sums, need 64 bits; in memory that is
     reserved and not committed."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, unnamed until 3.12
@@ -588,7 +535,7 @@ def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
     given |= {key: torch.ones(size, size).bfloat16() for key in ("lora_A", "lora_B")}
     far.copy_(given[name])
     given[name] = far.t() if transposed else far
-    launcher.merge_(**given, scaling=0.5, rounding="compensated", seed=0, first_row=0)
+    launcher.merge_(**given, scaling=0.5, rounding=rounding, seed=0, first_row=0)
     assert (given["weight"] == 0.5 * size).all() and (given["residual"] == 0).all()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import torch
@@ -11,15 +12,15 @@ from relora_kernels.cuda import extension, why_no_device
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # launch.h's MergeLayer: six matrices as pointer and two strides; n, k, r, restart_rows; two seeds; two
-# first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
-_LAYER = struct.Struct("=18q4q2Q2q2f4I")
+# first rows; scaling and restart_step; restarts; two numbers that the launch fills in.
+_LAYER = struct.Struct("=18q4q2Q2q2f3I4x")
 _NOTHING = (0, 0, 0)
+_MOST_COLUMNS = 2**31 - 129  # of the sm90 kernel
 
-# Whether factors of a bfloat16 W stay in shared memory, all of r at once, where _can_be_resident says
-# that they can, or stream through it. csrc/merge.cu has the arithmetic, which speaks for the first; a
-# device has to say: "by RESIDENT" in bench/gpu_check.py.
-RESIDENT = True
-RESIDENTS = (False, True)
+# The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
+# times both ("by KERNEL").
+KERNEL = "sm90"
+KERNELS = ("streamed", "sm90")
 
 
 def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
@@ -46,8 +47,8 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 
 
 def merge_many_(merges, restarts=None) -> None:
-    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes and rounding
-    (two where some layers' factors can be resident and others' cannot).
+    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes, rounding and
+    kernel.
 
     `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Behind
     the write lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
@@ -65,22 +66,35 @@ def merge_many_(merges, restarts=None) -> None:
         restarted = wanted if restart is None else restart[0].dtype
         factors = lora_A.to(wanted), lora_B.to(wanted)
         # By the layer alone: what a list is made of decides no bit of a result.
-        resident = RESIDENT and _can_be_resident(weight, factors[1], module)
-        key = weight.device, weight.dtype, wanted, restarted, rounding, resident
+        kept = residual if rounding == "compensated" else None
+        kind = _kernel(weight, lora_A.shape[0], kept, module)
+        key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():
         _launch(module, *key, group)
 
 
-def _can_be_resident(weight, lora_B, module) -> bool:
-    r, size = lora_B.shape[1], lora_B.element_size()
-    wide = lora_B.stride(1) == 1 and lora_B.stride(0) * size % 16 == lora_B.data_ptr() % 16 == 0
-    fits = r <= module.merge_most_rank and (size == 2 or r % 4 == 0)
-    return weight.dtype == torch.bfloat16 and wide and fits
+def _kernel(weight, r, residual, module) -> str:
+    """Of this layer alone: launch.h says what the one for sm_90 can take."""
+    if KERNEL != "sm90" or not module.merge_has_sm90 or not _is_hopper(weight.device):
+        return "streamed"
+    alike = residual is None or (
+        residual.stride(1) == 1
+        and (residual.stride(0) - weight.stride(0)) % 8 == 0
+        and (residual.data_ptr() - weight.data_ptr()) % 16 == 0
+    )
+    fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_COLUMNS
+    usual = weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+    return "sm90" if alike and fits and usual else "streamed"
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _launch(
-    module, device, weight_dtype, factor_dtype, restart_dtype, rounding, resident, group
+    module, device, weight_dtype, factor_dtype, restart_dtype, rounding, kind, group
 ) -> None:
     layers = bytearray().join(
         _LAYER.pack(
@@ -99,7 +113,7 @@ def _launch(
             0 if restart is None else restart[5],
             merge[3],
             0.0 if restart is None else restart[3] * 2.0**-23,
-            restart is not None, 0, 0, 0,
+            restart is not None, 0, 0,
         )
         for weight, lora_A, lora_B, merge, restart in group
     )  # fmt: skip
@@ -117,7 +131,7 @@ def _launch(
                 factor_dtype=DTYPES[factor_dtype],
                 restart_dtype=DTYPES[restart_dtype],
                 rounding=rounding,
-                resident=resident,
+                kind=kind,
                 table=0 if table is None else table.data_ptr(),
                 device=device.index,
                 stream=torch.cuda.current_stream().cuda_stream,

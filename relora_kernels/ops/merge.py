@@ -241,7 +241,7 @@ def check_finite(updates) -> None:
 
 
 # Of factors beside weights other than float64: from some 2^127.99 on tf32 rounds to infinity, and the
-# CUDA kernels need room for scales (csrc/merge_resident.cu).
+# CUDA kernels need room for scales (csrc/merge_sm90.cu).
 _FACTORS_END = 2.0**120
 
 

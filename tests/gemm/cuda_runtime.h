@@ -1,5 +1,5 @@
 // Stands in for CUDA's cuda_runtime.h and cuda.h, so that the host compiler turns
-// csrc/two_segment_*.cu into a CPU program. Put this folder first on the include path. model.h
+// csrc/two_segment_*.cu and merge_sm90.cu into CPU programs. Put this folder first on the include path. model.h
 // holds the machine.
 #pragma once
 #define CUDART_VERSION 13000
@@ -13,6 +13,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -26,6 +27,13 @@ struct float2 { float x, y; };
 struct uint4 { unsigned x, y, z, w; };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using std::max;
+using std::min;
+inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 using cudaStream_t = void*;
 enum cudaError_t {

@@ -52,6 +52,7 @@ struct Thread {
   int index;
   bool done = false;
   std::function<bool()> ready;  // what it waits for; empty: nothing
+  int turns = 0;                // that it sits out
   std::deque<std::vector<std::function<void()>>> products;  // committed groups of wgmma
   std::vector<std::function<void()>> open_products;
   std::deque<std::vector<std::function<void()>>> copies;  // committed groups of cp.async
@@ -59,10 +60,12 @@ struct Thread {
   std::deque<std::shared_ptr<int>> stores;  // by committed group, how many have not read yet
   std::shared_ptr<int> open_stores;
   bool unfenced = false;  // wrote shared memory that TMA may not see yet
+  std::vector<uint32_t> written;  // 16-bit words of it that no fence has followed
 };
 
 struct Block {
   std::vector<uint8_t> memory;
+  std::vector<bool> unfenced;  // of every 16-bit word: wgmma may not see it yet
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
   std::vector<Warp> warps;
@@ -109,6 +112,13 @@ inline Thread& self() { return *machine->current; }
 inline void until(std::function<bool()> ready) {
   if (ready()) return;
   self().ready = std::move(ready);
+  back_to_scheduler();
+}
+
+// A lane alone falls behind the others of its warp now and then, by a few turns.
+inline void dawdle() {
+  if (machine->random() % 32) return;
+  self().turns = int(machine->random() % 8);
   back_to_scheduler();
 }
 
@@ -228,6 +238,11 @@ inline void run() {
       if (!m.error.empty()) return;
       if (t.done) continue;
       if (t.ready && !t.ready()) continue;
+      if (t.turns > 0) {
+        --t.turns;
+        sat_out = true;
+        continue;
+      }
       if (skip) {
         sat_out = true;
         continue;
@@ -267,6 +282,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
     m.blocks.push_back(std::make_unique<Block>());
     Block& block = *m.blocks.back();
     block.memory.assign(config.dynamicSmemBytes, 0xFF);
+    block.unfenced.assign(config.dynamicSmemBytes / 2, false);
     block.warps.resize(blockDim.x / kWarp);
     block.index = i;
     block.rank = i % unsigned(m.cluster_size);
@@ -306,7 +322,9 @@ float element(Block& block, const Descriptor& d, bool mn_major, int i, int k) {
                      uint32_t(i % 64) * 2
                : uint32_t(i / 8) * d.stride + uint32_t(i % 8) * 128 + uint32_t(k) * 2;
   T value;
-  std::memcpy(&value, at(block, swizzle(d.start + offset), 2), 2);
+  const uint32_t address = swizzle(d.start + offset);
+  std::memcpy(&value, at(block, address, 2), 2);
+  if (block.unfenced[(address - kBase) / 2]) fail("multiplies what a thread wrote and did not fence");
   return relora::to_float(value);
 }
 
@@ -419,7 +437,12 @@ void store_wait_read() {
     groups.pop_front();
   }
 }
-inline void fence_async_shared() { self().unfenced = false; }
+inline void fence_async_shared() {
+  model::dawdle();
+  self().unfenced = false;
+  for (const uint32_t word : self().written) self().block->unfenced[word] = false;
+  self().written.clear();
+}
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
@@ -485,10 +508,26 @@ inline void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, 
   }
   self().unfenced = true;
 }
-inline void store_shared_32(uint32_t address, uint32_t bits) {
-  std::memcpy(model::at(*self().block, address, 4), &bits, 4);
+template <typename V>
+void store_shared(uint32_t address, V v) {
+  if (address % sizeof v) model::fail("a store to shared memory is not aligned");
+  std::memcpy(model::at(*self().block, address, sizeof v), &v, sizeof v);
+  for (uint32_t i = 0; i < sizeof v / 2; ++i) {
+    const uint32_t word = (address - model::kBase) / 2 + i;
+    self().block->unfenced[word] = true;
+    self().written.push_back(word);
+  }
+}
+inline void store_shared_32(uint32_t address, uint32_t bits) { store_shared(address, bits); }
+inline void store_shared_128(uint32_t address, uint4 v) { store_shared(address, v); }
+inline uint32_t load_shared_32(uint32_t address) {
+  model::dawdle();
+  uint32_t bits;
+  std::memcpy(&bits, model::at(*self().block, address, 4), 4);
+  return bits;
 }
 inline uint4 load_shared_128(uint32_t address) {
+  model::dawdle();
   uint4 v;
   if (address % 16) model::fail("a load of 16 bytes is not aligned");
   std::memcpy(&v, model::at(*self().block, address, 16), 16);
@@ -499,6 +538,13 @@ inline uint16_t load_shared_16(uint32_t address) {
   std::memcpy(&bits, model::at(*self().block, address, 2), 2);
   return bits;
 }
+inline uint32_t ballot(bool vote) {
+  const auto& lanes = model::exchange({vote});
+  uint32_t votes = 0;
+  for (uint32_t lane = 0; lane < model::kWarp; ++lane) votes |= lanes[lane][0] << lane;
+  return votes;
+}
+inline void sync_warp() { model::exchange({}); }
 inline uint32_t shuffle(uint32_t value, int lane) {
   return model::exchange({value})[size_t(lane)][0];
 }

@@ -1,6 +1,5 @@
 // csrc/merge*.cu, as they are, on the CPU: a C interface for ctypes.
 #include "merge.cu"
-#include "merge_resident.cu"
 #include "merge_streamed.cu"
 
 namespace relora {
@@ -13,7 +12,7 @@ extern "C" {
 
 // Returns the cudaError_t; `blocks` receives how many blocks ran.
 int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int restart_dtype,
-               int rounding, bool resident, void* table, unsigned order, long* blocks) {
+               int rounding, int kind, void* table, unsigned order, long* blocks) {
   using namespace relora;
   simt::order = order;
   simt::blocks_run = 0;
@@ -21,7 +20,7 @@ int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int 
   simt::dynamic_capacity = sizeof dynamic_shared;
   const int error =
       merge(static_cast<MergeLayer*>(layers), count, DType(weight_dtype), DType(factor_dtype),
-            DType(restart_dtype), Rounding(rounding), resident, static_cast<MergeLayer*>(table),
+            DType(restart_dtype), Rounding(rounding), MergeKind(kind), static_cast<MergeLayer*>(table),
             nullptr);
   *blocks = simt::blocks_run;
   return error;

@@ -1,0 +1,538 @@
+// merge.cu's kernel on Hopper: a bf16 W of rows that begin anywhere, r <= 128, factors of any strides.
+//
+// A persistent block an SM, of three warpgroups. A strip is 256 rows of W, a step 64 columns of it.
+//
+//   fill     lora_A for a step, 16 bits, as wgmma takes it, into a ring of panels: all of r is in a
+//            thread's registers before the first is rounded, so the next is on its way meanwhile
+//   consume  twice, 128 rows each: lora_B of a strip in shared memory for all of its steps; products by
+//            wgmma; W comes by cp.async, steps ahead and across strips, each lane's elements to a
+//            place of its own, so that nobody waits for anybody's; sums go straight back to memory
+//
+// bf16 factors are held as they are. Of fp32 factors 11 bits are kept: as fp16, which has tf32's
+// mantissa and twice its speed, scaled by a power of two for each row of lora_B and column of lora_A.
+// That holds 11 bits of what is 2^-28 of the row's or column's largest or more, and below an error of
+// up to 2^-39 of the largest (numerics.cuh).
+//
+// Where a row's pitch is no multiple of 16 bytes, a strip takes every second, fourth or eighth row of W:
+// these begin at one offset from 16 bytes, and steps begin as many columns earlier. All accesses then
+// are of 16 bytes, but for a row's first and last.
+#include <algorithm>
+#include <iterator>
+
+#include "merge.cuh"
+#include "ptx.cuh"
+#include "two_segment.h"
+
+namespace relora {
+namespace {
+
+using two_segment::ceil_div;
+using two_segment::kRowBytes;
+using two_segment::operand_descriptor;
+using two_segment::Ring;
+using two_segment::swizzled;
+
+// A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
+// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more.
+constexpr float kShift = 0x1p15f;
+
+// ---- What is done where -------------------------------------------------------------------------
+
+constexpr int kStripRows = 256, kStepCols = 64;
+constexpr int kConsumers = 2, kOwnRows = kStripRows / kConsumers;  // of a warpgroup
+constexpr int kHalfRows = 64;                                      // of a wgmma
+constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
+constexpr int kSpanR = 64;  // of r in a row of shared memory
+constexpr int kFillRegisters = 104, kConsumeRegisters = 200;  // of 168 a thread at the launch
+static_assert(kFillRegisters + kConsumers * kConsumeRegisters <= 168 * (1 + kConsumers));
+
+// Rows of W that are 16-byte multiples apart.
+__host__ __device__ __forceinline__ int period_of(const Matrix& weight) {
+  const int odd = int(weight.row & 7);
+  return odd == 0 ? 1 : odd == 4 ? 2 : odd % 2 == 0 ? 4 : 8;
+}
+// Elements from the last multiple of 16 bytes to a row's first.
+__host__ __device__ __forceinline__ int offset_of(const Matrix& weight, int64_t row) {
+  return int((reinterpret_cast<uintptr_t>(weight.data) / 2 + uint64_t(row) * uint64_t(weight.row)) & 7);
+}
+
+// A layer's units: strips beside each other first, for they share lora_A, then further columns.
+struct Cut {
+  int period, strips, steps;
+  __host__ __device__ __forceinline__ explicit Cut(const MergeLayer& layer)
+      : period(period_of(layer.weight)) {
+    strips = period * int(ceil_div(ceil_div(layer.n, period), kStripRows));
+    const bool shifted = period > 1 || offset_of(layer.weight, 0);
+    steps = int(ceil_div(layer.k + (shifted ? kStrip - 1 : 0), kStepCols));
+  }
+  __host__ __device__ __forceinline__ int64_t units(int steps_a_unit) const {
+    return strips * ceil_div(steps, steps_a_unit);
+  }
+};
+
+struct Unit {
+  const MergeLayer* layer;
+  int64_t row0;       // the first row; the others follow `period` apart
+  int rows, period;   // rows: may be none
+  int col0, steps;    // col0: may lie up to 7 before the row
+};
+
+__device__ __forceinline__ Unit unit_of(const MergeTable& table, int64_t number, int lane) {
+  const MergeLayer* const layers = table.layers ? table.layers : table.first;
+  int begun = 0;
+  for (int first = 0; first < table.count; first += 32) {
+    const int i = first + lane;
+    begun += __popc(ptx::ballot(i < table.count && layers[i].first_block <= number));
+  }
+  Unit unit;
+  unit.layer = layers + (begun - 1);
+  const MergeLayer& layer = *unit.layer;
+  const Cut cut(layer);
+  const int within = int(number - layer.first_block), strip = within % cut.strips;
+  const int first_step = within / cut.strips * table.tiles_per_block;
+  const int64_t skipped = int64_t(strip / cut.period) * kStripRows;
+  unit.period = cut.period;
+  unit.row0 = strip % cut.period + skipped * cut.period;
+  unit.rows = int(min(ceil_div(max(layer.n - unit.row0, int64_t(0)), cut.period), int64_t(kStripRows)));
+  unit.col0 = first_step * kStepCols - offset_of(layer.weight, unit.row0);
+  unit.steps = min(cut.steps - first_step, table.tiles_per_block);
+  return unit;
+}
+
+// ---- Shared memory ------------------------------------------------------------------------------
+
+constexpr int kPanels = 2, kSlots = 4;
+constexpr int kRowSpan = kStripRows * kRowBytes, kPanelSpan = kStepCols * kRowBytes;  // kSpanR of r
+constexpr int kPanelBytes = 2 * kPanelSpan;
+constexpr int kSlotBytes = kStripRows * kStepCols * 2;  // a step of W, or of the residual
+constexpr int kPanelAt = 2 * kRowSpan;                  // lora_B comes first
+constexpr int kSlotAt = kPanelAt + kPanels * kPanelBytes;
+constexpr int kRowUnitsAt = kSlotAt + kSlots * kSlotBytes;
+constexpr int kColUnitsAt = kRowUnitsAt + 4 * kStripRows;
+constexpr int kLargestAt = kColUnitsAt + 4 * kPanels * kStepCols;  // of a column, of each half of r
+constexpr int kBarriersAt = kLargestAt + 4 * kPanels * 2 * kStepCols;
+constexpr int kSharedSm90 = kBarriersAt + 2 * 8 * kPanels;
+static_assert(kSharedSm90 <= two_segment::kMostShared);
+
+struct Barriers {
+  uint32_t memory;
+  __device__ __forceinline__ uint32_t full(int panel) const { return memory + kBarriersAt + 8 * panel; }
+  __device__ __forceinline__ uint32_t empty(int panel) const { return full(panel + kPanels); }
+};
+
+// Which column of 32 a wgmma's column n stands for: a lane, which has columns 2 t and the next of each
+// eight, so has eight neighbours.
+__device__ __forceinline__ int column_of(int n) {
+  return n / 32 * 32 + n / 2 % 4 * 8 + n / 8 % 4 * 2 + n % 2;
+}
+
+template <typename F>
+using HalfOf = std::conditional_t<sizeof(F) == 4, fp16, bf16>;
+
+// `scale`: of fp32.
+__device__ __forceinline__ uint32_t halves(float first, float second, float scale) {
+  return pair_nearest<fp16>({scale * first, scale * second}).bits;
+}
+__device__ __forceinline__ uint32_t halves(bf16 first, bf16 second, float) {
+  return first.bits | uint32_t(second.bits) << 16;
+}
+__device__ __forceinline__ float magnitude(float v) { return fabsf(v); }
+__device__ __forceinline__ float magnitude(bf16) { return 0.f; }
+
+// ---- fill ---------------------------------------------------------------------------------------
+
+// A thread has a column and half of r. Without branches: 64 loads are under way together.
+template <typename F>
+__device__ __forceinline__ void fill_panels(const MergeTable& table, uint32_t memory, int thread) {
+  constexpr bool kScaled = sizeof(F) == 4;
+  const Barriers barriers{memory};
+  const int lane = thread % 32, n = thread % kStepCols, half = thread / kStepCols;
+  Ring<kPanels> ring;
+  for (int64_t number = blockIdx.x; number < table.units; number += gridDim.x) {
+    const Unit unit = unit_of(table, number, lane);
+    const Matrix m = unit.layer->lora_A;
+    const int rows = int(unit.layer->r) - half * kSpanR, cols = int(unit.layer->k);
+    int col = unit.col0 + column_of(n);
+    const F* const first = global_memory<const F>(m.data);
+    for (int step = 0; step < unit.steps; ++step, col += kStepCols) {
+      F v[kSpanR];
+      const bool inside = col >= 0 && col < cols;
+      const F* at = inside && rows > 0 ? first + half * kSpanR * m.row + col * m.col : first;
+#pragma unroll
+      for (int i = 0; i < kSpanR; ++i, at += m.row) v[i] = inside && i < rows ? *at : F{};
+      float scale = 1.f;
+      if (kScaled) {
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < kSpanR; ++i) largest = fmaxf(largest, magnitude(v[i]));
+        const uint32_t mine = memory + kLargestAt + 4 * (thread + ring.stage * 2 * kStepCols);
+        ptx::store_shared_32(mine, float_bits(largest));
+        ptx::named_barrier(1 + kConsumers, 128);
+        const uint32_t other = half ? mine - 4 * kStepCols : mine + 4 * kStepCols;
+        scale = half_scale(fmaxf(largest, bits_float(ptx::load_shared_32(other))));
+      }
+      ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
+      const uint32_t panel = memory + kPanelAt + ring.stage * kPanelBytes + half * kPanelSpan;
+#pragma unroll
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        const F* const eight = v + 8 * chunk;
+        ptx::store_shared_128(
+            panel + swizzled(n, chunk),
+            {halves(eight[0], eight[1], scale), halves(eight[2], eight[3], scale),
+             halves(eight[4], eight[5], scale), halves(eight[6], eight[7], scale)});
+      }
+      if (kScaled && half == 0)
+        ptx::store_shared_32(memory + kColUnitsAt + 4 * (ring.stage * kStepCols + column_of(n)),
+                             float_bits(half_unit(scale) * kShift));
+      ptx::fence_async_shared();
+      ptx::sync_warp();
+      if (lane == 0) ptx::arrive(barriers.full(ring.stage));
+      ring.advance();
+    }
+  }
+}
+
+// ---- consume ------------------------------------------------------------------------------------
+
+// A lane has, of both halves, rows 16 * warp + lane / 4 and 8 further, eight columns in each 32.
+constexpr int kPieces = 8;
+__device__ __forceinline__ constexpr int piece_row(int piece) {
+  return piece / 4 * kHalfRows + piece / 2 % 2 * 8;
+}
+__device__ __forceinline__ constexpr int piece_col(int piece) { return piece % 2 * 32; }
+
+// Where a lane's pieces of a matrix are, and how many rows there are from its first on.
+struct Pieces {
+  bf16* at;
+  int64_t pitch;
+  int rows;
+  Pieces() = default;
+  __device__ __forceinline__ Pieces(const Unit& unit, const Matrix& m, int row, int col)
+      : at(global_memory<bf16>(m.data) + (unit.row0 + int64_t(row) * unit.period) * m.row + col),
+        pitch(m.row * unit.period),
+        rows(unit.rows - row) {}
+  __device__ __forceinline__ bool has(int piece) const { return piece_row(piece) < rows; }
+  __device__ __forceinline__ bf16* of(int piece) const {
+    return at + piece_row(piece) * pitch + piece_col(piece);
+  }
+};
+
+// W, and the residual, on their way to shared memory: a group of copies for each step, beyond the last
+// one an empty one.
+template <bool kCompensated>
+struct Incoming {
+  static constexpr int kStages = kCompensated ? kSlots / 2 : kSlots;
+  int64_t number;  // the unit's
+  int step = 0, stage = 0;
+  Unit unit{};
+  int left = 0;  // columns, from the lane's first on
+  Pieces weight{}, rest{};
+
+  // At a row's left end a lane reads all of 16 bytes, too: what lies before is another row's end.
+  __device__ __forceinline__ void copy(Pieces& from, uint32_t to) const {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int count = max(0, min(left - piece_col(piece), kStrip));
+      ptx::copy_16(to + piece * (kSlotBytes / kPieces), from.of(piece), from.has(piece) ? count * 2 : 0);
+    }
+    from.at += kStepCols;
+  }
+
+  // `place`: of the lane's first piece in the first slot. `row`: its first, of the strip.
+  __device__ __forceinline__ void next(const MergeTable& table, uint32_t place, int row, int lane) {
+    if (number < table.units) {
+      if (step == 0) {
+        unit = unit_of(table, number, lane);
+        const int col = unit.col0 + lane % 4 * kStrip;
+        left = int(unit.layer->k) - col;
+        weight = Pieces(unit, unit.layer->weight, row, col);
+        if (kCompensated) rest = Pieces(unit, unit.layer->residual, row, col);
+      }
+      const uint32_t to = place + stage * (kCompensated ? 2 : 1) * kSlotBytes;
+      copy(weight, to);
+      if (kCompensated) copy(rest, to + kSlotBytes);
+      left -= kStepCols;
+      if (++step == unit.steps) step = 0, number += gridDim.x;
+    }
+    ptx::copy_commit();
+    stage = (stage + 1) % kStages;
+  }
+};
+
+// A warp's 32 rows of lora_B, from `first` of the strip on, to shared memory; of fp32 their units, too.
+// A lane has four of a row's numbers, and all rows' are under way together.
+template <typename F>
+__device__ __forceinline__ void fill_rows(const Unit& unit, uint32_t memory, int first, int lane) {
+  constexpr bool kScaled = sizeof(F) == 4;
+  const Matrix m = unit.layer->lora_B;
+  const int r = int(unit.layer->r);
+  F v[32][4];
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const F* const from =
+        global_memory<const F>(m.data) + (unit.row0 + int64_t(first + i) * unit.period) * m.row;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = j / 2 * kSpanR + 2 * lane + j % 2;
+      v[i][j] = first + i < unit.rows && at < r ? from[at * m.col] : F{};
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int row = first + i;
+    float scale = 1.f;
+    if (kScaled) {
+      float largest = fmaxf(fmaxf(magnitude(v[i][0]), magnitude(v[i][1])),
+                            fmaxf(magnitude(v[i][2]), magnitude(v[i][3])));
+#pragma unroll
+      for (int with = 1; with < 32; with *= 2)
+        largest = fmaxf(largest, bits_float(ptx::shuffle(float_bits(largest), lane ^ with)));
+      scale = half_scale(largest);
+      if (lane == 0)
+        ptx::store_shared_32(memory + kRowUnitsAt + 4 * row, float_bits(half_unit(scale) * (1 / kShift)));
+    }
+#pragma unroll
+    for (int span = 0; span < 2; ++span)
+      ptx::store_shared_32(
+          memory + span * kRowSpan + swizzled(row, lane / 4) + lane % 4 * 4,
+          halves(v[i][2 * span], v[i][2 * span + 1], scale));
+  }
+}
+
+// The random bits of eight neighbours from `col` on, two to a word. A draw serves eight columns from a
+// multiple of eight on: elsewhere they are the end of one and the beginning of the next.
+__device__ __forceinline__ Words bits_of_eight(uint64_t seed, int64_t row, int col) {
+  Words words = draw(seed, kStreamRound, row, col >> 3);
+  const int skip = col & 7;
+  if (skip) {
+    Words more = draw(seed, kStreamRound, row, (col >> 3) + 1);
+    uint32_t all[8] = {words.w[0], words.w[1], words.w[2], words.w[3],
+                       more.w[0],  more.w[1],  more.w[2],  more.w[3]};
+#pragma unroll
+    for (int by = 4; by > 1; by /= 2)
+      if (skip & by)
+#pragma unroll
+        for (int i = 0; i + by / 2 < 8; ++i) all[i] = all[i + by / 2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.w[i] = skip & 1 ? all[i] >> 16 | all[i + 1] << 16 : all[i];
+  }
+  return words;
+}
+
+// Of eight neighbours from `first` on: whether a row has them all.
+__device__ __forceinline__ bool is_whole(int first, int cols) {
+  return first >= 0 && first + kStrip <= cols;
+}
+
+// The ends of rows, an element at a time, from where sum_half() has left them.
+__device__ __forceinline__ void store_ends(const Pieces& to, int col, int cols, uint32_t slot) {
+#pragma unroll 1
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int first = col + piece_col(piece);
+    if (!to.has(piece) || is_whole(first, cols)) continue;
+#pragma unroll 1
+    for (int i = max(0, -first); i < min(kStrip, cols - first); ++i)
+      to.of(piece)[i].bits = ptx::load_shared_16(slot + piece * (kSlotBytes / kPieces) + 2 * i);
+  }
+}
+
+// Half of a step's rows: sums[4 (4 g + m) + 2 v + e] is element 2 m + e of piece (v, g).
+template <Rounding kRounding, bool kScaled>
+__device__ __forceinline__ void sum_half(const float (&sums)[kStepCols / 2], int half, const Unit& unit,
+                                         const Pieces& weight, const Pieces& rest, int row, int col,
+                                         int cols, uint32_t slot, const float (&row_units)[4],
+                                         uint32_t col_units) {
+  constexpr bool kCompensated = kRounding == Rounding::compensated;
+  const MergeLayer& layer = *unit.layer;
+#pragma unroll
+  for (int g = 0; g < 2; ++g) {
+    uint4 units[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (kScaled) units[i] = ptx::load_shared_128(col_units + 4 * (32 * g + 4 * i));
+    const auto scaled = [&](int v, int i) {
+      const float sum = sums[4 * (4 * g + i / 2) + 2 * v + i % 2];
+      return kScaled ? __fmul_rn(__fmul_rn(sum, row_units[2 * half + v]),
+                                 bits_float(word(units[i / 4], i % 4)))
+                     : sum;
+    };
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int piece = 4 * half + 2 * v + g, first = col + piece_col(piece);
+      const uint32_t place = slot + piece * (kSlotBytes / kPieces);
+      uint4 w = ptx::load_shared_128(place), kept{};
+      if (kCompensated) kept = ptx::load_shared_128(place + kSlotBytes);
+      if (!weight.has(piece)) continue;
+      Words words{};
+      if (kRounding == Rounding::stochastic)
+        words = bits_of_eight(layer.seed,
+                              layer.first_row + unit.row0 +
+                                  int64_t(row + piece_row(piece)) * unit.period,
+                              first);
+#pragma unroll
+      for (int i = 0; i < kStrip / 2; ++i) {
+        Neighbours<bf16> pair{word(w, i)}, rest_pair{word(kept, i)};
+        merge_pair<kRounding>(pair, rest_pair, {scaled(v, 2 * i), scaled(v, 2 * i + 1)},
+                              layer.scaling, words.w[i]);
+        word(w, i) = pair.bits;
+        if (kCompensated) word(kept, i) = rest_pair.bits;
+      }
+      if (is_whole(first, cols)) {
+        *reinterpret_cast<uint4*>(weight.of(piece)) = w;
+        if (kCompensated) *reinterpret_cast<uint4*>(rest.of(piece)) = kept;
+      } else {
+        ptx::store_shared_128(place, w);
+        if (kCompensated) ptx::store_shared_128(place + kSlotBytes, kept);
+      }
+    }
+  }
+  ptx::sync_warp();
+}
+
+template <Rounding kRounding, typename F>
+__device__ __forceinline__ void consume(const MergeTable& table, uint32_t memory, int warpgroup,
+                                        int thread) {
+  using Half = HalfOf<F>;
+  using Copies = Incoming<kRounding == Rounding::compensated>;
+  constexpr bool kScaled = sizeof(F) == 4, kCompensated = kRounding == Rounding::compensated;
+  const Barriers barriers{memory};
+  const int lane = thread % 32, row = warpgroup * kOwnRows + thread / 32 * 16 + lane / 4;
+  const uint32_t place = memory + kSlotAt + (warpgroup * 128 + thread) * 16;
+  Copies incoming{int64_t(blockIdx.x)};
+#pragma unroll 1
+  for (int i = 0; i < Copies::kStages; ++i) incoming.next(table, place, row, lane);
+  Ring<kPanels> ring;
+  for (int64_t number = blockIdx.x; number < table.units; number += gridDim.x) {
+    const Unit unit = unit_of(table, number, lane);
+    ptx::named_barrier(1 + warpgroup, 128);  // lora_B before this one has been multiplied, its units used
+    fill_rows<F>(unit, memory, warpgroup * kOwnRows + thread / 32 * 32, lane);
+    ptx::fence_async_shared();
+    ptx::named_barrier(1 + warpgroup, 128);
+    float row_units[4] = {};
+    if (kScaled)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        row_units[i] =
+            bits_float(ptx::load_shared_32(memory + kRowUnitsAt + 4 * (row + piece_row(2 * i))));
+    int col = unit.col0 + lane % 4 * kStrip;
+    Pieces weight(unit, unit.layer->weight, row, col), rest{};
+    if (kCompensated) rest = Pieces(unit, unit.layer->residual, row, col);
+    const int cols = int(unit.layer->k);
+#pragma unroll 1
+    for (int step = 0; step < unit.steps; ++step) {
+      float sums[2][kStepCols / 2];
+      ptx::wait(barriers.full(ring.stage), ring.phase);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int span = 0; span < 2; ++span) {
+          const uint32_t left = memory + span * kRowSpan + (warpgroup * 2 + half) * kHalfRows * kRowBytes;
+          const uint32_t right = memory + kPanelAt + ring.stage * kPanelBytes + span * kPanelSpan;
+#pragma unroll
+          for (int k = 0; k < kSpanR; k += 16)
+            ptx::wgmma<Half, true, true>(sums[half], operand_descriptor<true>(left, k),
+                                         operand_descriptor<true>(right, k), span > 0 || k > 0);
+        }
+        ptx::wgmma_commit();
+      }
+      ptx::copy_wait<Copies::kStages - 1>();
+      const uint32_t slot = place + incoming.stage * (kCompensated ? 2 : 1) * kSlotBytes;
+      const uint32_t col_units =
+          memory + kColUnitsAt + 4 * (ring.stage * kStepCols + lane % 4 * kStrip);
+      ptx::wgmma_wait<1>();
+      ptx::hold(sums[0]);
+      sum_half<kRounding, kScaled>(sums[0], 0, unit, weight, rest, row, col, cols, slot, row_units,
+                                   col_units);
+      ptx::wgmma_wait<0>();
+      ptx::hold(sums[1]);
+      sum_half<kRounding, kScaled>(sums[1], 1, unit, weight, rest, row, col, cols, slot, row_units,
+                                   col_units);
+      if (lane == 0) ptx::arrive(barriers.empty(ring.stage));
+      ring.advance();
+      if (col < 0 || col + piece_col(1) + kStrip > cols) {
+        store_ends(weight, col, cols, slot);
+        if (kCompensated) store_ends(rest, col, cols, slot + kSlotBytes);
+      }
+      incoming.next(table, place, row, lane);
+      col += kStepCols, weight.at += kStepCols, rest.at += kStepCols;
+    }
+  }
+  ptx::copy_wait<0>();
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+template <Rounding kRounding, typename F>
+__global__ void __launch_bounds__(kThreadsSm90, 1)
+    merge_sm90_kernel(const __grid_constant__ MergeTable table) {
+  const uint32_t memory = ptx::shared_memory();
+  const Barriers barriers{memory};
+  if (threadIdx.x == 0) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      ptx::barrier_init(barriers.full(panel), 4);                // warps
+      ptx::barrier_init(barriers.empty(panel), 4 * kConsumers);
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  if (warpgroup == kConsumers) {
+    ptx::give_registers<kFillRegisters>();
+    fill_panels<F>(table, memory, thread);
+  } else {
+    ptx::take_registers<kConsumeRegisters>();
+    consume<kRounding, F>(table, memory, warpgroup, thread);
+  }
+}
+
+template <typename F>
+constexpr void (*kKernels[3])(MergeTable) = {merge_sm90_kernel<Rounding::nearest, F>,
+                                             merge_sm90_kernel<Rounding::stochastic, F>,
+                                             merge_sm90_kernel<Rounding::compensated, F>};
+
+// ---- The launch ---------------------------------------------------------------------------------
+
+bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
+  const Matrix &weight = layer.weight, &rest = layer.residual;
+  const bool alike = rest.col == 1 && ((rest.row - weight.row) & 7) == 0 &&
+                     offset_of(rest, 0) == offset_of(weight, 0);
+  const int64_t most = INT32_MAX - 2 * kStepCols;  // columns are 32-bit, past a row's end too
+  return weight.col == 1 && layer.r <= kMostRank && layer.k <= most &&
+         (rounding != Rounding::compensated || alike);
+}
+
+}  // namespace
+
+// Steps of a unit: so many that the blocks end together and do not begin a strip too often, which
+// takes as long as some two steps.
+cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
+                       int multiprocessors, MergeTable& table, MergeKernel& kernel) {
+  constexpr int kChoices[] = {1, 2, 3, 4, 6, 8, 11, 16, 22, 32};
+  int64_t units[std::size(kChoices)] = {};
+  for (int i = 0; i < count; ++i) {
+    if (!can_be_sm90(layers[i], rounding)) return cudaErrorInvalidValue;
+    if (layers[i].r == 0 || layers[i].n == 0 || layers[i].k == 0) continue;
+    const Cut cut(layers[i]);
+    for (size_t j = 0; j < std::size(kChoices); ++j) units[j] += cut.units(kChoices[j]);
+  }
+  const auto time = [&](int64_t of_all, int steps) {
+    return ceil_div(of_all, multiprocessors) * (steps + 2);
+  };
+  size_t best = 0;
+  for (size_t j = 1; j < std::size(kChoices); ++j)
+    if (time(units[j], kChoices[j]) < time(units[best], kChoices[best])) best = j;
+  if (units[best] > INT32_MAX) return cudaErrorInvalidConfiguration;
+  table.tiles_per_block = kChoices[best];
+  table.units = 0;
+  for (int i = 0; i < count; ++i) {
+    layers[i].first_block = uint32_t(table.units);
+    if (layers[i].r != 0 && layers[i].n != 0 && layers[i].k != 0)
+      table.units += int(Cut(layers[i]).units(kChoices[best]));
+  }
+  kernel = {(narrow_factors ? kKernels<bf16> : kKernels<float>)[int(rounding)], kSharedSm90,
+            kThreadsSm90};
+  return cudaSuccess;
+}
+
+}  // namespace relora

@@ -1,0 +1,27 @@
+// csrc/merge_sm90.cu on the CPU: a C interface for ctypes.
+#include "model.h"
+
+#include "merge_sm90.cu"
+
+// The cudaError_t; `error` what went wrong, `blocks` how many ran.
+extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_factors, int rounding,
+                           int processors, unsigned seed, const char** error, long* blocks) {
+  using namespace relora;
+  model::seed = seed;
+  model::last_error.clear();
+  *error = model::last_error.c_str();
+  MergeTable table{layers, count, 0, 0, Rounding(rounding), {}};
+  MergeKernel merge;
+  const cudaError_t planned =
+      sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);
+  *blocks = planned == cudaSuccess ? std::min(table.units, processors) : 0;
+  if (*blocks == 0) return planned;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(*blocks));
+  config.blockDim = dim3(unsigned(merge.threads));
+  config.dynamicSmemBytes = size_t(merge.shared);
+  const int result = cudaLaunchKernelEx(&config, merge.kernel, table);
+  *error = model::last_error.c_str();
+  return result;
+}
+extern "C" int model_merge_layer_bytes() { return sizeof(relora::MergeLayer); }

@@ -1,0 +1,244 @@
+"""csrc/merge_sm90.cu, its own source, on a model of the machine (tests/gemm/model.h): asynchronous copies
+and wgmma, mbarriers, warps at drawn speeds. On a GPU test_cuda_merge.py runs it."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from simt_build import CSRC, TESTS, assert_same_bits, put_in_place
+from test_cuda_source import (
+    CODES,
+    ENDS,
+    LAYOUTS,
+    Guarded,
+    factors_up_to_the_end_of_the_checked_range,
+    keeps_tf32s_precision,
+    offsets_beyond_32_bits,
+    update_of,
+)
+
+from relora_kernels.cuda import merge as launcher
+from relora_kernels.reference import merge as reference
+
+FLAGS = (
+    "-std=c++17 -O2 -g -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
+    "-Wall -Wextra -Wno-unknown-pragmas -Werror"
+).split()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the CUDA sources for the host")
+    out = tmp_path_factory.mktemp("sm90") / "merge.so"
+    source = TESTS / "gemm/merge_harness.cpp"
+    done = subprocess.run(
+        [compiler, *FLAGS, f"-I{TESTS / 'gemm'}", f"-I{CSRC}", source, "-o", out],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(out))
+
+
+class Model:
+    """relora_kernels._C's stand-in."""
+
+    merge_has_sm90, merge_most_rank = True, 128
+
+    def __init__(self, library):
+        self.library, self.processors, self.seed, self.blocks, self.calls = library, 2, 0, 0, 0
+        self.merge_layer_bytes = library.model_merge_layer_bytes()
+        self.merge_inline_layers = 1 << 30  # the model reads layers where they are
+
+    def merge(
+        self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, kind, table, device, stream,
+    ):  # fmt: skip
+        assert (kind, weight_dtype) == ("sm90", "bfloat16")
+        said, blocks = ctypes.c_char_p(), ctypes.c_long()
+        error = self.library.model_merge(
+            (ctypes.c_char * len(layers)).from_buffer(layers),
+            len(layers) // self.merge_layer_bytes,
+            factor_dtype == "bfloat16",
+            CODES["rounding"].index(rounding),
+            self.processors,
+            self.seed,
+            ctypes.byref(said),
+            ctypes.byref(blocks),
+        )
+        self.blocks, self.calls = blocks.value, self.calls + 1
+        if error:
+            raise RuntimeError(f"cudaError {error}: {said.value.decode()}")
+
+
+@pytest.fixture
+def model(library, monkeypatch):
+    model = Model(library)
+    put_in_place(monkeypatch, launcher, model)
+    monkeypatch.setattr(launcher, "_is_hopper", lambda device: True)
+    return model
+
+
+ROW_LAYOUTS = ("aligned", "padded", "odd pitch", "misaligned")  # columns beside each other
+SIZES = [(1, 1, 1), (3, 7, 4), (127, 65, 100), (8, 333, 128), (257, 64, 17), (520, 130, 64)]
+
+
+def drawn_layer(size, layout, rounding, factor_dtype, seed):
+    """merge_'s arguments as Guarded. Sums are exact in float32; rows and columns of another size each."""
+    (n, k, r), generator = size, torch.Generator().manual_seed(seed)
+
+    def odd(*shape):  # a sum of zeros would have a sign by its order
+        return (torch.randint(-4, 4, shape, generator=generator) * 2 + 1) / 8
+
+    def powers(*shape):
+        return 2.0 ** torch.randint(-8, 8, shape, generator=generator)
+
+    lora_A, lora_B = odd(r, k) * powers(1, k), odd(n, r) * powers(n, 1)
+    lora_A[r // 2 :] *= 0.25  # the halves of r that threads share have other largest elements
+    weight = torch.randn(n, k, generator=generator).bfloat16()
+    residual = None
+    if rounding == "compensated":
+        residual = torch.randn(n, k, generator=generator).bfloat16() / 512
+        residual = Guarded(residual, layout, "cpu", beside=3.0)
+    return [
+        Guarded(weight, layout, "cpu", beside=5.0),
+        Guarded(lora_A.to(factor_dtype), LAYOUTS[seed % 6], "cpu", beside=torch.nan),
+        Guarded(lora_B.to(factor_dtype), LAYOUTS[seed // 6 % 6], "cpu", beside=torch.nan),
+        2.0**-9 * 1.37, rounding, residual, seed - 5, 2**31 - 3,
+    ]  # fmt: skip
+
+
+def merges_as_the_reference(layers):
+    """Everything that is written, and what lies beside it, bit for bit."""
+    found = []
+    for merge_many_ in (reference.merge_many_, launcher.merge_many_):
+        mine = [[v.copy() if isinstance(v, Guarded) else v for v in layer] for layer in layers]
+        merge_many_(
+            [tuple(v.matrix if isinstance(v, Guarded) else v for v in layer) for layer in mine],
+            [None] * len(mine),
+        )
+        found.append([v.buffer for layer in mine for v in (layer[0], layer[5]) if v is not None])
+    for expected, got in zip(*found):
+        assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+@pytest.mark.parametrize("rounding", CODES["rounding"])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_as_the_reference(model, layout, rounding, factor_dtype):
+    first = 7 * ROW_LAYOUTS.index(layout) + 5 * CODES["rounding"].index(rounding)
+    for i in (0, 1):
+        model.seed = first + 3 * i + (factor_dtype == torch.bfloat16)
+        model.processors = 1 + model.seed % 4
+        size = SIZES[model.seed % len(SIZES)]
+        merges_as_the_reference([drawn_layer(size, layout, rounding, factor_dtype, model.seed)])
+        assert model.blocks > 0
+
+
+@pytest.mark.parametrize("rounding", CODES["rounding"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, rounding, seed):
+    """What is copied ahead belongs to the next strip or layer; some layers have nothing to do."""
+    sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(60)]
+    sizes[7], sizes[20] = (0, 40, 4), (5, 0, 4)
+    layers = [
+        drawn_layer(size, ROW_LAYOUTS[i % 4], rounding, torch.float32, seed + i)
+        for i, size in enumerate(sizes)
+        if i < 6 or size[0] * size[1] < 5000
+    ]
+    model.seed, model.processors = seed, 1 + seed
+    merges_as_the_reference(layers)
+    assert model.calls == 1 and model.blocks == model.processors and len(layers) > 32
+
+
+def test_rank_zero_changes_nothing(model):
+    weight = torch.randn(9, 40).bfloat16()
+    before = weight.clone()
+    launcher.merge_(weight, torch.empty(0, 40), torch.empty(9, 0), 1.0, "nearest", None, 0, 0)
+    assert_same_bits(weight, before)
+    assert model.calls == 1 and model.blocks == 0
+
+
+@pytest.mark.parametrize("r", [4, 36, 128])
+def test_float32_factors_keep_tf32s_precision(model, r):
+    keeps_tf32s_precision(r, (130, 140))
+    assert model.calls == 1
+
+
+def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(model):
+    """Powers of two of a row or column come out as they went in, bit for bit."""
+    n, k, r = 130, 140, 20
+    A, B = torch.randn(r, k), torch.randn(n, r)
+    rows = 2.0 ** torch.randint(-60, 30, (n, 1)).float()
+    cols = 2.0 ** torch.randint(-30, 60, (1, k)).float()
+    A[:, 3], B[5] = 0.0, 0.0
+    scaled = update_of(A * cols, B * rows, torch.bfloat16)
+    assert torch.equal(scaled, rows.double() * update_of(A, B, torch.bfloat16) * cols)
+    assert model.calls == 2
+
+
+@pytest.mark.parametrize(
+    "col, row",
+    [
+        ((80, -200, 62, -200), (-200, 80, 58, -200)),
+        ((80, -200, -200, -200), (-200, 80, -200, -200)),
+        ((-63, -63, -200, -200), (-63, -200, -200, -200)),
+    ],
+)
+def test_units_whose_product_is_no_float32_are_never_multiplied(model, col, row):
+    """Infinity, which times zero were NaN; or zero, for a product that float32 can hold."""
+    A = (2.0 ** torch.tensor(col))[:, None].repeat(1, 8)  # 2^-200: zero
+    B = (2.0 ** torch.tensor(row))[None].repeat(5, 1)
+    assert torch.equal(update_of(A, B, torch.bfloat16), B.double() @ A.double())
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize("r", [4, 128])
+@pytest.mark.parametrize("of_A, of_B", ENDS)
+def test_factors_up_to_the_end_of_the_checked_range(model, r, of_A, of_B):
+    """A sum times its row's unit alone may leave float32's range, above or below."""
+    factors_up_to_the_end_of_the_checked_range(r, of_A, of_B)
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize(
+    "name, transposed", [("weight", False), ("lora_A", False), ("lora_B", False), ("lora_A", True), ("lora_B", True)]
+)  # fmt: skip
+@pytest.mark.parametrize("size, pitch", [(2, 2**31 + 8), (9, 2**28 + 8)])
+def test_offsets_beyond_32_bits(model, name, size, pitch, transposed):
+    offsets_beyond_32_bits(name, size, pitch, transposed, "nearest")
+    assert model.calls == 1
+
+
+def test_other_layers_go_to_other_kernels(model):
+    """By the layer: what the kernel cannot take is asked for by another one's name."""
+    weight = torch.zeros(24, 48).bfloat16()
+
+    def kind(weight=weight, r=8, residual=None):
+        return launcher._kernel(weight, r, residual, model)
+
+    assert kind() == kind(r=128) == kind(weight[1:, 3:]) == kind(r=5) == "sm90"
+    assert kind(r=132) == kind(weight.float()) == "streamed"
+    assert kind(weight.t()) == "streamed"
+    rest = torch.zeros(24, 56).bfloat16()
+    assert kind(residual=rest[:, :48]) == kind(weight[:, 3:], residual=rest[:, 3:48]) == "sm90"
+    assert (
+        kind(residual=rest[:, 1:49])
+        == kind(residual=torch.zeros(48, 24).bfloat16().t())
+        == "streamed"
+    )
+
+
+def test_the_kernel_follows_from_the_layer_not_from_the_list(model, monkeypatch):
+    found = []
+    monkeypatch.setattr(model, "merge", lambda layers, kind, **_: found.append((kind, len(layers))))
+    layers = [
+        (torch.zeros(20, 30).bfloat16(), torch.zeros(r, 30), torch.zeros(20, r), 1.0, "nearest", None, 0, 0)
+        for r in (8, 9, 128, 132, 4, 200)
+    ]  # fmt: skip
+    launcher.merge_many_(layers)
+    each = model.merge_layer_bytes
+    assert found == [("sm90", 4 * each), ("streamed", 2 * each)]
