@@ -26,9 +26,11 @@ def trained(layer: FusedReLoRaLinear, size: float = 0.02) -> FusedReLoRaLinear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_from_linear_computes_what_the_linear_did(bias, dtype, device):
     linear = nn.Linear(24, 16, bias=bias, dtype=dtype, device=device)
+    for parameter in linear.parameters():  # sums below 256: every dtype holds them, in any order
+        parameter.data = torch.randint(-1, 2, parameter.shape, device=device).to(dtype)
     layer = FusedReLoRaLinear.from_linear(linear, r=4)
-    x = torch.randn(3, 24, dtype=dtype, device=device)
-    torch.testing.assert_close(layer(x), linear(x))
+    x = torch.randint(-8, 9, (3, 24), device=device).to(dtype)
+    assert torch.equal(layer(x), linear(x))
     assert layer.weight is linear.weight and layer.bias is linear.bias
     assert isinstance(layer, nn.Linear)
 
