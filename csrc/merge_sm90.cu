@@ -260,42 +260,46 @@ struct Incoming {
 };
 
 // A warp's 32 rows of lora_B, from `first` of the strip on, to shared memory; of fp32 their units, too.
-// A lane has four of a row's numbers, and all rows' are under way together.
+// A lane has four of a row's numbers; 16 rows are under way together.
 template <typename F>
 __device__ __forceinline__ void fill_rows(const Unit& unit, uint32_t memory, int first, int lane) {
   constexpr bool kScaled = sizeof(F) == 4;
+  constexpr int kAtOnce = 16;
   const Matrix m = unit.layer->lora_B;
-  const int r = int(unit.layer->r);
-  F v[32][4];
+  const int r = int(unit.layer->r), end = first + 32;
+#pragma unroll 1
+  for (; first < end; first += kAtOnce) {
+    F v[kAtOnce][4];
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const F* const from =
-        global_memory<const F>(m.data) + (unit.row0 + int64_t(first + i) * unit.period) * m.row;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const F* const from =
+          global_memory<const F>(m.data) + (unit.row0 + int64_t(first + i) * unit.period) * m.row;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int at = j / 2 * kSpanR + 2 * lane + j % 2;
-      v[i][j] = first + i < unit.rows && at < r ? from[at * m.col] : F{};
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int row = first + i;
-    float scale = 1.f;
-    if (kScaled) {
-      float largest = fmaxf(fmaxf(magnitude(v[i][0]), magnitude(v[i][1])),
-                            fmaxf(magnitude(v[i][2]), magnitude(v[i][3])));
-#pragma unroll
-      for (int with = 1; with < 32; with *= 2)
-        largest = fmaxf(largest, bits_float(ptx::shuffle(float_bits(largest), lane ^ with)));
-      scale = half_scale(largest);
-      if (lane == 0)
-        ptx::store_shared_32(memory + kRowUnitsAt + 4 * row, float_bits(half_unit(scale) * (1 / kShift)));
+      for (int j = 0; j < 4; ++j) {
+        const int at = j / 2 * kSpanR + 2 * lane + j % 2;
+        v[i][j] = first + i < unit.rows && at < r ? from[at * m.col] : F{};
+      }
     }
 #pragma unroll
-    for (int span = 0; span < 2; ++span)
-      ptx::store_shared_32(
-          memory + span * kRowSpan + swizzled(row, lane / 4) + lane % 4 * 4,
-          halves(v[i][2 * span], v[i][2 * span + 1], scale));
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = first + i;
+      float scale = 1.f;
+      if (kScaled) {
+        float largest = fmaxf(fmaxf(magnitude(v[i][0]), magnitude(v[i][1])),
+                              fmaxf(magnitude(v[i][2]), magnitude(v[i][3])));
+#pragma unroll
+        for (int with = 1; with < 32; with *= 2)
+          largest = fmaxf(largest, bits_float(ptx::shuffle(float_bits(largest), lane ^ with)));
+        scale = half_scale(largest);
+        if (lane == 0)
+          ptx::store_shared_32(memory + kRowUnitsAt + 4 * row,
+                               float_bits(half_unit(scale) * (1 / kShift)));
+      }
+#pragma unroll
+      for (int span = 0; span < 2; ++span)
+        ptx::store_shared_32(memory + span * kRowSpan + swizzled(row, lane / 4) + lane % 4 * 4,
+                             halves(v[i][2 * span], v[i][2 * span + 1], scale));
+    }
   }
 }
 

@@ -15,6 +15,7 @@ import torch
 from oracle import check_against_fp64, operands
 
 from relora_kernels import FusedReLoRaLinear, cuda, lora_linear, merge_, prune_, use_backend
+from relora_kernels.cuda import merge
 from relora_kernels.layer import merge_layers
 from relora_kernels.ops.checks import ROUNDINGS
 from relora_kernels.ops.prune import prune_random_
@@ -33,18 +34,28 @@ def merges(device):
     shapes, found = [(1, 1, 1), (33, 129, 1), (70, 133, 9), (128, 264, 24)], []
     for dtype, rounding, (n, k, r) in itertools.product(DTYPES, ROUNDINGS, shapes):
         for extra, factor_dtype in ((0, torch.float32), (3, dtype)):
-            weight = torch.randn(n, k + extra).to(dtype).to(device)[:, extra // 2 :][:, :k]
+            weight = torch.randn(n, k + extra).to(dtype).to(device)
             residual = None
             if rounding == "compensated" and dtype != torch.float32:
-                residual = torch.zeros_like(weight)
+                residual = torch.zeros_like(weight)[:, extra // 2 :][:, :k]
+            weight = weight[:, extra // 2 :][:, :k]
             factors = exact_factors(n, k, r, factor_dtype, device)
             merge_(weight, *factors, 0.5, rounding, residual, seed=3)
             found += [weight] if residual is None else [weight, residual]
     return found
 
 
+def streamed_merges(device):
+    """By the kernel of every GPU, on sm_90 too."""
+    before, merge.KERNEL = merge.KERNEL, "streamed"
+    try:
+        return merges(device)
+    finally:
+        merge.KERNEL = before
+
+
 def many_tiles(device):
-    """Over three times what 132 multiprocessors hold: blocks of 2 x 2."""
+    """Over three times what 132 multiprocessors hold: a block goes through several, or through strips."""
     found = []
     for rounding, factor_dtype in (
         ("nearest", torch.float32), ("compensated", torch.bfloat16), ("stochastic", torch.float32)
@@ -123,7 +134,7 @@ def linear(device):
     return []
 
 
-PARTS = (merges, many_tiles, lists, prunes, random_prunes, counts, linear)
+PARTS = (merges, streamed_merges, many_tiles, lists, prunes, random_prunes, counts, linear)
 
 
 def run(part, backend: str, device: str) -> None:

@@ -124,7 +124,9 @@ def test_strides_offsets_and_what_lies_around_them(backend, device):
             with use_backend(backend):
                 merge_(weight, lora_A, lora_B, 0.5)
             tolerance = torch.finfo(dtype).eps * exact.abs() + 1e-5
-            if backend == "cuda" and dtype.itemsize == 2:  # two factors in tf32, half of a step each
+            if (
+                backend == "cuda" and dtype.itemsize == 2
+            ):  # two factors in tf32, half of a step each
                 tolerance += (2.0**-10 + 2.0**-21) * 0.5 * (lora_B.abs() @ lora_A.abs()).to(WIDE)
             assert ((weight.to(WIDE) - exact).abs() <= tolerance).all()
             assert torch.equal(base[~touched], before[~touched])
