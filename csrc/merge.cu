@@ -161,7 +161,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 
-  MergeTable table{nullptr, count, 0, 0, rounding, {}};
+  MergeTable table{nullptr, count, 0, 0, 0, rounding, {}};
   MergeKernel merge;
   int64_t blocks = 0, restart_blocks = 0;
   if (kind == MergeKind::sm90) {

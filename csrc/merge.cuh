@@ -12,8 +12,8 @@ namespace relora {
 struct MergeTable {
   const MergeLayer* layers;  // in device memory, or null: `first` holds them all
   int count;
-  int tiles_per_block;  // in one row; sm_90: steps of a unit
-  int units;            // sm_90: of all layers
+  int tiles_per_block;    // in one row
+  int units, unit_steps;  // sm_90 instead: of all layers, and a unit's most
   Rounding rounding;
   MergeLayer first[kInlineLayers];
 };

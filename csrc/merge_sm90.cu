@@ -11,7 +11,7 @@
 // bf16 factors are held as they are. Of fp32 factors 11 bits are kept: as fp16, which has tf32's
 // mantissa and twice its speed, scaled by a power of two for each row of lora_B and column of lora_A.
 // That holds 11 bits of what is 2^-28 of the row's or column's largest or more, and below an error of
-// up to 2^-39 of the largest (numerics.cuh).
+// up to 2^-39 of the largest (numerics.cuh); of rows below 2^-90 less, where float32's own range ends.
 //
 // Where a row's pitch is no multiple of 16 bytes, a strip takes every second, fourth or eighth row of W:
 // these begin at one offset from 16 bytes, and steps begin as many columns earlier. All accesses then
@@ -43,10 +43,11 @@ constexpr int kConsumers = 2, kOwnRows = kStripRows / kConsumers;  // of a warpg
 constexpr int kHalfRows = 64;                                      // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
-constexpr int kFillRegisters = 104, kConsumeRegisters = 200;  // of 168 a thread at the launch
+// Of 168 a thread at the launch, which spilled where all of lora_B's 16 rows were under way.
+constexpr int kFillRegisters = 104, kConsumeRegisters = 200;
 static_assert(kFillRegisters + kConsumers * kConsumeRegisters <= 168 * (1 + kConsumers));
 
-// Rows of W that are 16-byte multiples apart.
+// How many rows of W further one is a multiple of 16 bytes further.
 __host__ __device__ __forceinline__ int period_of(const Matrix& weight) {
   const int odd = int(weight.row & 7);
   return odd == 0 ? 1 : odd == 4 ? 2 : odd % 2 == 0 ? 4 : 8;
@@ -70,11 +71,17 @@ struct Cut {
   }
 };
 
+// The layer's numbers are here for once: behind the instructions that speak of shared memory they would
+// be read again for each piece.
 struct Unit {
   const MergeLayer* layer;
-  int64_t row0;       // the first row; the others follow `period` apart
-  int rows, period;   // rows: may be none
-  int col0, steps;    // col0: may lie up to 7 before the row
+  int64_t row0;      // the first row; the others follow `period` apart
+  int rows, period;  // rows: may be none
+  int col0, steps;   // col0: may lie up to 7 before the row
+  int cols;
+  float scaling;
+  uint64_t seed;
+  int64_t drawn_row0;  // row0 for the random bits
 };
 
 __device__ __forceinline__ Unit unit_of(const MergeTable& table, int64_t number, int lane) {
@@ -89,13 +96,17 @@ __device__ __forceinline__ Unit unit_of(const MergeTable& table, int64_t number,
   const MergeLayer& layer = *unit.layer;
   const Cut cut(layer);
   const int within = int(number - layer.first_block), strip = within % cut.strips;
-  const int first_step = within / cut.strips * table.tiles_per_block;
+  const int first_step = within / cut.strips * table.unit_steps;
   const int64_t skipped = int64_t(strip / cut.period) * kStripRows;
   unit.period = cut.period;
   unit.row0 = strip % cut.period + skipped * cut.period;
   unit.rows = int(min(ceil_div(max(layer.n - unit.row0, int64_t(0)), cut.period), int64_t(kStripRows)));
   unit.col0 = first_step * kStepCols - offset_of(layer.weight, unit.row0);
-  unit.steps = min(cut.steps - first_step, table.tiles_per_block);
+  unit.steps = min(cut.steps - first_step, table.unit_steps);
+  unit.cols = int(layer.k);
+  unit.scaling = layer.scaling;
+  unit.seed = layer.seed;
+  unit.drawn_row0 = layer.first_row + unit.row0;
   return unit;
 }
 
@@ -151,12 +162,12 @@ __device__ __forceinline__ void fill_panels(const MergeTable& table, uint32_t me
   for (int64_t number = blockIdx.x; number < table.units; number += gridDim.x) {
     const Unit unit = unit_of(table, number, lane);
     const Matrix m = unit.layer->lora_A;
-    const int rows = int(unit.layer->r) - half * kSpanR, cols = int(unit.layer->k);
+    const int rows = int(unit.layer->r) - half * kSpanR;
     int col = unit.col0 + column_of(n);
     const F* const first = global_memory<const F>(m.data);
     for (int step = 0; step < unit.steps; ++step, col += kStepCols) {
       F v[kSpanR];
-      const bool inside = col >= 0 && col < cols;
+      const bool inside = col >= 0 && col < unit.cols;
       const F* at = inside && rows > 0 ? first + half * kSpanR * m.row + col * m.col : first;
 #pragma unroll
       for (int i = 0; i < kSpanR; ++i, at += m.row) v[i] = inside && i < rows ? *at : F{};
@@ -233,7 +244,8 @@ struct Incoming {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       const int count = max(0, min(left - piece_col(piece), kStrip));
-      ptx::copy_16(to + piece * (kSlotBytes / kPieces), from.of(piece), from.has(piece) ? count * 2 : 0);
+      ptx::copy_16<true>(to + piece * (kSlotBytes / kPieces), from.of(piece),
+                         from.has(piece) ? count * 2 : 0);
     }
     from.at += kStepCols;
   }
@@ -244,7 +256,7 @@ struct Incoming {
       if (step == 0) {
         unit = unit_of(table, number, lane);
         const int col = unit.col0 + lane % 4 * kStrip;
-        left = int(unit.layer->k) - col;
+        left = unit.cols - col;
         weight = Pieces(unit, unit.layer->weight, row, col);
         if (kCompensated) rest = Pieces(unit, unit.layer->residual, row, col);
       }
@@ -266,9 +278,9 @@ __device__ __forceinline__ void fill_rows(const Unit& unit, uint32_t memory, int
   constexpr bool kScaled = sizeof(F) == 4;
   constexpr int kAtOnce = 16;
   const Matrix m = unit.layer->lora_B;
-  const int r = int(unit.layer->r), end = first + 32;
+  const int r = int(unit.layer->r);
 #pragma unroll 1
-  for (; first < end; first += kAtOnce) {
+  for (int part = 0; part < 32 / kAtOnce; ++part, first += kAtOnce) {
     F v[kAtOnce][4];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -285,12 +297,9 @@ __device__ __forceinline__ void fill_rows(const Unit& unit, uint32_t memory, int
       const int row = first + i;
       float scale = 1.f;
       if (kScaled) {
-        float largest = fmaxf(fmaxf(magnitude(v[i][0]), magnitude(v[i][1])),
-                              fmaxf(magnitude(v[i][2]), magnitude(v[i][3])));
-#pragma unroll
-        for (int with = 1; with < 32; with *= 2)
-          largest = fmaxf(largest, bits_float(ptx::shuffle(float_bits(largest), lane ^ with)));
-        scale = half_scale(largest);
+        const float largest = fmaxf(fmaxf(magnitude(v[i][0]), magnitude(v[i][1])),
+                                    fmaxf(magnitude(v[i][2]), magnitude(v[i][3])));
+        scale = half_scale(bits_float(ptx::warp_max(float_bits(largest))));  // bits order as numbers
         if (lane == 0)
           ptx::store_shared_32(memory + kRowUnitsAt + 4 * row,
                                float_bits(half_unit(scale) * (1 / kShift)));
@@ -344,10 +353,9 @@ __device__ __forceinline__ void store_ends(const Pieces& to, int col, int cols, 
 template <Rounding kRounding, bool kScaled>
 __device__ __forceinline__ void sum_half(const float (&sums)[kStepCols / 2], int half, const Unit& unit,
                                          const Pieces& weight, const Pieces& rest, int row, int col,
-                                         int cols, uint32_t slot, const float (&row_units)[4],
+                                         uint32_t slot, const float (&row_units)[4],
                                          uint32_t col_units) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  const MergeLayer& layer = *unit.layer;
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
     uint4 units[2] = {};
@@ -369,19 +377,17 @@ __device__ __forceinline__ void sum_half(const float (&sums)[kStepCols / 2], int
       if (!weight.has(piece)) continue;
       Words words{};
       if (kRounding == Rounding::stochastic)
-        words = bits_of_eight(layer.seed,
-                              layer.first_row + unit.row0 +
-                                  int64_t(row + piece_row(piece)) * unit.period,
-                              first);
+        words = bits_of_eight(
+            unit.seed, unit.drawn_row0 + int64_t(row + piece_row(piece)) * unit.period, first);
 #pragma unroll
       for (int i = 0; i < kStrip / 2; ++i) {
         Neighbours<bf16> pair{word(w, i)}, rest_pair{word(kept, i)};
         merge_pair<kRounding>(pair, rest_pair, {scaled(v, 2 * i), scaled(v, 2 * i + 1)},
-                              layer.scaling, words.w[i]);
+                              unit.scaling, words.w[i]);
         word(w, i) = pair.bits;
         if (kCompensated) word(kept, i) = rest_pair.bits;
       }
-      if (is_whole(first, cols)) {
+      if (is_whole(first, unit.cols)) {
         *reinterpret_cast<uint4*>(weight.of(piece)) = w;
         if (kCompensated) *reinterpret_cast<uint4*>(rest.of(piece)) = kept;
       } else {
@@ -421,7 +427,6 @@ __device__ __forceinline__ void consume(const MergeTable& table, uint32_t memory
     int col = unit.col0 + lane % 4 * kStrip;
     Pieces weight(unit, unit.layer->weight, row, col), rest{};
     if (kCompensated) rest = Pieces(unit, unit.layer->residual, row, col);
-    const int cols = int(unit.layer->k);
 #pragma unroll 1
     for (int step = 0; step < unit.steps; ++step) {
       float sums[2][kStepCols / 2];
@@ -446,17 +451,17 @@ __device__ __forceinline__ void consume(const MergeTable& table, uint32_t memory
           memory + kColUnitsAt + 4 * (ring.stage * kStepCols + lane % 4 * kStrip);
       ptx::wgmma_wait<1>();
       ptx::hold(sums[0]);
-      sum_half<kRounding, kScaled>(sums[0], 0, unit, weight, rest, row, col, cols, slot, row_units,
+      sum_half<kRounding, kScaled>(sums[0], 0, unit, weight, rest, row, col, slot, row_units,
                                    col_units);
       ptx::wgmma_wait<0>();
       ptx::hold(sums[1]);
-      sum_half<kRounding, kScaled>(sums[1], 1, unit, weight, rest, row, col, cols, slot, row_units,
+      sum_half<kRounding, kScaled>(sums[1], 1, unit, weight, rest, row, col, slot, row_units,
                                    col_units);
       if (lane == 0) ptx::arrive(barriers.empty(ring.stage));
       ring.advance();
-      if (col < 0 || col + piece_col(1) + kStrip > cols) {
-        store_ends(weight, col, cols, slot);
-        if (kCompensated) store_ends(rest, col, cols, slot + kSlotBytes);
+      if (col < 0 || col + piece_col(1) + kStrip > unit.cols) {
+        store_ends(weight, col, unit.cols, slot);
+        if (kCompensated) store_ends(rest, col, unit.cols, slot + kSlotBytes);
       }
       incoming.next(table, place, row, lane);
       col += kStepCols, weight.at += kStepCols, rest.at += kStepCols;
@@ -480,7 +485,8 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  const int warpgroup = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const int warpgroup = int(ptx::shuffle(threadIdx.x / 128, 0));  // known to be one for a warp
+  const int thread = int(threadIdx.x) % 128;
   if (warpgroup == kConsumers) {
     ptx::give_registers<kFillRegisters>();
     fill_panels<F>(table, memory, thread);
@@ -501,7 +507,7 @@ bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
   const Matrix &weight = layer.weight, &rest = layer.residual;
   const bool alike = rest.col == 1 && ((rest.row - weight.row) & 7) == 0 &&
                      offset_of(rest, 0) == offset_of(weight, 0);
-  const int64_t most = INT32_MAX - 2 * kStepCols;  // columns are 32-bit, past a row's end too
+  const int64_t most = INT32_MAX - 3 * kStepCols;  // columns are 32-bit, past a row's end too
   return weight.col == 1 && layer.r <= kMostRank && layer.k <= most &&
          (rounding != Rounding::compensated || alike);
 }
@@ -527,7 +533,7 @@ cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Round
   for (size_t j = 1; j < std::size(kChoices); ++j)
     if (time(units[j], kChoices[j]) < time(units[best], kChoices[best])) best = j;
   if (units[best] > INT32_MAX) return cudaErrorInvalidConfiguration;
-  table.tiles_per_block = kChoices[best];
+  table.unit_steps = kChoices[best];
   table.units = 0;
   for (int i = 0; i < count; ++i) {
     layers[i].first_block = uint32_t(table.units);

@@ -221,10 +221,17 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
 
 // ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
 
-// 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros.
+// 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros. kWithNext: the
+// 256 bytes around them are soon wanted, too, and come into L2.
+template <bool kWithNext = false>
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kWithNext)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
 }
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -329,6 +336,9 @@ __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
 // Which of the warp's lanes vote yes, a bit each.
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xFFFFFFFFu, value);
+}
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }

@@ -82,7 +82,9 @@ def model(library, monkeypatch):
     return model
 
 
-ROW_LAYOUTS = ("aligned", "padded", "odd pitch", "misaligned")  # columns beside each other
+ROW_LAYOUTS = (  # columns beside each other
+    "aligned", "padded", "odd pitch", "misaligned", "pitch 2 mod 8", "pitch 4 mod 8", "pitch 6 mod 8",
+)  # fmt: skip
 SIZES = [(1, 1, 1), (3, 7, 4), (127, 65, 100), (8, 333, 128), (257, 64, 17), (520, 130, 64)]
 
 
@@ -145,7 +147,7 @@ def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, roundin
     sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(60)]
     sizes[7], sizes[20] = (0, 40, 4), (5, 0, 4)
     layers = [
-        drawn_layer(size, ROW_LAYOUTS[i % 4], rounding, torch.float32, seed + i)
+        drawn_layer(size, ROW_LAYOUTS[i % 7], rounding, torch.float32, seed + i)
         for i, size in enumerate(sizes)
         if i < 6 or size[0] * size[1] < 5000
     ]

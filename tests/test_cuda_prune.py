@@ -133,6 +133,7 @@ class Shim:
     def __init__(self, library):
         self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
         library.simt_prune_workspace.restype = ctypes.c_int64
+        library.simt_prune_settled.restype = ctypes.c_bool
 
     def prune_workspace(self, rows):
         self.bytes = self.library.simt_prune_workspace(*self._list(rows))
@@ -141,6 +142,10 @@ class Shim:
     def prune(self, rows, ratio, workspace, device, stream):
         ctypes.memset(workspace, GARBAGE, self.bytes + 256)
         self._call("prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace))
+        self.window = (ctypes.c_uint32 * 2)()
+        self.settled = self.bytes > 0 and self.library.simt_prune_settled(
+            ctypes.c_void_p(workspace), self.window
+        )
         assert ctypes.string_at(workspace + self.bytes, 256) == bytes([GARBAGE]) * 256
 
     def prune_random(self, rows, threshold, device, stream):
@@ -348,6 +353,115 @@ def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
         check_against_reference(*insert(drawn_list(200 + number, [*EDGES, 900]), 0.9))
 
 
+# ---- Windows: what tensors of 2^24 elements take, here from 50000 on ----------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled_library(tmp_path_factory):
+    flags = ["-DRELORA_SAMPLED_FROM=50000"]
+    folder = tmp_path_factory.mktemp("sampled")
+    return host_library("prune_harness.cpp", folder, TESTS / "simt", flags=flags)
+
+
+@pytest.fixture
+def sampled(sampled_library, monkeypatch):
+    shim = Shim(sampled_library)
+    put_in_place(monkeypatch, launcher, shim)
+    return shim
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_of_every_kind_of_tensor(sampled, kind):
+    generator = torch.Generator().manual_seed(2)
+    n = 2**20 - 3  # smaller ones have little room for a list
+    for sampled.order, ratio in enumerate([0.3, 0.9, 0.997]):
+        t = Guarded(values_of(kind, n, generator), 0)
+        partners = [Guarded(torch.rand(n, generator=generator) + 1, 0)] if ratio == 0.9 else []
+        check_against_reference([t], ratio, partners)
+        continuous = kind in ("normal", "log-normal", "tiny", "one NaN", "all NaN", "sorted")
+        if ratio == 0.9 and continuous:
+            assert sampled.settled
+        if kind in ("ties", "constant", "zeros", "all inf"):
+            assert not sampled.settled
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_lists_with_and_without_windows(sampled, ratio):
+    for number in range(3):
+        sampled.order = number
+        check_against_reference(*insert(drawn_list(300 + number, [*EDGES, 900, 200_000]), ratio))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
+def test_a_window_by_one_strip_in_four(sampled, ratio):
+    """Of a matrix whose columns differ by powers of two, as wide as the sample's stride."""
+    generator = torch.Generator().manual_seed(3)
+    t = torch.randn(2**17, 16, generator=generator) * 2.0 ** torch.arange(-4, 12)[None] / 64
+    t[torch.rand(t.shape, generator=generator) < 0.1] *= 1e3
+    check_against_reference([Guarded(t.flatten(), 0)], ratio)
+    assert sampled.settled
+    check_against_reference([Guarded(t.flatten()[:-3], 1)], ratio)  # not aligned
+    assert not sampled.settled
+
+
+def test_a_sample_that_misleads(sampled):
+    """Every strip that is looked at holds ones, the others hold what the quantile is among."""
+    n = 4 * 2**19
+    t = torch.rand(n // 4, 4) + 2.0
+    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
+    t[torch.arange(2**17) * 4 + drawn % 4] = 1.0
+    assert (t == 1.0).sum() == 2**19
+    check_against_reference([Guarded(t.flatten(), 0)], 0.9)
+    assert not sampled.settled
+    t[t != 1.0] = torch.rand(3 * 2**19) / 2 + 0.5  # below and above them
+    check_against_reference([Guarded(t.flatten(), 0)], 0.5)
+    assert not sampled.settled
+
+
+def test_both_neighbours_have_to_be_in_the_window(sampled):
+    """What is looked at decides the window; how much of the rest is small, where the quantile is."""
+    seen = torch.zeros(2**19, 4, dtype=torch.bool)
+    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
+    seen[torch.arange(2**17) * 4 + drawn % 4] = True
+    seen = seen.flatten()
+    t = torch.rand(2**21, generator=torch.Generator().manual_seed(4)) + 1.0
+    low, weight = reference.quantile_rank(2**21, 0.9)
+    assert weight > 0
+
+    def settled(small):
+        rest = torch.full((3 * 2**19,), 4.0)
+        rest[:small] = 0.5
+        t[~seen] = rest
+        check_against_reference([Guarded(t, 0)], 0.9)
+        return sampled.settled
+
+    assert settled(round(0.9 * 3 * 2**19))
+    begin, width = sampled.window
+    keys = t[seen].view(torch.int32)
+    below, inside = (keys < begin).sum().item(), (keys < begin + width).sum().item()
+    first, last = (
+        low - below,
+        low + 1 - inside,
+    )  # as many small ones: the rank is the window's first, its last
+    assert settled(first) and not settled(first + 1)
+    assert settled(last + 1) and not settled(last)
+
+    # One block with more keys in the window than it collects, the least of all among them.
+    settled(first + 9001)
+    crowd = (~seen).nonzero()[:9001, 0]
+    t[crowd] = torch.tensor(begin + width - 1, dtype=torch.int32).view(torch.float32)
+    t[crowd[0]] = torch.tensor(begin, dtype=torch.int32).view(torch.float32)
+    check_against_reference([Guarded(t, 0)], 0.9)
+    assert not sampled.settled
+
+
+def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
+    n = 5 * SPAN - 8001  # most of the memory that is allowed is the histogram's
+    t = torch.randn(n, generator=torch.Generator().manual_seed(5))
+    check_against_reference([Guarded(t, 0)], 0.9, [Guarded(torch.ones(n), 0)])
+    assert sampled.window[1] and not sampled.settled
+
+
 def test_strided_and_empty_tensors(shim):
     base, partner = torch.randn(300, 401), torch.rand(300, 401) + 1
     views = [lambda t: t.T[3:260, ::2], lambda t: t[:, 5], lambda t: t[7:9], lambda t: t[:0]]
@@ -491,10 +605,10 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
     kernels = dict(
         re.findall(r"\.entry \w+?\d\d([a-z]+_kernel\w*?)E?v?N\w*\((.*?)\n}", ptx.read_text(), re.S)
     )
-    assert len(kernels) == 12, kernels.keys()
+    assert len(kernels) == 14, kernels.keys()
     for name, body in kernels.items():
         assert re.search(r"ld\.global\.v4\.\w+", body), name
-        writes = not name.startswith(("count", "recount"))
+        writes = not name.startswith(("count", "recount", "sample", "window"))
         assert bool(re.search(r"st\.global\.v4\.\w+", body)) == writes, name
 
 

@@ -232,6 +232,7 @@ class Guarded:
             "aligned": ((-(-k // 8) * 8, 1), 64),
             "padded": ((-(-k // 8) * 8 + 24, 1), 64),
             "odd pitch": ((k + 1 + k % 2, 1), 64),
+            **{f"pitch {m} mod 8": ((k + 8 + (m - k) % 8, 1), 64 + m // 2) for m in (2, 4, 6)},
             "misaligned": ((-(-k // 8) * 8, 1), 63),
             "transposed": ((1, n + 3), 61),
             "column step": ((2 * k + 6, 2), 64),

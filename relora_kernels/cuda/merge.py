@@ -15,7 +15,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 # first rows; scaling and restart_step; restarts; two numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f3I4x")
 _NOTHING = (0, 0, 0)
-_MOST_COLUMNS = 2**31 - 129  # of the sm90 kernel
+_MOST_COLUMNS = 2**31 - 193  # of the sm90 kernel
 
 # The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
 # times both ("by KERNEL").

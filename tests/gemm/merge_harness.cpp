@@ -10,7 +10,7 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   model::seed = seed;
   model::last_error.clear();
   *error = model::last_error.c_str();
-  MergeTable table{layers, count, 0, 0, Rounding(rounding), {}};
+  MergeTable table{layers, count, 0, 0, 0, Rounding(rounding), {}};
   MergeKernel merge;
   const cudaError_t planned =
       sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);

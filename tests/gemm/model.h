@@ -545,13 +545,19 @@ inline uint32_t ballot(bool vote) {
   return votes;
 }
 inline void sync_warp() { model::exchange({}); }
+inline uint32_t warp_max(uint32_t value) {
+  uint32_t most = 0;
+  for (const model::Lane& lane : model::exchange({value})) most = std::max(most, lane[0]);
+  return most;
+}
 inline uint32_t shuffle(uint32_t value, int lane) {
   return model::exchange({value})[size_t(lane)][0];
 }
 
 // ---- sm_80 -------------------------------------------------------------------------------------
 
-inline void copy_16(uint32_t to, const void* from, int bytes) {
+template <bool kWithNext = false>
+void copy_16(uint32_t to, const void* from, int bytes) {
   model::Block* const block = self().block;
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) model::fail("a copy that is not aligned");
   const auto copy = [=] {

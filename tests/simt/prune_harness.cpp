@@ -21,6 +21,14 @@ static int in_order(unsigned order, long* blocks, Run&& run) {
 
 extern "C" {
 
+// Of a list's first tensor, behind a prune of large fp32 ones: whether a window held the quantile,
+// and then its first key and how many keys it has.
+bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
+  const auto& state = static_cast<const relora::Slot*>(workspace)->state;
+  window[0] = state.origin, window[1] = state.width;
+  return state.settled;
+}
+
 void simt_multiprocessors(int count) { multiprocessors = count; }
 
 int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) {

@@ -1,0 +1,479 @@
+// What prune.cu's kernels share: the table of tensors, a block's part of one, reading and clearing it,
+// histograms and lists, the bin that holds a rank, the threshold.
+#pragma once
+
+#include "launch.h"
+#include "numerics.cuh"
+
+#ifndef RELORA_WIDE_FROM  // the tests lower them
+#define RELORA_WIDE_FROM (int64_t(1) << 32)
+#endif
+#ifndef RELORA_SAMPLED_FROM
+#define RELORA_SAMPLED_FROM (int64_t(1) << 24)
+#endif
+
+namespace relora {
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kUnroll = 4;      // 16-byte loads in flight a thread
+constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit counters hold that
+constexpr int kRoomShare = 64;  // one element in so many may be listed
+constexpr int kLocal = 8192;    // listed elements that a block collects before it asks for room
+constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
+// Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. These are 32,764 bytes from
+// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver.
+#if CUDART_VERSION >= 13000
+constexpr int kRows = 400, kParameters = 32764;
+#else
+constexpr int kRows = 48, kParameters = 4096;
+#endif
+constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
+constexpr uint32_t kAll = 0xFFFFFFFFu;
+// From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
+constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
+// From here on a window is tried. Of smaller tensors a sample would be too large a part.
+constexpr int64_t kSampledFrom = RELORA_SAMPLED_FROM;
+constexpr int kSampleBlocks = 64, kSampleStrips = 4;  // strips of 16 bytes: of a thread
+constexpr int kMostShift = 12;  // of the digit that recount finds
+
+// Digits of a key, and the histogram of the first one. Two 16-bit counters share a word in shared
+// memory where 32768 bins would not fit; in global memory every bin has a word.
+template <typename Bits>
+struct Format;
+template <>
+struct Format<uint32_t> {
+  static constexpr int first = 13, second = 10, third = 8;
+  static constexpr int bins = 1 << first;
+  static constexpr bool packed = false;
+  static constexpr int shared_bytes = 4 * bins;
+};
+template <>
+struct Format<uint16_t> {
+  static constexpr int first = 15;
+  static constexpr int bins = 1 << first;
+  static constexpr bool packed = true;
+  static constexpr int shared_bytes = 2 * bins;
+};
+
+enum class Source : uint32_t { list, whole, nothing };  // what recount and finish go over
+
+// One tensor's numbers between the launches; zeros at first. Minima are kept as maxima of ~key.
+struct State {
+  unsigned long long left;  // rank within the prefix
+  uint32_t prefix;          // the digits picked so far
+  uint32_t arrived;         // blocks, in the current launch
+  uint32_t greatest;        // key
+  uint32_t not_above_bin;   // ~(least key above the first digit's bin)
+  uint32_t not_above;       // ~(least key above the prefix that recount saw)
+  uint32_t listed;
+  uint32_t threshold;
+  uint32_t origin, shift;  // prefix and last digit are of key - origin: the latter's bits
+  uint32_t width;          // keys in the window from `origin` on; 0: none
+  uint32_t settled;        // 1: by the window, listed are keys; else indices
+  uint32_t overflowed;     // 1: a block had more keys in the window than it collects
+  unsigned long long below;  // elements below the window
+  Source source;   // of recount
+  Source finish;   // of finish: no block of recount's may see it change
+};
+
+struct alignas(16) Slot {
+  State state;
+  __device__ uint32_t* hist() { return reinterpret_cast<uint32_t*>(this + 1); }
+};
+
+struct Row {
+  void* data;
+  void* partner;
+  int64_t size;
+  uint64_t seed;
+  int64_t first;
+  Slot* slot;
+  uint32_t* list;
+  uint32_t room;
+  uint32_t first_block;
+  uint32_t index;                // in the caller's list
+  uint8_t dtype, partner_bytes;  // DType; 0, 2 or 4 bytes an element
+  bool sampled;
+};
+
+// The table travels by value, as every kernel's parameter: there is no copy from host memory, which
+// could not be captured in a CUDA graph, and a replay finds the same rows in the graph itself.
+struct Table {
+  Row rows[kRows];
+  uint32_t count, blocks;
+  uint32_t spans;  // a block's
+  double ratio;
+  uint64_t random_threshold;
+  const int64_t* prefixes;  // magnitude_counts
+  int64_t *counts, *lowest, *highest;
+  int shift, bits;
+};
+static_assert(sizeof(Table) <= kParameters, "a kernel's parameters");
+
+extern __shared__ uint4 dynamic_shared[];
+
+template <typename Bits>
+constexpr int kPack = 16 / int(sizeof(Bits));
+
+// Blocks take whole spans of elements, 96 KB, so that a tensor of 1 MB has eleven. How many each is
+// decided for a launch: see spans_a_block.
+template <typename Bits>
+constexpr int kSpan = 3 * kThreads * kUnroll * kPack<Bits>;
+// Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span.
+template <typename Bits>
+constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? 16 : 1;
+static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters");
+
+// ---- A block's part of a tensor -----------------------------------------------------------------
+
+struct Part {
+  const Row& row;          // in the parameters' constant bank: loaded where used
+  uint32_t block, blocks;  // of this tensor
+  int64_t begin, end;      // elements
+};
+
+template <typename Bits>
+__device__ __forceinline__ Part find_part(const Table& table) {
+  uint32_t low = 0, high = table.count;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (table.rows[middle].first_block <= blockIdx.x ? low : high) = middle;
+  }
+  const Row& row = table.rows[low];
+  const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
+  const uint32_t block = blockIdx.x - row.first_block;
+  const int64_t span = int64_t(kSpan<Bits>) * table.spans, begin = block * span;
+  return {row, block, next - row.first_block, begin, min(row.size, begin + span)};
+}
+
+// 16 bytes of elements in registers. Every index is a constant after unrolling.
+template <typename Bits>
+struct Strip {
+  static constexpr int kEach = 4 / int(sizeof(Bits));  // elements a word
+  uint32_t w[4];
+
+  __device__ __forceinline__ uint32_t key(int i) const {
+    return magnitude_key(Bits(w[i / kEach] >> (i % kEach * 16)));
+  }
+  __device__ __forceinline__ void clear(uint32_t mask) {
+#pragma unroll
+    for (int i = 0; i < kPack<Bits>; ++i)
+      if (mask >> i & 1) w[i / kEach] &= ~(uint32_t(Bits(~Bits(0))) << (i % kEach * 16));
+  }
+  __device__ __forceinline__ void load(const Bits* from) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+  }
+  __device__ __forceinline__ void store(Bits* to) const {
+    *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
+  }
+  __device__ __forceinline__ void load_some(const Bits* from, int count) {
+    w[0] = w[1] = w[2] = w[3] = 0;
+#pragma unroll
+    for (int i = 0; i < kPack<Bits>; ++i)
+      if (i < count) w[i / kEach] |= uint32_t(from[i]) << (i % kEach * 16);
+  }
+};
+
+__host__ __device__ __forceinline__ bool is_wide(const void* at) {
+  return reinterpret_cast<uintptr_t>(at) % 16 == 0;
+}
+
+// visit(strip, index of its first element, elements in it) for the elements [begin, end), where
+// begin is a multiple of the span: sweeps of 16-byte loads, then single elements.
+template <typename Bits, typename Visit>
+__device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit) {
+  constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kUnroll;
+  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
+  const Bits* data = static_cast<const Bits*>(row.data);
+  Strip<Bits> strips[kUnroll];
+  if (is_wide(data))
+    for (; begin + kSweep <= end; begin += kSweep) {
+      const int64_t at = begin + threadIdx.x * kN;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) strips[u].load(data + at + u * kThreads * kN);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) visit(strips[u], at + u * kThreads * kN, kN);
+    }
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x * kN; at < end; at += kThreads * kN) {
+    const int count = int(min(end - at, int64_t(kN)));
+    strips[0].load_some(data + at, count);
+    visit(strips[0], at, count);
+  }
+}
+
+// Whole sweeps of what clear() does, 16 bytes at a time; returns where it stopped.
+template <typename Bits, int kStrips, bool kPaired, typename Dropped>
+__device__ __forceinline__ int64_t clear_sweeps(const Row& row, int64_t begin, int64_t end,
+                                                Dropped&& dropped) {
+  constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kStrips;
+  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
+  Bits* data = static_cast<Bits*>(row.data);
+  Bits* partner = static_cast<Bits*>(row.partner);
+  Strip<Bits> mine[kStrips], other[kStrips];
+  for (; begin + kSweep <= end; begin += kSweep) {
+    const int64_t at = begin + threadIdx.x * kN;
+#pragma unroll
+    for (int u = 0; u < kStrips; ++u) {
+      mine[u].load(data + at + u * kThreads * kN);
+      if (kPaired) other[u].load(partner + at + u * kThreads * kN);
+    }
+#pragma unroll
+    for (int u = 0; u < kStrips; ++u) {
+      const int64_t first = at + u * kThreads * kN;
+      const uint32_t mask = dropped(mine[u], first, kN);
+      mine[u].clear(mask);
+      mine[u].store(data + first);
+      if (kPaired) {
+        other[u].clear(mask);
+        other[u].store(partner + first);
+      }
+    }
+  }
+  return begin;
+}
+
+__device__ __forceinline__ void clear_partner(const Row& row, int64_t at) {
+  if (row.partner_bytes == 2) static_cast<uint16_t*>(row.partner)[at] = 0;
+  if (row.partner_bytes == 4) static_cast<uint32_t*>(row.partner)[at] = 0;
+}
+
+// Zeroes, in [begin, end), the elements whose bits dropped(strip, first index, elements) returns,
+// and the partner's with them. kStrips are in flight a thread, with a partner half as many: what
+// the registers hold beside `dropped`. Sweeps where both are aligned and of one element size.
+template <typename Bits, int kStrips, typename Dropped>
+__device__ __forceinline__ void clear(const Row& row, int64_t begin, int64_t end,
+                                      Dropped&& dropped) {
+  Bits* data = static_cast<Bits*>(row.data);
+  if (is_wide(data) && row.partner_bytes == 0)
+    begin = clear_sweeps<Bits, kStrips, false>(row, begin, end, dropped);
+  if (is_wide(data) && is_wide(row.partner) && row.partner_bytes == sizeof(Bits))
+    begin = clear_sweeps<Bits, kStrips / 2, true>(row, begin, end, dropped);
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x * kPack<Bits>; at < end; at += kThreads * kPack<Bits>) {
+    const int count = int(min(end - at, int64_t(kPack<Bits>)));
+    Strip<Bits> strip;
+    strip.load_some(data + at, count);
+    const uint32_t mask = dropped(strip, at, count);
+    for (int i = 0; i < count; ++i)
+      if (mask >> i & 1) {
+        data[at + i] = 0;
+        clear_partner(row, at + i);
+      }
+  }
+}
+
+template <typename Bits>
+__device__ __forceinline__ void clear_to(const Row& row, int64_t begin, int64_t end,
+                                         uint32_t threshold) {
+  clear<Bits, kUnroll>(row, begin, end, [=](const auto& strip, int64_t, int) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kPack<Bits>; ++i) mask |= uint32_t(strip.key(i) <= threshold) << i;
+    return mask;
+  });
+}
+
+// visit(index, bits) for listed elements first, first + step, ...: four fetches in flight a thread.
+template <typename Bits, typename Visit>
+__device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uint32_t first,
+                                            uint32_t step, Visit&& visit) {
+  const Bits* data = static_cast<const Bits*>(row.data);
+#pragma unroll 1
+  for (int64_t i = first; i < listed; i += 4 * int64_t(step)) {
+    uint32_t at[4];
+    Bits bits[4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) at[u] = i + u * int64_t(step) < listed ? row.list[i + u * step] : kAll;
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (at[u] != kAll) bits[u] = data[at[u]];
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (at[u] != kAll) visit(at[u], bits[u]);
+  }
+}
+
+// ---- Histograms ---------------------------------------------------------------------------------
+
+// A block's own, in shared memory; 16-byte aligned, and in 16 bytes or more.
+template <bool kPacked>
+struct SharedHist {
+  uint32_t* words;
+
+  __device__ __forceinline__ void zero(int bins) {
+    const int fours = ((kPacked ? bins / 2 : bins) + 3) / 4;
+    for (int i = threadIdx.x; i < fours; i += kThreads)
+      reinterpret_cast<uint4*>(words)[i] = {0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void add(uint32_t bin, uint32_t count) {
+    if (kPacked)
+      atomicAdd(&words[bin / 2], count << (bin % 2 * 16));
+    else
+      atomicAdd(&words[bin], count);
+  }
+  __device__ __forceinline__ uint32_t operator()(int bin) const {
+    return kPacked ? words[bin / 2] >> (bin % 2 * 16) & 0xFFFFu : words[bin];
+  }
+};
+
+// A tensor's, in global memory; 64 bits a bin where 32 could overflow.
+struct GlobalHist {
+  uint32_t* words;
+  bool wide;
+
+  __device__ __forceinline__ explicit GlobalHist(const Row& row) : GlobalHist(row, row.size >= kWideFrom) {}
+  __device__ __forceinline__ GlobalHist(const Row& row, bool wide)
+      : words(row.slot->hist()), wide(wide) {}
+  __device__ __forceinline__ unsigned long long* wide_words() const {
+    return reinterpret_cast<unsigned long long*>(words);
+  }
+  __device__ __forceinline__ unsigned long long operator()(int bin) const {
+    return wide ? wide_words()[bin] : words[bin];
+  }
+  __device__ __forceinline__ void add(int bin, uint32_t count) {
+    if (count == 0) return;
+    if (wide)
+      atomicAdd(&wide_words()[bin], (unsigned long long)count);
+    else
+      atomicAdd(&words[bin], count);
+  }
+  template <bool kPacked>
+  __device__ __forceinline__ void add(const SharedHist<kPacked>& counts, int bins) {
+    constexpr int kEach = kPacked ? 2 : 1;  // bins a word; most of them are empty
+    for (int i = threadIdx.x; i < bins / (4 * kEach); i += kThreads) {
+      const uint4 four = reinterpret_cast<const uint4*>(counts.words)[i];
+      if ((four.x | four.y | four.z | four.w) == 0) continue;
+      const uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int bin = (4 * i + j) * kEach;
+        add(bin, kPacked ? word[j] & 0xFFFFu : word[j]);
+        if (kPacked) add(bin + 1, word[j] >> 16);
+      }
+    }
+  }
+  __device__ __forceinline__ void zero(int bins) {
+    for (int i = threadIdx.x; i < (wide ? 2 * bins : bins); i += kThreads) words[i] = 0;
+  }
+};
+
+// Counts runs of one digit with one atomic: constant and mostly zero tensors do not queue up.
+template <typename Hist>
+struct Runs {
+  Hist hist;
+  uint32_t digit = 0, length = 0;
+
+  __device__ __forceinline__ explicit Runs(Hist hist) : hist(hist) {}
+  __device__ __forceinline__ void add(uint32_t next) {
+    if (next != digit) {
+      flush();
+      digit = next;
+    }
+    ++length;
+  }
+  __device__ __forceinline__ void flush() {
+    if (length) hist.add(digit, length);
+    length = 0;
+  }
+};
+
+// Over the block, after a barrier of the caller's that ordered *out = its start before.
+__device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
+  value = __reduce_max_sync(kAll, value);
+  if (threadIdx.x % 32 == 0 && value) atomicMax(out, value);
+}
+
+// Whether every other block of the tensor has arrived; what they wrote before is visible then.
+__device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks) {
+  __shared__ uint32_t before;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) before = atomicAdd(arrived, 1u);
+  __syncthreads();
+  if (before != blocks - 1) return false;
+  __threadfence();
+  if (threadIdx.x == 0) *arrived = 0;  // for the next launch
+  return true;
+}
+
+struct Picked {
+  unsigned long long left, here;  // rank within the bin, elements in it
+  uint32_t bin, next;             // the next bin that holds any; kAll: none
+};
+
+// The bin that holds rank `rank`. All threads of the block; ends with a barrier.
+template <typename Hist>
+__device__ __forceinline__ Picked pick(const Hist& hist, int bins, unsigned long long rank) {
+  __shared__ Picked picked;
+  __shared__ unsigned long long sums[kWarps];
+  const int each = (bins + kThreads - 1) / kThreads, lane = threadIdx.x % 32;
+  const int first = min(int(threadIdx.x) * each, bins), last = min(first + each, bins);
+  unsigned long long sum = 0;
+#pragma unroll 8
+  for (int bin = first; bin < last; ++bin) sum += hist(bin);
+  unsigned long long upto = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned long long other = __shfl_up_sync(kAll, upto, step);
+    if (lane >= step) upto += other;
+  }
+  if (lane == 31) sums[threadIdx.x / 32] = upto;
+  if (threadIdx.x == 0) picked.next = kAll;
+  __syncthreads();
+  for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) upto += sums[warp];
+  if (upto - sum <= rank && rank < upto) {
+    picked.left = rank - (upto - sum);
+    int bin = first;
+    for (; picked.left >= hist(bin); ++bin) picked.left -= hist(bin);
+    picked.bin = bin;
+    picked.here = hist(bin);
+  }
+  __syncthreads();
+  for (int bin = first; bin < last; ++bin)
+    if (bin > int(picked.bin) && hist(bin)) {
+      atomicMin(&picked.next, uint32_t(bin));
+      break;
+    }
+  __syncthreads();
+  return picked;
+}
+
+// What a block has listed in shared memory, behind what others have. All threads, behind a barrier.
+__device__ __forceinline__ void hand_over(const Row& row, const uint32_t* local, uint32_t count) {
+  __shared__ uint32_t base;
+  if (threadIdx.x == 0 && count) base = atomicAdd(&row.slot->state.listed, count);
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads)
+    if (base + i < row.room) row.list[base + i] = local[i];
+}
+
+// ---- The threshold ------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool holds_nan(DType dtype, uint32_t greatest_key) {
+  switch (dtype) {
+    case DType::f32: return greatest_key > Keys<float>::infinity;
+    case DType::bf16: return greatest_key > Keys<bf16>::infinity;
+    default: return greatest_key > Keys<fp16>::infinity;
+  }
+}
+
+// From the last digit's bin; `above`: the least key above all of its histogram.
+__device__ __forceinline__ uint32_t find_threshold(const Row& row, const Table& table,
+                                                   const Picked& picked, uint32_t prefix,
+                                                   uint32_t above) {
+  const uint32_t low = prefix + picked.bin;
+  const uint32_t next = picked.next == kAll ? above : prefix + picked.next;
+  const uint32_t high = picked.left + 1 < picked.here ? low : next;
+  const float weight = quantile_rank(row.size, table.ratio).weight;
+  switch (DType(row.dtype)) {
+    case DType::f32: return threshold_key<float>(low, high, weight);
+    case DType::bf16: return threshold_key<bf16>(low, high, weight);
+    default: return threshold_key<fp16>(low, high, weight);
+  }
+}
+
+}  // namespace
+}  // namespace relora
