@@ -11,7 +11,7 @@
 //
 // Two kinds of kernels, each with a product and a sum of its own:
 //
-// Streamed (merge_streamed.cu, merge_sum.cuh): any W, r and factors, on any GPU.
+// Streamed (merge_streamed.cu, merge_sum.cuh): any W and r, fp32 factors, on any GPU.
 // sm_90 (merge_sm90.cu): a bf16 W and r <= 128, on Hopper.
 //
 // Streamed, on an H200 (bench/gpu_check.py, 2026-11-27, bench/results): the whole model, 168 layers, in
@@ -27,7 +27,7 @@
 // nearest, by data sheets, published microbenchmarks and the machine code. 88 % of the copy rate are
 // 19 ns, or some 4700 cycles of one of the multiprocessors: HBM 88 %; L2, 64 + 8 + 32 KB, 80 %; tensor
 // cores, tf32 by mma.sync at some 62 % of peak, 70 %; shared memory, 320 KB, 53 %; issue, some 4900
-// instructions a warp, 105 %. bf16 factors: issue 65 %.
+// instructions a warp, 105 %.
 // - A warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
 //   half as much again.
 // - Operands lie in shared memory as a product takes them, four and two registers in a row: put
@@ -152,7 +152,8 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
                   cudaStream_t stream) {
   const bool narrow_factors = factor_dtype != DType::f32;
   const bool bf16_weights = weight_dtype == DType::bf16;
-  if (narrow_factors && (factor_dtype != DType::bf16 || !bf16_weights)) return cudaErrorInvalidValue;
+  if (narrow_factors && (factor_dtype != DType::bf16 || kind != MergeKind::sm90))
+    return cudaErrorInvalidValue;
   if (kind != MergeKind::streamed && !bf16_weights) return cudaErrorInvalidValue;
   if (kind == MergeKind::sm90 && !sm90_merge) return cudaErrorNotSupported;
   int device = 0, multiprocessors = 0;
@@ -169,7 +170,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     if (error != cudaSuccess) return error;
     blocks = std::min(table.units, multiprocessors);
   } else {
-    merge = streamed_merge(weight_dtype, narrow_factors);
+    merge = streamed_merge(weight_dtype);
     int64_t tiles = 0;
     for (int i = 0; i < count; ++i) tiles += tiles_of(layers[i]);
     table.tiles_per_block = tiles_of_a_block(tiles, multiprocessors);

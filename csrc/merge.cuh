@@ -19,14 +19,13 @@ struct MergeTable {
 };
 static_assert(sizeof(MergeTable) <= 4096, "kernel parameters");
 
-// A kernel and the dynamic shared memory of its blocks. The factors are fp32 or, narrow, bf16 beside a
-// bf16 weight.
+// A kernel and the dynamic shared memory of its blocks.
 struct MergeKernel {
   void (*kernel)(MergeTable);
   int shared, threads;
 };
-MergeKernel streamed_merge(DType weight, bool narrow_factors);
-// bf16 weights. Finds the kernel, sets the units in `table` and where each layer's begin; blocks are as
+MergeKernel streamed_merge(DType weight);  // fp32 factors
+// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table` and where each layer's begin; blocks are as
 // many as there are units, at most one a multiprocessor. Null where the module has no code for sm_90.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel)
@@ -44,13 +43,6 @@ extern __shared__ uint4 dynamic_shared[];
 
 __device__ __forceinline__ uint32_t& word(uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-// Of two rows of 16-bit elements, where a word is two neighbours: one of the two columns.
-__device__ __forceinline__ uint32_t lower_halves(uint32_t first, uint32_t second) {
-  return (first & 0xFFFFu) | second << 16;
-}
-__device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second) {
-  return first >> 16 | (second & 0xFFFF0000u);
 }
 
 // Two neighbours of W, and of the residual, with their update.
@@ -107,7 +99,7 @@ struct Work {
   bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
 };
 
-template <typename T, typename F>
+template <typename T>
 __device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
   const int col_tiles = int((layer.k + kCols - 1) / kCols);
   const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
@@ -118,29 +110,21 @@ __device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLaye
   work.col0 = int64_t(first_tile) * kCols;
   work.rows = int(min(layer.n - work.row0, int64_t(kRows)));
   work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
-  work.wide_A = is_wide<F>(layer.lora_A);
-  work.wide_B = is_wide<F>(layer.lora_B);
+  work.wide_A = is_wide<float>(layer.lora_A);
+  work.wide_B = is_wide<float>(layer.lora_B);
   work.wide = is_wide_sum<T>(layer, table.rounding);
   return work;
 }
 
 // 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from `valid` on.
-template <typename F>
-__device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, bool wide, int64_t row,
-                                           int64_t col, int64_t valid) {
-  constexpr int kElements = 16 / int(sizeof(F));
-  const int count = int(valid < 0 ? 0 : min(valid, int64_t(kElements)));
-  const F* from = global_memory<const F>(m.data);  // a valid address even where nothing is read
-  if (count) from += row * m.row + col * m.col;
-  if (wide) return copy_async<16>(to, from, count * int(sizeof(F)));
+__device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, int64_t row, int64_t col,
+                                           int64_t valid) {
+  const float* from = global_memory<const float>(m.data);  // valid even where nothing is read
+  if (valid > 0) from += row * m.row + col * m.col;
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    F* at = static_cast<F*>(to) + i;
-    if constexpr (sizeof(F) == 4)
-      copy_async<4>(at, i < count ? from + i * m.col : from, i < count ? 4 : 0);
-    else
-      *at = i < count ? from[i * m.col] : F{};
-  }
+  for (int i = 0; i < 4; ++i)
+    copy_async<4>(static_cast<float*>(to) + i, i < valid ? from + i * m.col : from,
+                  i < valid ? 4 : 0);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// merge.cu's kernel for any factors: lora_A's stages of 64 bytes along r pass through a ring in shared
-// memory, lora_B's stay if r <= 128 (16-bit: 256).
+// merge.cu's kernel for any layer, of fp32 factors: lora_A's stages of 16 along r pass through a ring in
+// shared memory, lora_B's stay if r <= 128.
 //
-// bf16 factors multiply exactly. Of fp32 factors 11 bits are kept where W has 16, as tf32. For an
+// Of the factors 11 bits are kept where W has 16, as tf32: all of those that were bf16. For an
 // fp32 W each is the sum of two tf32, and three of the four products are taken, which keeps 2^-22:
 // three times the tensor work, and still 1.7 times as fast as the fp32 pipes (12.9 GFLOP at some
 // 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
@@ -15,9 +15,7 @@ namespace {
 constexpr int kRing = 4;   // stages of lora_A in flight
 constexpr int kPanel = 8;  // stages of lora_B that stay, if all of r fits
 
-// A stage is 64 bytes along r of either factor: kDepth steps.
-template <typename F>
-constexpr int kDepth = 64 / int(sizeof(F));
+constexpr int kDepth = 16;  // of a stage, along r: 64 bytes of either factor
 
 struct alignas(16) Slot { unsigned char bytes[64 * 128]; };
 struct Stages {
@@ -25,39 +23,38 @@ struct Stages {
   Slot B[kPanel];  // [kRows][kDepth], where swizzled_B says
 };
 
-// In step s of a stage's two, lane 4 g + t multiplies words 8 s + 2 t and 8 s + 2 t + 1 (a word: one
-// fp32, or two neighbours along r) of columns 8 g ... 8 g + 7 of A, which are two or four rows of its
-// slot, with those of rows 8 g + j of B. The exclusive ors spread what is read at once over all banks.
-template <typename F>
+// In step s of a stage's two, lane 4 g + t multiplies numbers 8 s + 2 t and 8 s + 2 t + 1 along r of
+// columns 8 g ... 8 g + 7 of A, which are two rows of its slot, with those of rows 8 g + j of B. The
+// exclusive ors spread what is read at once over all banks.
 __device__ __forceinline__ int swizzled_A(int row, int chunk) {
-  const int t = row / (kDepth<F> / 8) % 4, turn = sizeof(F) == 4 ? (t & 1) | (t & 2) << 1 : t * 2;
-  return row * kCols * int(sizeof(F)) + (chunk ^ turn) * 16;
+  const int t = row / 2 % 4, turn = (t & 1) | (t & 2) << 1;
+  return row * kCols * 4 + (chunk ^ turn) * 16;
 }
 __device__ __forceinline__ int swizzled_B(int row, int chunk) {
   return (row ^ row / 8 % 2) * 64 + (chunk ^ row / 16 % 2 * 2) * 16;
 }
 
 // Stage `chunk` of either factor: lora_A's columns from `begin` on, or lora_B's rows.
-template <typename F, bool kIsA>
+template <bool kIsA>
 __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool wide, int chunk,
                                      int64_t begin) {
-  constexpr int kElements = 16 / int(sizeof(F)), kChunks = kIsA ? kCols / kElements : 4;
+  constexpr int kElements = 4, kChunks = kIsA ? kCols / kElements : 4;
   constexpr int kCopies = int(sizeof(Slot)) / 16 / kThreads, kStep = kThreads / kChunks;
   const Matrix& m = kIsA ? layer.lora_A : layer.lora_B;
   const int thread = int(threadIdx.x), row = thread / kChunks, at = thread % kChunks;
-  const int64_t depth = int64_t(chunk) * kDepth<F>;
+  const int64_t depth = int64_t(chunk) * kDepth;
   const int64_t first_row = (kIsA ? depth : begin) + row;
   const int64_t first_col = (kIsA ? begin : depth) + at * kElements;
   const int64_t rows = (kIsA ? layer.r : layer.n) - first_row;
   const int64_t cols = (kIsA ? layer.k : layer.r) - first_col;
   const auto to = [&](int i) {
     const int line = row + i * kStep;
-    return slot.bytes + (kIsA ? swizzled_A<F>(line, at) : swizzled_B(line, at));
+    return slot.bytes + (kIsA ? swizzled_A(line, at) : swizzled_B(line, at));
   };
   if (wide) {
-    const F* const data = global_memory<const F>(m.data);  // valid even where nothing is read
-    const F* from = data + first_row * m.row + first_col;
-    const int bytes = cols <= 0 ? 0 : int(min(cols, int64_t(kElements))) * int(sizeof(F));
+    const float* const data = global_memory<const float>(m.data);  // valid even where nothing is read
+    const float* from = data + first_row * m.row + first_col;
+    const int bytes = cols <= 0 ? 0 : int(min(cols, int64_t(kElements))) * 4;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i, from += kStep * m.row) {
       const bool there = i * kStep < rows && bytes > 0;
@@ -66,38 +63,23 @@ __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool w
   } else {
 #pragma unroll 1
     for (int i = 0; i < kCopies; ++i)
-      fill_chunk<F>(to(i), m, false, first_row + i * kStep, first_col, i * kStep < rows ? cols : 0);
+      fill_chunk(to(i), m, first_row + i * kStep, first_col, i * kStep < rows ? cols : 0);
   }
 }
 
 // Columns col ... col + 7 of A as a lane multiplies them in a step: of columns 2 m and 2 m + 1 the
 // first words, then the second ones.
-template <typename F>
 __device__ __forceinline__ void load_columns(uint32_t (&out)[4][4], const Slot& A, int col, int t,
                                              int step) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = 8 * step + 2 * t + i;
-    if constexpr (sizeof(F) == 4) {
+  for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 v =
-            *reinterpret_cast<const uint4*>(A.bytes + swizzled_A<F>(row, col / 4 + half));
-        out[2 * half][2 * i] = v.x, out[2 * half][2 * i + 1] = v.y;
-        out[2 * half + 1][2 * i] = v.z, out[2 * half + 1][2 * i + 1] = v.w;
-      }
-    } else {  // neighbours along r lie in two rows
-      uint4 v[2];
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd)
-        v[odd] = *reinterpret_cast<const uint4*>(A.bytes + swizzled_A<F>(2 * row + odd, col / 8));
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        out[m][2 * i] = lower_halves(word(v[0], m), word(v[1], m));
-        out[m][2 * i + 1] = upper_halves(word(v[0], m), word(v[1], m));
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int at = swizzled_A(8 * step + 2 * t + i, col / 4 + half);
+      const uint4 v = *reinterpret_cast<const uint4*>(A.bytes + at);
+      out[2 * half][2 * i] = v.x, out[2 * half][2 * i + 1] = v.y;
+      out[2 * half + 1][2 * i] = v.z, out[2 * half + 1][2 * i + 1] = v.w;
     }
-  }
 }
 
 // fp32 words as tf32 and, where `rest` is given, what that leaves as another tf32.
@@ -114,32 +96,31 @@ __device__ __forceinline__ void split(uint32_t (&words)[kCount], uint32_t* rest)
 }
 
 // acc gains one stage: see first_strip.
-template <typename F, bool kSplit>
+template <bool kSplit>
 __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, const Slot& B,
                                          int warp_row, int warp_col) {
   const int lane = lane_id(), g = lane / 4, t = lane % 4;
-  constexpr bool kTf32 = sizeof(F) == 4;
 #pragma unroll 1  // both steps at once need more registers than sm_100 and 120 have to spare
   for (int step = 0; step < 2; ++step) {
     uint32_t cols[4][4], cols_rest[4][4];
-    load_columns<F>(cols, A, warp_col + 8 * g, t, step);
+    load_columns(cols, A, warp_col + 8 * g, t, step);
 #pragma unroll
     for (int m = 0; m < 4; ++m)
-      if (kTf32) split(cols[m], kSplit ? cols_rest[m] : nullptr);
+      split(cols[m], kSplit ? cols_rest[m] : nullptr);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       uint32_t row_rest[2];
       const uint2 v = *reinterpret_cast<const uint2*>(
           B.bytes + swizzled_B(warp_row + 8 * g + j, 2 * step + t / 2) + t % 2 * 8);
       uint32_t row[2] = {v.x, v.y};
-      if (kTf32) split(row, kSplit ? row_rest : nullptr);
+      split(row, kSplit ? row_rest : nullptr);
       // Small products first; no accumulator twice in a row.
 #pragma unroll
-      for (int m = 0; kSplit && m < 4; ++m) mma<F>(acc[m][j], cols[m], row_rest);
+      for (int m = 0; kSplit && m < 4; ++m) mma(acc[m][j], cols[m], row_rest);
 #pragma unroll
-      for (int m = 0; kSplit && m < 4; ++m) mma<F>(acc[m][j], cols_rest[m], row);
+      for (int m = 0; kSplit && m < 4; ++m) mma(acc[m][j], cols_rest[m], row);
 #pragma unroll
-      for (int m = 0; m < 4; ++m) mma<F>(acc[m][j], cols[m], row);
+      for (int m = 0; m < 4; ++m) mma(acc[m][j], cols[m], row);
     }
   }
 }
@@ -151,8 +132,8 @@ struct StreamedWork : Work {
   bool stays;  // every stage of lora_B has a slot of its own
 };
 
-// Roundings are told apart at run time, once a tile: four kernels to compile, not twelve.
-template <typename T, typename F>
+// Roundings are told apart at run time, once a tile: three kernels to compile, not nine.
+template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     merge_kernel(const __grid_constant__ MergeTable table) {
   Stages& stages = *reinterpret_cast<Stages*>(dynamic_shared);
@@ -161,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   __shared__ int found;
   find_layer<&MergeLayer::first_block>(table, layer, found);
   if (threadIdx.x == 0) {
-    static_cast<Work&>(work) = work_of<T, F>(table, layer);
-    work.chunks = int((layer.r + kDepth<F> - 1) / kDepth<F>);
+    static_cast<Work&>(work) = work_of<T>(table, layer);
+    work.chunks = int((layer.r + kDepth - 1) / kDepth);
     work.stays = work.chunks <= kPanel;
   }
   __syncthreads();
@@ -189,10 +170,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
       __syncthreads();  // all copies of this stage have arrived; next_slot has been multiplied
     }
     if (next_tile < work.tiles) {
-      fill<F, true>(stages.A[next_slot], layer, work.wide_A, next_chunk,
+      fill<true>(stages.A[next_slot], layer, work.wide_A, next_chunk,
                     work.col0 + next_tile * kCols);
       if (!work.stays || next_tile == 0)
-        fill<F, false>(stages.B[work.stays ? next_chunk : next_slot], layer, work.wide_B,
+        fill<false>(stages.B[work.stays ? next_chunk : next_slot], layer, work.wide_B,
                        next_chunk, work.row0);
       next_slot = (next_slot + 1) % kRing;
       if (++next_chunk == work.chunks) next_chunk = 0, ++next_tile;
@@ -202,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
       ++chunk;
       continue;
     }
-    multiply<F, std::is_same<T, float>::value && std::is_same<F, float>::value>(
+    multiply<std::is_same<T, float>::value>(
         acc, stages.A[slot], stages.B[work.stays ? chunk : slot], warp_row, warp_col);
     slot = (slot + 1) % kRing;
     if (++chunk < work.chunks) continue;
@@ -229,13 +210,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 
 }  // namespace
 
-MergeKernel streamed_merge(DType weight, bool narrow_factors) {
+MergeKernel streamed_merge(DType weight) {
   constexpr int kShared = int(sizeof(Stages));
   switch (weight) {
-    case DType::f32: return {merge_kernel<float, float>, kShared, kThreads};
-    case DType::fp16: return {merge_kernel<fp16, float>, kShared, kThreads};
-    default: return {narrow_factors ? merge_kernel<bf16, bf16> : merge_kernel<bf16, float>, kShared,
-                     kThreads};
+    case DType::f32: return {merge_kernel<float>, kShared, kThreads};
+    case DType::fp16: return {merge_kernel<fp16>, kShared, kThreads};
+    default: return {merge_kernel<bf16>, kShared, kThreads};
   }
 }
 

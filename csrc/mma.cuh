@@ -56,25 +56,15 @@ __device__ __forceinline__ void prefetch_L2(const void* global) {
 // loop around it twice as long.
 __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
-// D (16 x 8) += L (16 x K) R (K x 8) by a warp, D in fp32: K = 8 for fp32 factors (as tf32), 16 for
-// 16-bit ones, whose products are exact. Lane 4 g + t holds L's words (row g, word t), (g + 8, t),
-// (g, t + 4), (g + 8, t + 4), R's words (t, col g), (t + 4, g), and D's (g, 2 t), (g, 2 t + 1),
-// (g + 8, 2 t), (g + 8, 2 t + 1); a word is one fp32 or two neighbours along K.
-#define RELORA_MMA(Factor, instruction)                                                      \
-  template <>                                                                                \
-  __device__ __forceinline__ void mma<Factor>(float (&d)[4], const uint32_t (&l)[4],         \
-                                              const uint32_t (&r)[2]) {                      \
-    asm("mma.sync.aligned." instruction                                                      \
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                   \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                     \
-        : "r"(l[0]), "r"(l[1]), "r"(l[2]), "r"(l[3]), "r"(r[0]), "r"(r[1]));                 \
-  }
-template <typename F>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]);
-RELORA_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
-RELORA_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
-RELORA_MMA(fp16, "m16n8k16.row.col.f32.f16.f16.f32")
-#undef RELORA_MMA
+// D (16 x 8) += L (16 x 8) R (8 x 8) by a warp, of tf32, D in fp32. Lane 4 g + t holds L's (row g,
+// k = t), (g + 8, t), (g, t + 4), (g + 8, t + 4), R's (t, col g), (t + 4, g), and D's (g, 2 t),
+// (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(l[0]), "r"(l[1]), "r"(l[2]), "r"(l[3]), "r"(r[0]), "r"(r[1]));
+}
 
 }  // namespace relora
 #endif

@@ -60,14 +60,14 @@ def merge_many_(merges, restarts=None) -> None:
         weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
         if residual is None and rounding == "compensated":  # float32: nothing is dropped to keep
             rounding = "nearest"
-        # Other dtypes than the usual become float32, which is exact.
-        narrow = weight.dtype == lora_A.dtype == torch.bfloat16
-        wanted = torch.bfloat16 if narrow else torch.float32
-        restarted = wanted if restart is None else restart[0].dtype
-        factors = lora_A.to(wanted), lora_B.to(wanted)
         # By the layer alone: what a list is made of decides no bit of a result.
         kept = residual if rounding == "compensated" else None
         kind = _kernel(weight, lora_A.shape[0], kept, module)
+        # Factors that the kernel does not know become float32, which is exact.
+        narrow = kind == "sm90" and lora_A.dtype == torch.bfloat16
+        wanted = torch.bfloat16 if narrow else torch.float32
+        restarted = wanted if restart is None else restart[0].dtype
+        factors = lora_A.to(wanted), lora_B.to(wanted)
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():

@@ -56,38 +56,20 @@ inline void prefetch_L2(const void*) {}
 
 inline uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
-// Element k of one of a word's kPerWord: tf32 operands lose what does not fit.
-template <typename F>
-float element(const uint32_t* lane_words, int word, int k);
-template <>
-inline float element<float>(const uint32_t* words, int word, int) {
-  return bits_float(words[word] & 0xFFFFE000u);
-}
-template <>
-inline float element<bf16>(const uint32_t* words, int word, int k) {
-  return to_float(bf16{uint16_t(words[word] >> (16 * (k % 2)))});
-}
-template <>
-inline float element<fp16>(const uint32_t* words, int word, int k) {
-  return to_float(fp16{uint16_t(words[word] >> (16 * (k % 2)))});
-}
-
-template <typename F>
-void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
-  constexpr int kPerWord = 4 / int(sizeof(F));
+// tf32 operands lose what does not fit.
+inline void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
   const unsigned thread = threadIdx.x, lane = thread % 32;
   WarpFragments& all = fragments[thread / 32][products[thread]++ % 2];
   std::memcpy(all.l[lane], l, sizeof l);
   std::memcpy(all.r[lane], r, sizeof r);
   __syncwarp();
+  const auto value = [](uint32_t word) { return bits_float(word & 0xFFFFE000u); };
   for (int i = 0; i < 4; ++i) {
     const int row = int(lane) / 4 + 8 * (i / 2), col = int(lane) % 4 * 2 + i % 2;
     double sum = d[i];
-    for (int k = 0; k < 8 * kPerWord; ++k) {
-      const int word = k / kPerWord;
-      sum += double(element<F>(all.l[row % 8 * 4 + word % 4], row / 8 + 2 * (word / 4), k)) *
-             element<F>(all.r[col * 4 + word % 4], word / 4, k);
-    }
+    for (int k = 0; k < 8; ++k)
+      sum += double(value(all.l[row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)])) *
+             value(all.r[col * 4 + k % 4][k / 4]);
     d[i] = float(sum);
   }
 }
