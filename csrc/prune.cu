@@ -98,11 +98,13 @@ sample_kernel(const __grid_constant__ Table table) {
   }
   whole.zero(F::bins);
   if (threadIdx.x) return;
-  state.origin = max(from, kSlack) - kSlack;
+  state.origin = share * last > margin ? max(from, kSlack) - kSlack : 0;
   state.width = to + kSlack - state.origin;
   state.shift = 2;  // a histogram of four bins is the least
   while ((state.width - 1) >> state.shift >= (1u << F::second)) ++state.shift;
-  if (state.shift > kMostShift) state.width = 0;
+  // Too wide; zeros, of which the bin's keys are not spread; no neighbour above.
+  const bool fails = state.shift > kMostShift || to <= 1u << kShift || table.ratio == 1;
+  if (fails) state.width = 0;
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
@@ -335,7 +337,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __g
   const Row& row = part.row;
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold, listed = state.listed;
-  if (state.finish == Source::whole) clear_to<Bits>(row, part.begin, part.end, threshold);
+  // From the end, which L2 may still hold of the pass before.
+  if (state.finish == Source::whole)
+#pragma unroll 1
+    for (int64_t end = part.end; end > part.begin;) {
+      const int64_t begin = part.begin + (end - 1 - part.begin) / kSpan<Bits> * kSpan<Bits>;
+      clear_to<Bits>(row, begin, end, threshold);
+      end = begin;
+    }
   if (state.finish != Source::list) return;
   each_listed<Bits>(row, listed, part.block * kThreads + threadIdx.x, part.blocks * kThreads,
                     [&](uint32_t at, Bits bits) {
@@ -473,7 +482,7 @@ int64_t blocks_of(int64_t size, int64_t spans) {
 struct Group {
   Table table;
   int64_t hist_bytes = 0, bytes = 0;
-  bool sampled = false;  // one of them
+  uint32_t sampled = 0;  // tensors up to the last that is
 };
 
 enum class Which { small, large, any };
@@ -556,7 +565,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which whic
       row.partner_bytes = uint8_t(t.partner ? bytes_of(t.partner_dtype) : 0);
       row.room = room;
       row.sampled = room > 0 && t.size >= kSampledFrom && is_wide(t.data);
-      group.sampled |= row.sampled;
+      if (row.sampled) group.sampled = table.count;
       row.slot = reinterpret_cast<Slot*>(workspace + group.hist_bytes);
       blocks += its_blocks;
       group.hist_bytes += hist_bytes;
@@ -607,7 +616,7 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
           return launch(kernel, table, table.blocks, shared_bytes, stream);
         };
         if (group.sampled) {
-          if (cudaError_t e = launch(sample_kernel, table, table.count * kSampleBlocks, kShared, stream))
+          if (cudaError_t e = launch(sample_kernel, table, group.sampled * kSampleBlocks, kShared, stream))
             return e;
           if (cudaError_t e = run(window_kernel)) return e;
         }

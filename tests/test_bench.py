@@ -84,25 +84,25 @@ def test_the_values_of_PAIR_are_rows_of_their_own_and_no_evidence():
     assert measure.run(problem, row, CPU, seconds=0.0)["status"] == "ok"  # the direction itself
 
 
-def test_the_values_of_RESIDENT_are_rows_of_their_own_and_no_evidence():
+def test_the_values_of_KERNEL_are_rows_of_their_own_and_no_evidence():
     """Each sets the constant while it runs, and puts it back; `auto` and the bars know nothing of it."""
     from relora_kernels.cuda import merge as cuda
 
-    problem = problems.Merge(((33, 48),), 8, by="RESIDENT")
-    rows, before = peers.rows(problem), cuda.RESIDENT
+    problem = problems.Merge(((33, 48),), 8, by="KERNEL")
+    rows, before = peers.rows(problem), cuda.KERNEL
     assert list(rows) == [
         "device copy",
-        "ours cuda, RESIDENT = False",
-        "ours cuda, RESIDENT = True",
+        "ours cuda, KERNEL = streamed",
+        "ours cuda, KERNEL = sm90",
     ]
-    for value in cuda.RESIDENTS:
-        with rows[f"ours cuda, RESIDENT = {value}"].in_force():
-            assert cuda.RESIDENT == value
-        assert cuda.RESIDENT == before
+    for value in cuda.KERNELS:
+        with rows[f"ours cuda, KERNEL = {value}"].in_force():
+            assert cuda.KERNEL == value
+        assert cuda.KERNEL == before
     operands = problem.prepare(torch.device("cpu"))
     assert problem.evidence_class(operands) is None
     assert problems.Merge(((33, 48),), 8).evidence_class(operands) is not None
-    assert sum(getattr(p, "by", "") == "RESIDENT" for p in common.by_worth(gpu=True)) == 2
+    assert sum(getattr(p, "by", "") == "KERNEL" for p in common.by_worth(gpu=True)) == 2
 
 
 def test_the_main_loop_has_a_row_for_each_CLUSTER():

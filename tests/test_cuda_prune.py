@@ -686,6 +686,75 @@ def test_gpu_more_than_two_to_the_31_elements(gpu, dtype):
         assert torch.equal(t[start : start + 2**26], values)
 
 
+@pytest.fixture
+def settled(gpu, monkeypatch):
+    """Whether a window held the quantile of the last list's first tensor, from its State in the workspace."""
+    kept, empty = [], torch.empty
+
+    def keep(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        if made.dtype == torch.uint8:
+            kept.append(made)
+        return made
+
+    monkeypatch.setattr(launcher.torch, "empty", keep)
+    return lambda: bool(kept[-1][:256].view(torch.int32)[STATE_SETTLED])
+
+
+STATE_SETTLED = 12  # of prune.cuh's State, in words
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("partner", [None, torch.float32, torch.bfloat16])
+def test_gpu_windows(gpu, settled, ratio, partner):
+    """Exact, and not by the digits: a window that always failed would only be slower."""
+    skip_unless_free(6)
+    t = torch.randn(10**8 if partner is None else 2**24 + 5, device=gpu)
+    others = [] if partner is None else [torch.rand(len(t), device=gpu).to(partner) + 1]
+    expected = [t.clone()], [o.clone() for o in others]
+    reference.prune_(expected[0], ratio, expected[1])
+    launcher.prune_([t], ratio, others)
+    assert settled()
+    for ours, theirs in zip((t, *others), (*expected[0], *expected[1])):
+        assert torch.equal(ours, theirs)
+
+
+def test_gpu_a_window_of_more_than_two_to_the_31_elements(gpu, settled):
+    """What is dropped is up to one threshold, and as many as the quantile says."""
+    n = 2**31 + 12345
+    skip_unless_free(4 * n / 1e9 + 6)
+    t = torch.empty(n, device=gpu).normal_()
+    pieces = [t[start : start + 2**26] for start in range(0, n, 2**26)]
+    sums = [piece.abs().double().sum() for piece in pieces]
+    launcher.prune_([t], 0.9, [])
+    assert settled()
+    low, _ = reference.quantile_rank(n, 0.9)
+    zeros = sum((piece == 0).sum().item() for piece in pieces)
+    assert low + 1 <= zeros <= low + 1 + 1000  # some 50 elements have each float32 there
+    least = min(piece[piece != 0].abs().min().item() for piece in pieces)
+    assert abs(least - 1.6448536) < 1e-3
+    for piece, before in zip(pieces, sums):  # what is left is untouched: what was dropped is small
+        left = (before - piece.abs().double().sum()).item()
+        assert 0 <= left <= least * (piece == 0).sum().item()
+
+
+def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled):
+    t = torch.randn(2**24 + 5, device=gpu)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launcher.prune_([t.clone()], 0.9, [])
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        launcher.prune_([t], 0.9, [])
+    for holds in (True, False, True, True, False):
+        t.normal_() if holds else t.random_(-3, 4)
+        expected = t.clone()
+        reference.prune_([expected], 0.9, [])
+        graph.replay()
+        assert settled() == holds and torch.equal(t, expected)
+
+
 @pytest.mark.parametrize("mode", ["magnitude", "random"])
 def test_gpu_graph_capture_and_replay(gpu, mode):
     """A replay prunes what the tensors hold then: nothing of the host's was kept, nothing waited for."""

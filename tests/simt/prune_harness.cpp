@@ -1,4 +1,6 @@
 // csrc/prune.cu, as it is, on the CPU: a C interface for ctypes.
+#include <cstddef>
+
 #include "prune.cu"
 
 namespace relora {
@@ -25,6 +27,7 @@ extern "C" {
 // and then its first key and how many keys it has.
 bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
   const auto& state = static_cast<const relora::Slot*>(workspace)->state;
+  static_assert(offsetof(relora::State, settled) == 4 * 12);  // where the tests on a GPU look
   window[0] = state.origin, window[1] = state.width;
   return state.settled;
 }
