@@ -40,13 +40,13 @@ constexpr int kInlineLayers = 16;
 
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
-// factors are fp32, of the kind sm90 also bf16. Their elements are finite and below 2^120, which the caller has
-// made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for `count`
-// MergeLayers, unused up to kInlineLayers. The kind `sm90` is for a GPU of compute capability 9.0, a bf16
-// weight with its columns next to each other, a residual whose rows begin at the same offsets from 16
-// bytes, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where
-// the module was built without it. Enqueues on `stream`, never synchronises,
-// copies nothing from host memory; launches nothing where there is nothing to do.
+// factors are fp32, of the kind `sm90` also bf16. Their elements are finite and below 2^120, which the
+// caller has made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for
+// `count` MergeLayers, unused up to kInlineLayers. The kind `sm90` is for a GPU of compute capability
+// 9.0, a bf16 weight with its columns next to each other, a residual whose rows begin at the same
+// offsets from 16 bytes, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes;
+// cudaErrorNotSupported where the module was built without it. Enqueues on `stream`, never
+// synchronises, copies nothing from host memory; launches nothing where there is nothing to do.
 constexpr int kMostRank = 128;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,

@@ -25,8 +25,9 @@ struct MergeKernel {
   int shared, threads;
 };
 MergeKernel streamed_merge(DType weight);  // fp32 factors
-// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table` and where each layer's begin; blocks are as
-// many as there are units, at most one a multiprocessor. Null where the module has no code for sm_90.
+// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table` and where each
+// layer's begin; blocks are as many as there are units, at most one a multiprocessor. Null where the
+// module has no code for sm_90.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel)
     __attribute__((weak));
