@@ -1,4 +1,4 @@
-// What the kernels of the merge share: their table of layers, a block's part of it, a tile of W.
+// What the kernels of the merge share: their table of layers, and how two elements gain their update.
 #pragma once
 
 #include <type_traits>
@@ -67,18 +67,6 @@ __device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest
   }
 }
 
-template <typename F>
-__host__ __device__ __forceinline__ bool is_wide(const Matrix& m) {
-  return m.col == 1 && m.row * int64_t(sizeof(F)) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
-}
-
-template <typename T>
-__host__ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
-  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
-         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
-}
-
 // The layer that this block works for, to shared memory: the last that begins at or before it.
 template <uint32_t MergeLayer::*kFirst>
 __device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& layer, int& found) {
@@ -91,41 +79,6 @@ __device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& 
   for (int i = int(threadIdx.x); i < int(sizeof(MergeLayer) / 8); i += int(blockDim.x))
     reinterpret_cast<uint64_t*>(&layer)[i] = reinterpret_cast<const uint64_t*>(layers + found)[i];
   __syncthreads();
-}
-
-// What a block does. In shared memory rather than in registers, which the product needs.
-struct Work {
-  int64_t row0, col0;  // of its first tile; the others follow in the same rows
-  int rows, tiles;
-  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
-};
-
-template <typename T>
-__device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
-  const int col_tiles = int((layer.k + kCols - 1) / kCols);
-  const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
-  const int block = int(blockIdx.x - layer.first_block);
-  const int first_tile = block % blocks_a_row * table.tiles_per_block;
-  Work work;
-  work.row0 = int64_t(block / blocks_a_row) * kRows;
-  work.col0 = int64_t(first_tile) * kCols;
-  work.rows = int(min(layer.n - work.row0, int64_t(kRows)));
-  work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
-  work.wide_A = is_wide<float>(layer.lora_A);
-  work.wide_B = is_wide<float>(layer.lora_B);
-  work.wide = is_wide_sum<T>(layer, table.rounding);
-  return work;
-}
-
-// 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from `valid` on.
-__device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, int64_t row, int64_t col,
-                                           int64_t valid) {
-  const float* from = global_memory<const float>(m.data);  // valid even where nothing is read
-  if (valid > 0) from += row * m.row + col * m.col;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    copy_async<4>(static_cast<float*>(to) + i, i < valid ? from + i * m.col : from,
-                  i < valid ? 4 : 0);
 }
 
 }  // namespace

@@ -34,6 +34,17 @@ __device__ __forceinline__ int swizzled_B(int row, int chunk) {
   return (row ^ row / 8 % 2) * 64 + (chunk ^ row / 16 % 2 * 2) * 16;
 }
 
+// 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from `valid` on.
+__device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, int64_t row, int64_t col,
+                                           int64_t valid) {
+  const float* from = global_memory<const float>(m.data);  // valid even where nothing is read
+  if (valid > 0) from += row * m.row + col * m.col;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    copy_async<4>(static_cast<float*>(to) + i, i < valid ? from + i * m.col : from,
+                  i < valid ? 4 : 0);
+}
+
 // Stage `chunk` of either factor: lora_A's columns from `begin` on, or lora_B's rows.
 template <bool kIsA>
 __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool wide, int chunk,

@@ -1,10 +1,47 @@
-// merge.cu's sum: a tile of W, and of the residual, out of memory, with its update back into it.
+// The streamed kernel's sum: a tile of W, and of the residual, out of memory, with its update back into it;
+// and which part of a layer a block has.
 #pragma once
 
 #include "merge.cuh"
 
 namespace relora {
 namespace {
+
+template <typename F>
+__device__ __forceinline__ bool is_wide(const Matrix& m) {
+  return m.col == 1 && m.row * int64_t(sizeof(F)) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding rounding) {
+  return layer.k % kStrip == 0 && is_wide<T>(layer.weight) &&
+         (rounding != Rounding::compensated || is_wide<T>(layer.residual));
+}
+
+// What a block does. In shared memory rather than in registers, which the product needs.
+struct Work {
+  int64_t row0, col0;  // of its first tile; the others follow in the same rows
+  int rows, tiles;
+  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
+};
+
+template <typename T>
+__device__ __forceinline__ Work work_of(const MergeTable& table, const MergeLayer& layer) {
+  const int col_tiles = int((layer.k + kCols - 1) / kCols);
+  const int blocks_a_row = (col_tiles + table.tiles_per_block - 1) / table.tiles_per_block;
+  const int block = int(blockIdx.x - layer.first_block);
+  const int first_tile = block % blocks_a_row * table.tiles_per_block;
+  Work work;
+  work.row0 = int64_t(block / blocks_a_row) * kRows;
+  work.col0 = int64_t(first_tile) * kCols;
+  work.rows = int(min(layer.n - work.row0, int64_t(kRows)));
+  work.tiles = min(col_tiles - first_tile, table.tiles_per_block);
+  work.wide_A = is_wide<float>(layer.lora_A);
+  work.wide_B = is_wide<float>(layer.lora_B);
+  work.wide = is_wide_sum<T>(layer, table.rounding);
+  return work;
+}
 
 constexpr int kStrips = 16;  // of a lane in a tile
 template <typename T>

@@ -634,6 +634,25 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
   });
 }
 
+// One launch a group of all tensors, whatever their sizes; `prepare` sets the kernel's arguments.
+template <typename Prepare>
+cudaError_t for_all(const PruneTensor* tensors, int64_t count, void (*of_32)(Table),
+                    void (*of_16)(Table), int shared_bytes, cudaStream_t stream, Prepare&& prepare) {
+  const auto run = [&](void (*kernel)(Table)) {
+    return [&, kernel](Group& group) {
+      prepare(group.table);
+      return launch(kernel, group.table, group.table.blocks, shared_bytes, stream);
+    };
+  };
+  int slots;
+  cudaError_t error = find_slots(&slots);
+  if (!error)
+    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr, run(of_32));
+  if (!error)
+    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr, run(of_16));
+  return error;
+}
+
 }  // namespace
 
 int64_t prune_workspace(const PruneTensor* tensors, int64_t count) {
@@ -659,21 +678,8 @@ cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void*
 
 cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t threshold,
                          cudaStream_t stream) {
-  const auto run = [&](auto kernel) {
-    return [=](Group& group) {
-      group.table.random_threshold = threshold;
-      return launch(kernel, group.table, group.table.blocks, 0, stream);
-    };
-  };
-  int slots;
-  cudaError_t error = find_slots(&slots);
-  if (!error)
-    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr,
-                                     run(random_kernel<uint32_t>));
-  if (!error)
-    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr,
-                                     run(random_kernel<uint16_t>));
-  return error;
+  return for_all(tensors, count, random_kernel<uint32_t>, random_kernel<uint16_t>, 0, stream,
+                 [=](Table& table) { table.random_threshold = threshold; });
 }
 
 cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const int64_t* prefixes,
@@ -681,27 +687,15 @@ cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const in
                              int64_t* highest, cudaStream_t stream) {
   if (shift < 0 || bits < 0 || bits > kCountBits || shift + bits > 31)
     return cudaErrorInvalidValue;
-  const auto run = [&](auto kernel) {
-    return [=](Group& group) {
-      Table& table = group.table;
-      table.prefixes = prefixes;
-      table.counts = counts;
-      table.lowest = lowest;
-      table.highest = highest;
-      table.shift = shift;
-      table.bits = bits;
-      return launch(kernel, table, table.blocks, max(4 << bits, 16), stream);
-    };
-  };
-  int slots;
-  cudaError_t error = find_slots(&slots);
-  if (!error)
-    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr,
-                                     run(counts_kernel<uint32_t>));
-  if (!error)
-    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr,
-                                     run(counts_kernel<uint16_t>));
-  return error;
+  return for_all(tensors, count, counts_kernel<uint32_t>, counts_kernel<uint16_t>,
+                 max(4 << bits, 16), stream, [=](Table& table) {
+                   table.prefixes = prefixes;
+                   table.counts = counts;
+                   table.lowest = lowest;
+                   table.highest = highest;
+                   table.shift = shift;
+                   table.bits = bits;
+                 });
 }
 
 }  // namespace relora

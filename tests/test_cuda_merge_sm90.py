@@ -234,6 +234,22 @@ def test_other_layers_go_to_other_kernels(model):
     )
 
 
+def test_what_a_list_is_made_of_decides_no_bit_of_a_result(model):
+    """It decides how many steps a unit has."""
+    layers = [
+        (torch.randn(20, 300).bfloat16(), torch.randn(r, 300), torch.randn(20, r))
+        for r in (8, 9, 128, 37)
+    ]
+    alone = [layer[0].clone() for layer in layers]
+    for weight, (_, A, B) in zip(alone, layers):
+        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
+    model.calls = 0
+    launcher.merge_many_([(*layer, 1.0, "nearest", None, 0, 0) for layer in layers])
+    assert model.calls == 1
+    for weight, (merged, _, _) in zip(alone, layers):
+        assert torch.equal(weight, merged)
+
+
 def test_the_kernel_follows_from_the_layer_not_from_the_list(model, monkeypatch):
     found = []
     monkeypatch.setattr(model, "merge", lambda layers, kind, **_: found.append((kind, len(layers))))

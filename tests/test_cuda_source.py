@@ -487,6 +487,22 @@ def test_factors_up_to_the_end_of_the_checked_range(shim, r, of_A, of_B):
     assert shim.calls == 1
 
 
+def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
+    """It decides how many tiles a block goes through."""
+    layers = [
+        (torch.randn(20, 300).bfloat16(), torch.randn(r, 300), torch.randn(20, r))
+        for r in (8, 9, 128, 132)
+    ]
+    alone = [layer[0].clone() for layer in layers]
+    for weight, (_, A, B) in zip(alone, layers):
+        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
+    shim.calls = 0
+    launcher.merge_many_([(*layer, 1.0, "nearest", None, 0, 0) for layer in layers])
+    assert shim.calls == 1
+    for weight, (merged, _, _) in zip(alone, layers):
+        assert torch.equal(weight, merged)
+
+
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_merge_keeps_infinities_and_nans_where_they_are(shim, dtype, rounding):

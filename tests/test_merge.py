@@ -118,16 +118,16 @@ def test_strides_offsets_and_what_lies_around_them(backend, device):
             touched = torch.zeros(80, 90, dtype=torch.bool, device=device)
             view(touched).fill_(True)
             before, weight = base.clone(), view(base)
-            lora_A = torch.randn(weight.shape[1], 6, device=device).T
-            lora_B = torch.randn(weight.shape[0], 12, device=device)[:, ::2]
+            # As bf16 holds them: some backends take no more of them (tf32), and this is about places.
+            lora_A, lora_B = (
+                torch.randn(size, columns, device=device).bfloat16().float()
+                for size, columns in ((weight.shape[1], 6), (weight.shape[0], 12))
+            )
+            lora_A, lora_B = lora_A.T, lora_B[:, ::2]
             exact = exact_sum(weight, lora_A, lora_B, 0.5)
             with use_backend(backend):
                 merge_(weight, lora_A, lora_B, 0.5)
             tolerance = torch.finfo(dtype).eps * exact.abs() + 1e-5
-            if (
-                backend == "cuda" and dtype.itemsize == 2
-            ):  # two factors in tf32, half of a step each
-                tolerance += (2.0**-10 + 2.0**-21) * 0.5 * (lora_B.abs() @ lora_A.abs()).to(WIDE)
             assert ((weight.to(WIDE) - exact).abs() <= tolerance).all()
             assert torch.equal(base[~touched], before[~touched])
 

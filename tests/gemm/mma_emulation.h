@@ -7,7 +7,5 @@ namespace relora {
 template <typename T>
 T* global_memory(void* p) { return static_cast<T*>(p); }
 inline int lane_id() { return int(threadIdx.x) % 32; }
-template <int kBytes>
-void copy_async(void*, const void*, int);
 
 }  // namespace relora
