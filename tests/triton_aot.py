@@ -60,7 +60,10 @@ def variants(arch: int):
         yield merge.merge_kernel, f"merge {weight} {factor} {rounding}", types, constants
 
     for dtype in ("bf16", "fp32"):
-        yield from linear_variants(arch, dtype)
+        refused = dtype == "fp32" and arch // 10 in lora_linear.TF32_DESPITE_IEEE  # with dropout
+        for variant in linear_variants(arch, dtype):
+            if not (refused and "dropout" in variant[1]):
+                yield variant
 
     for name, bits in (("bf16", "*i16"), ("fp32", "*i32"), ("odd bf16", "*i16")):
         types = {"out_ptr": bits, "x_ptr": bits, "seed_ptr": "*i64"}
@@ -186,6 +189,8 @@ def inspect(cubin: bytes, code: str, tools: Path) -> dict:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", code))),
         "tma": sorted(set(re.findall(r"\b(UTMA\w+)", code))),
+        "fma": len(re.findall(r"\bFFMA2?\b", code)),
+        "adds": len(re.findall(r"\bFADD2?\b", code)),
         "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", code))),
     }
 

@@ -20,7 +20,7 @@ from relora_kernels.reference.lora_linear import dropout_constants
 # spill.
 LOW_RANK = {
     2: {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
-    4: {"BLOCK_M": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
+    4: {"BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
 }
 LOW_RANK_MOST_R = 128  # BLOCK_R = r rounded up to a power of two, at least 16, at most this
 # By the shared memory that a block may have (bytes, from): A100, Hopper, data-centre Blackwell; the rest.
@@ -54,6 +54,20 @@ SPLIT_PROGRAMS = 264  # slabs are cut until there are so many programs: two for 
 REDUCE = {"BLOCK": 1024, "num_warps": 4}
 GROUP_M = 8  # tiles of rows that share a pass over W, for L2
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TF32_DESPITE_IEEE = (10, 11)  # compute capabilities, by their major number
+
+
+@triton.jit
+def plus_product(acc, left, right, PRECISION: tl.constexpr):
+    """acc + left @ right, one step of a sum over many.
+
+    The ordinary units add a float32 product's terms one after the other: were acc the first of them, the
+    error would be that of one chain over the whole sum. A step's terms are summed by themselves.
+    (The compiler puts `acc + tl.dot(left, right)` back into one chain; a difference it leaves alone.)
+    """
+    if PRECISION == "ieee":
+        return acc - tl.dot(-left, right, input_precision=PRECISION)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -82,7 +96,7 @@ def low_rank_kernel(
         else:
             a_ptrs = a_ptr + ks.to(tl.int64)[:, None] * a_stride + rs[None, :]
         a = tl.load(a_ptrs, mask=(ks < K)[:, None] & (rs < r)[None, :], other=0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        acc = plus_product(acc, x, a, PRECISION)
     p_ptrs = p_ptr + rows.to(tl.int64)[:, None] * r + rs[None, :]
     p = (acc * scaling).to(p_ptr.dtype.element_ty)
     tl.store(p_ptrs, p, mask=(rows < M)[:, None] & (rs < r)[None, :])
@@ -168,7 +182,7 @@ def _two_segment_step(
     else:
         b_ptrs = right + ks.to(tl.int64)[:, None] * right_stride + cols[None, :]
     b = tl.load(b_ptrs, mask=k_ok[:, None] & (cols < N)[None, :], other=0.0)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return plus_product(acc, a, b, PRECISION)
 
 
 @triton.jit
@@ -209,7 +223,7 @@ def split_kernel(
         if DROPOUT:
             bits = philox.bits16(seed, philox.STREAM_DROPOUT, rows, col0, BLOCK_R)
             right = tl.where(bits >= threshold, right, 0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        acc = plus_product(acc, left, right, PRECISION)
         if HAS_BIAS:
             column_sums += tl.sum(left.to(tl.float32), axis=1)
     partial = partial_ptr + slab.to(tl.int64) * L * R
@@ -238,6 +252,11 @@ def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -
         return f"x in {x.dtype}; the kernels take bfloat16, float16 and float32"
     if not x.is_cuda and not (interpreted() and backend.is_named("triton")):
         return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
+    if dropout_p > 0.0 and x.dtype == torch.float32 and x.is_cuda:
+        # The masked operand counts as one widened from 16 bits, for its mask is joined out of words; of
+        # such ones Triton 3.7 leaves the product to tcgen05, whatever input_precision says.
+        if torch.cuda.get_device_capability(x.device)[0] in TF32_DESPITE_IEEE:
+            return "x in float32 with dropout, which Triton multiplies in tf32 on this GPU"
     return None
 
 
