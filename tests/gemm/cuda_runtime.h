@@ -24,6 +24,7 @@ struct dim3 {
 };
 
 struct float2 { float x, y; };
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;

@@ -11,8 +11,6 @@
 #define RELORA_PTX_CUH
 #pragma once
 
-#include <ucontext.h>
-
 #include <array>
 #include <cstdio>
 #include <cstring>
@@ -26,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "../fibers.h"
 #include "cuda_runtime.h"
 #include "numerics.cuh"
 
@@ -46,8 +45,7 @@ struct Warp {
 
 struct Block;
 struct Thread {
-  ucontext_t context;
-  std::vector<char> stack;
+  fibers::Fiber fiber;
   Block* block;
   int index;
   bool done = false;
@@ -59,6 +57,7 @@ struct Thread {
   std::vector<std::function<void()>> open_copies;
   std::deque<std::shared_ptr<int>> stores;  // by committed group, how many have not read yet
   std::shared_ptr<int> open_stores;
+  bool may_multiply = false;  // has fenced its registers since it last waited for products
   bool unfenced = false;  // wrote shared memory that TMA may not see yet
   std::vector<uint32_t> written;  // 16-bit words of it that no fence has followed
 };
@@ -80,7 +79,6 @@ struct Machine {
   std::vector<std::function<void()>> in_flight;  // TMA, in no order
   int cluster_size = 1;
   std::mt19937 random;
-  ucontext_t scheduler;
   Thread* current = nullptr;
   std::string error;
   std::function<void()> kernel;
@@ -92,8 +90,7 @@ inline int processors = 1;
 inline unsigned seed = 0;
 
 inline void back_to_scheduler() {
-  Thread* self = machine->current;
-  swapcontext(&self->context, &machine->scheduler);
+  fibers::leave(machine->current->fiber);
 }
 
 inline void fail(const std::string& what) {
@@ -199,15 +196,6 @@ inline void fiber_main() {
   back_to_scheduler();
 }
 
-inline void prepare(Thread& t) {
-  t.stack.resize(1 << 15);
-  getcontext(&t.context);
-  t.context.uc_stack.ss_sp = t.stack.data();
-  t.context.uc_stack.ss_size = t.stack.size();
-  t.context.uc_link = nullptr;
-  makecontext(&t.context, fiber_main, 0);
-}
-
 inline void run_in_flight() {
   auto& list = machine->in_flight;
   std::swap(list[machine->random() % list.size()], list.back());
@@ -251,7 +239,7 @@ inline void run() {
       m.current = &t;
       threadIdx = dim3(unsigned(t.index));
       blockIdx = dim3(t.block->index);
-      swapcontext(&m.scheduler, &t.context);
+      fibers::enter(t.fiber);
       m.current = nullptr;
       if (!m.error.empty()) return;
       moved = true;
@@ -292,7 +280,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
       Thread& t = *block.threads.back();
       t.block = &block;
       t.index = int(j);
-      prepare(t);
+      fibers::prepare(t.fiber, 1 << 15, fiber_main);
     }
   }
   run();
@@ -444,13 +432,14 @@ inline void fence_async_shared() {
   self().written.clear();
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { self().may_multiply = true; }
 inline void wgmma_commit() {
   self().products.push_back(std::move(self().open_products));
   self().open_products.clear();
 }
 template <int kPending>
 void wgmma_wait() {
+  self().may_multiply = false;
   auto& groups = self().products;
   while (groups.size() > size_t(kPending)) {
     for (auto& product : groups.front()) product();
@@ -459,6 +448,17 @@ void wgmma_wait() {
 }
 template <int kCount> void hold(float (&)[kCount]) {}
 
+// The tensor cores may be as fast as they like, too: now and then everything issued is done at once.
+inline void sometimes_done_at_once() {
+  if (machine->random() % 8) return;
+  for (auto& group : self().products) {
+    for (auto& product : group) product();
+    group.clear();
+  }
+  for (auto& product : self().open_products) product();
+  self().open_products.clear();
+}
+
 template <typename T, bool kLeftK, bool kRightK, int kCount>
 void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
   float* const sums = d;
@@ -466,6 +466,7 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
   const int thread = self().index % model::kWarpgroup, lane = thread % model::kWarp;
   const int row = 16 * (thread / model::kWarp) + lane / 4;
   ++machine->wgmmas;
+  if (!self().may_multiply) model::fail("multiplies into registers that no fence has followed");
   self().open_products.push_back([=] {
     const model::Descriptor l = model::decode(left), r = model::decode(right);
     float a[2][16], b[16];
@@ -482,15 +483,40 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
       }
     }
   });
-  // The tensor cores may be as fast as they like, too: now and then everything issued is done at
-  // once.
-  if (machine->random() % 8) return;
-  for (auto& group : self().products) {
-    for (auto& product : group) product();
-    group.clear();
-  }
-  for (auto& product : self().open_products) product();
-  self().open_products.clear();
+  sometimes_done_at_once();
+}
+
+template <typename T, bool kRightK>
+void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right, bool accumulate) {
+  const std::array<uint32_t, 4> mine{left[0], left[1], left[2], left[3]};
+  const auto& all = model::exchange({mine[0], mine[1], mine[2], mine[3]});
+  const int lane = self().index % model::kWarp;
+  std::array<std::array<float, 16>, 2> a;
+  for (size_t half = 0; half < 2; ++half)
+    for (size_t k = 0; k < 16; ++k)
+      a[half][k] = to_float(T{uint16_t(
+          all[size_t(lane / 4 * 4) + k % 8 / 2][k / 8 * 2 + half] >> (k % 2 * 16))});
+  float* const sums = d;
+  const uint32_t* const registers = left;
+  model::Block* const block = self().block;
+  ++machine->wgmmas;
+  if (!self().may_multiply) model::fail("multiplies into registers that no fence has followed");
+  self().open_products.push_back([=] {
+    const model::Descriptor r = model::decode(right);
+    if (std::memcmp(registers, mine.data(), sizeof mine))
+      model::fail("writes registers that a product reads");
+    for (int i = 0; i < 16; i += i % 2 ? 3 : 1) {
+      const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+      float b[16];
+      for (int k = 0; k < 16; ++k) b[k] = model::element<T>(*block, r, !kRightK, col, k);
+      for (int half = 0; half < 2; ++half) {
+        float sum = accumulate ? sums[i + 2 * half] : 0.f;
+        for (int k = 0; k < 16; ++k) sum += a[size_t(half)][size_t(k)] * b[k];
+        sums[i + 2 * half] = sum;
+      }
+    }
+  });
+  sometimes_done_at_once();
 }
 
 template <typename T>
@@ -510,6 +536,7 @@ inline void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, 
 }
 template <typename V>
 void store_shared(uint32_t address, V v) {
+  model::dawdle();
   if (address % sizeof v) model::fail("a store to shared memory is not aligned");
   std::memcpy(model::at(*self().block, address, sizeof v), &v, sizeof v);
   for (uint32_t i = 0; i < sizeof v / 2; ++i) {
@@ -519,6 +546,7 @@ void store_shared(uint32_t address, V v) {
   }
 }
 inline void store_shared_32(uint32_t address, uint32_t bits) { store_shared(address, bits); }
+inline void store_shared_64(uint32_t address, uint2 v) { store_shared(address, v); }
 inline void store_shared_128(uint32_t address, uint4 v) { store_shared(address, v); }
 inline uint32_t load_shared_32(uint32_t address) {
   model::dawdle();
@@ -538,6 +566,8 @@ inline uint16_t load_shared_16(uint32_t address) {
   std::memcpy(&bits, model::at(*self().block, address, 2), 2);
   return bits;
 }
+template <typename T>
+const T* further(const T* p, int64_t by) { return p + by; }
 inline uint32_t ballot(bool vote) {
   const auto& lanes = model::exchange({vote});
   uint32_t votes = 0;

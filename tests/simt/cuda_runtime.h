@@ -20,7 +20,6 @@
 #define CUDART_VERSION 13000
 
 #include <link.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -34,6 +33,8 @@
 #include <random>
 #include <set>
 #include <vector>
+
+#include "../fibers.h"
 
 #define __host__
 #define __device__
@@ -76,8 +77,7 @@ constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 99 << 10;  // sm_86, 89
 enum class Wait { none, block, warp };
 
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
+  fibers::Fiber fiber;
   dim3 index;
   unsigned id;
   bool done;
@@ -96,7 +96,6 @@ struct Block {
   bool live;
 };
 
-inline ucontext_t scheduler;
 inline Fiber* current = nullptr;
 inline Block* inside = nullptr;
 inline std::mt19937 generator;
@@ -116,7 +115,7 @@ inline void wait(Wait what, unsigned mask, int line) {
   me.waits = what;
   me.mask = mask;
   me.line = line;
-  swapcontext(&me.context, &scheduler);
+  fibers::leave(me.fiber);
 }
 
 inline void perhaps_change_over() {
@@ -126,7 +125,7 @@ inline void perhaps_change_over() {
 inline void fiber_main() {
   body();
   current->done = true;
-  swapcontext(&current->context, &scheduler);
+  fibers::leave(current->fiber);
 }
 
 // This library's thread-local segment is its shared memory.
@@ -208,12 +207,7 @@ inline void start(Block& block, unsigned id) {
     f.id = i;
     f.done = false;
     f.waits = Wait::none;
-    f.stack.resize(1 << 16);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, fiber_main, 0);
+    fibers::prepare(f.fiber, 1 << 16, fiber_main);
   }
 }
 
@@ -228,7 +222,7 @@ inline bool run_thread(Fiber& f) {
   if (f.done || f.waits != Wait::none) return false;
   current = &f;
   threadIdx = f.index;
-  swapcontext(&scheduler, &f.context);
+  fibers::enter(f.fiber);
   return true;
 }
 

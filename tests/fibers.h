@@ -1,0 +1,48 @@
+// Fibers: what waits for a turn on a stack of its own. ucontext begins them; the changes after that are
+// the compiler's own jumps, since swapcontext asks the kernel for a signal mask each time.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace fibers {
+
+struct Fiber {
+  ucontext_t beginning;
+  void* at[5];  // where it left
+  bool begun;
+  std::vector<char> stack;
+};
+inline void* scheduler[5];
+
+// `main` must not return: it leaves for good.
+inline void prepare(Fiber& fiber, size_t stack_bytes, void (*main)()) {
+  fiber.begun = false;
+  fiber.stack.resize(stack_bytes);
+  getcontext(&fiber.beginning);
+  fiber.beginning.uc_stack.ss_sp = fiber.stack.data();
+  fiber.beginning.uc_stack.ss_size = stack_bytes;
+  fiber.beginning.uc_link = nullptr;
+  makecontext(&fiber.beginning, main, 0);
+}
+
+// Functions of their own, neither inlined nor looked into: what saves a place must be seen to call something
+// that may come back to it.
+[[noreturn, gnu::noinline, gnu::noipa]] inline void jump(void** at) { __builtin_longjmp(at, 1); }
+
+// From the scheduler, until the fiber leaves.
+[[gnu::noinline]] inline void enter(Fiber& fiber) {
+  if (__builtin_setjmp(scheduler)) return;
+  if (fiber.begun) jump(fiber.at);
+  fiber.begun = true;
+  setcontext(&fiber.beginning);
+}
+
+// From within the fiber.
+[[gnu::noinline]] inline void leave(Fiber& fiber) {
+  if (__builtin_setjmp(fiber.at) == 0) jump(scheduler);
+}
+
+}  // namespace fibers
