@@ -144,9 +144,9 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N out of shared memory, asynchronously ------
+// ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N, asynchronously ----------------------------
 
-// Orders the accumulators' registers before the wgmmas that follow.
+// Orders what was done with registers of sums and operands before the wgmmas that follow.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -217,6 +217,24 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
     RELORA_WGMMA("64", "bf16", RELORA_REGS_32, "%32", "%33", "%34", "%35", "%36", RELORA_D32(0));
   else
     RELORA_WGMMA("64", "f16", RELORA_REGS_32, "%32", "%33", "%34", "%35", "%36", RELORA_D32(0));
+}
+
+#define RELORA_WGMMA_32(TYPE)                                                                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                      \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                        \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, "     \
+               "%20, p, 1, 1, %22;\n}"                                                            \
+               : RELORA_D8(0), RELORA_D8(8)                                                       \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),              \
+                 "r"(int(accumulate)), "n"(int(!kRightK)))
+
+// The same for N = 32 with `left` in registers, which stay as they are until the product is done: of
+// rows as d's, left[2 c + v] holds columns 8 c + 2 (t % 4) and the next of row v.
+template <typename T, bool kRightK>
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right,
+                                      bool accumulate) {
+  if constexpr (std::is_same_v<T, bf16>) RELORA_WGMMA_32("bf16");
+  else RELORA_WGMMA_32("f16");
 }
 
 // ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
@@ -309,6 +327,9 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
+__device__ __forceinline__ void store_shared_64(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
 __device__ __forceinline__ void store_shared_128(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
@@ -331,6 +352,15 @@ __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
   uint16_t bits;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");
   return bits;
+}
+
+// p + by, which the compiler then does not compute from where p began.
+template <typename T>
+__device__ __forceinline__ const T* further(const T* p, int64_t by) {
+  p += by;
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
 }
 
 // Which of the warp's lanes vote yes, a bit each.
