@@ -334,7 +334,7 @@ struct Pieces {
         rows(unit.rows - row) {}
   __device__ __forceinline__ bool has(int piece) const { return piece_row(piece) < rows; }
   __device__ __forceinline__ bf16* of(int piece) const {
-    return at + piece_row(piece) * pitch + piece_col(piece);
+    return global_memory<bf16>(at + piece_row(piece) * pitch + piece_col(piece));
   }
 };
 
