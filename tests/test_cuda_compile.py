@@ -31,7 +31,7 @@ EXPECTED = {
 
 # sm_90a alone. lora_A and lora_B come an element at a time, of any strides: W is what counts.
 EXPECTED_SM90A = {
-    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (0, 128, 128, f"HGMMA.64x64x16.F32{kind}")
+    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (0, 128, 128, f"HGMMA.64x32x16.F32{kind}")
     for rounding in range(3)
     for factor, kind in (("float", ""), ("bf16", ".BF16"))
 }
