@@ -67,7 +67,9 @@ def merge_many_(merges, restarts=None) -> None:
         narrow = kind == "sm90" and lora_A.dtype == torch.bfloat16
         wanted = torch.bfloat16 if narrow else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
-        factors = lora_A.to(wanted), lora_B.to(wanted)
+        factors = lora_A, lora_B
+        if lora_A.dtype != wanted:  # asking, which is quicker than `to` for hundreds of layers
+            factors = lora_A.to(wanted), lora_B.to(wanted)
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     for key, group in groups.items():
