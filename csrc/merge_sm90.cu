@@ -43,9 +43,6 @@ constexpr int kConsumers = 2, kOwnRows = kStripRows / kConsumers;  // of a warpg
 constexpr int kHalfRows = 64;                                      // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
-// Of 168 a thread at the launch.
-constexpr int kFillRegisters = 136, kConsumeRegisters = 184;
-static_assert(kFillRegisters + kConsumers * kConsumeRegisters <= 168 * (1 + kConsumers));
 
 // The logarithm of how many rows of W further one is a multiple of 16 bytes further.
 __host__ __device__ __forceinline__ int log_period_of(const Matrix& weight) {
@@ -185,7 +182,7 @@ __device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, in
   const F* const first = global_memory<const F>(m.data);
   F v[kSpanR];
   const bool inside = col >= 0 && col < unit.cols;
-  const F* at = inside && rows > 0 ? first + half * kSpanR * m.row + col * m.col : first;
+  const F* at = ptx::further(first, inside && rows > 0 ? half * kSpanR * m.row + col * m.col : int64_t(0));
 #pragma unroll
   for (int i = 0; i < kSpanR; ++i, at = ptx::further(at, m.row)) v[i] = inside && i < rows ? *at : F{};
   float scale = 1.f;
@@ -584,10 +581,8 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
   const int warpgroup = int(ptx::shuffle(threadIdx.x / 128, 0));  // known to be one for a warp
   const int thread = int(threadIdx.x) % 128;
   if (warpgroup == kConsumers) {
-    ptx::give_registers<kFillRegisters>();
     fill<F>(table, memory, thread);
   } else {
-    ptx::take_registers<kConsumeRegisters>();
     consume<kRounding, F>(table, memory, warpgroup, thread);
   }
 }

@@ -5,7 +5,7 @@
 #include <ucontext.h>
 
 #include <cstddef>
-#include <vector>
+#include <memory>
 
 namespace fibers {
 
@@ -13,16 +13,16 @@ struct Fiber {
   ucontext_t beginning;
   void* at[5];  // where it left
   bool begun;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack;
 };
 inline void* scheduler[5];
 
 // `main` must not return: it leaves for good.
 inline void prepare(Fiber& fiber, size_t stack_bytes, void (*main)()) {
   fiber.begun = false;
-  fiber.stack.resize(stack_bytes);
+  fiber.stack.reset(new char[stack_bytes]);  // not filled with zeros
   getcontext(&fiber.beginning);
-  fiber.beginning.uc_stack.ss_sp = fiber.stack.data();
+  fiber.beginning.uc_stack.ss_sp = fiber.stack.get();
   fiber.beginning.uc_stack.ss_size = stack_bytes;
   fiber.beginning.uc_link = nullptr;
   makecontext(&fiber.beginning, main, 0);

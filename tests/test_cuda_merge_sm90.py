@@ -156,6 +156,16 @@ def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, roundin
     assert model.calls == 1 and model.blocks == model.processors and len(layers) > 32
 
 
+def test_a_blocks_next_unit_may_be_many_layers_further(model):
+    """Layers of one unit each, some of none in between, and more blocks than are looked at together."""
+    sizes = [(0, 40, 4) if i % 9 == 4 else (3 + i % 7, 8 + i % 5 * 8, 1 + i % 5) for i in range(90)]
+    model.processors = 37
+    merges_as_the_reference(
+        [drawn_layer(size, "aligned", "nearest", torch.float32, i) for i, size in enumerate(sizes)]
+    )
+    assert model.calls == 1 and model.blocks == 37
+
+
 def test_rank_zero_changes_nothing(model):
     weight = torch.randn(9, 40).bfloat16()
     before = weight.clone()

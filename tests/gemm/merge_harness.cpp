@@ -10,10 +10,13 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   model::seed = seed;
   model::last_error.clear();
   *error = model::last_error.c_str();
-  MergeTable table{layers, count, 0, 0, 0, Rounding(rounding), {}};
+  // As csrc/merge.cu does: few layers are arguments. Every other time, so that few in a table run, too.
+  const bool as_arguments = count <= kInlineLayers && seed % 2 == 0;
+  MergeTable table{as_arguments ? nullptr : layers, count, 0, 0, 0, Rounding(rounding), {}};
   MergeKernel merge;
   const cudaError_t planned =
       sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);
+  if (as_arguments) std::copy(layers, layers + count, table.first);
   *blocks = planned == cudaSuccess ? std::min(table.units, processors) : 0;
   if (*blocks == 0) return planned;
   cudaLaunchConfig_t config{};
