@@ -60,10 +60,7 @@ def variants(arch: int):
         yield merge.merge_kernel, f"merge {weight} {factor} {rounding}", types, constants
 
     for dtype in ("bf16", "fp32"):
-        refused = dtype == "fp32" and arch // 10 in lora_linear.TF32_DESPITE_IEEE  # with dropout
-        for variant in linear_variants(arch, dtype):
-            if not (refused and "dropout" in variant[1]):
-                yield variant
+        yield from linear_variants(arch, dtype)
 
     for name, bits in (("bf16", "*i16"), ("fp32", "*i32"), ("odd bf16", "*i16")):
         types = {"out_ptr": bits, "x_ptr": bits, "seed_ptr": "*i64"}

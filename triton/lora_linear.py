@@ -17,7 +17,8 @@ from relora_kernels._triton import philox
 from relora_kernels.reference.lora_linear import dropout_constants
 
 # Tiles by bytes of an element. float32 is multiplied in float32 on the ordinary units, where large tiles
-# spill.
+# spill. Where its operand is masked, of 32 rows: 64 Triton 3.7 multiplies in tf32 on sm_100, `ieee` or
+# not, for it takes what a mask of joined words has chosen as widened from 16 bits.
 LOW_RANK = {
     2: {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
     4: {"BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
@@ -48,13 +49,12 @@ TWO_SEGMENT_ODD = {2: {"BLOCK_N": 128, "BLOCK_K": 32}, 4: {"BLOCK_N": 64}}
 MULTIPLE = 16  # elements: of sizes and pitches, Triton sees no smaller power of two
 SPLIT = {
     2: {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3},
-    4: {"BLOCK_L": 64, "BLOCK_R": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
+    4: {"BLOCK_L": 32, "BLOCK_R": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
 }
 SPLIT_PROGRAMS = 264  # slabs are cut until there are so many programs: two for each SM of an H100
 REDUCE = {"BLOCK": 1024, "num_warps": 4}
 GROUP_M = 8  # tiles of rows that share a pass over W, for L2
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TF32_DESPITE_IEEE = (10, 11)  # compute capabilities, by their major number
 
 
 @triton.jit
@@ -252,11 +252,6 @@ def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -
         return f"x in {x.dtype}; the kernels take bfloat16, float16 and float32"
     if not x.is_cuda and not (interpreted() and backend.is_named("triton")):
         return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
-    if dropout_p > 0.0 and x.dtype == torch.float32 and x.is_cuda:
-        # The masked operand counts as one widened from 16 bits, for its mask is joined out of words; of
-        # such ones Triton 3.7 leaves the product to tcgen05, whatever input_precision says.
-        if torch.cuda.get_device_capability(x.device)[0] in TF32_DESPITE_IEEE:
-            return "x in float32 with dropout, which Triton multiplies in tf32 on this GPU"
     return None
 
 
