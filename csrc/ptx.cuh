@@ -1,7 +1,7 @@
-// PTX that the two-segment kernels and the merge of sm_90 need and C++ has no name for. Semantics: PTX ISA 8.x, chapters
-// "mbarrier", "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80. Addresses
-// of shared memory are 32-bit. (An include guard instead of #pragma once: the tests put a model of
-// these functions in their place.)
+// PTX that the two-segment kernels and the merge of sm_90 need and C++ has no name for. Semantics: PTX
+// ISA 8.x, chapters "mbarrier", "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80.
+// Addresses of shared memory are 32-bit. (An include guard instead of #pragma once: the tests put a model
+// of these functions in their place.)
 #ifndef RELORA_PTX_CUH
 #define RELORA_PTX_CUH
 

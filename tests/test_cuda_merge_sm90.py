@@ -13,6 +13,7 @@ from test_cuda_source import (
     ENDS,
     LAYOUTS,
     Guarded,
+    a_list_decides_no_bit_of_a_result,
     factors_up_to_the_end_of_the_checked_range,
     keeps_tf32s_precision,
     offsets_beyond_32_bits,
@@ -246,18 +247,7 @@ def test_other_layers_go_to_other_kernels(model):
 
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(model):
     """It decides how many steps a unit has."""
-    layers = [
-        (torch.randn(20, 300).bfloat16(), torch.randn(r, 300), torch.randn(20, r))
-        for r in (8, 9, 128, 37)
-    ]
-    alone = [layer[0].clone() for layer in layers]
-    for weight, (_, A, B) in zip(alone, layers):
-        launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
-    model.calls = 0
-    launcher.merge_many_([(*layer, 1.0, "nearest", None, 0, 0) for layer in layers])
-    assert model.calls == 1
-    for weight, (merged, _, _) in zip(alone, layers):
-        assert torch.equal(weight, merged)
+    a_list_decides_no_bit_of_a_result((8, 9, 128, 37), model)
 
 
 def test_the_kernel_follows_from_the_layer_not_from_the_list(model, monkeypatch):

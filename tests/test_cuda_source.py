@@ -487,11 +487,9 @@ def test_factors_up_to_the_end_of_the_checked_range(shim, r, of_A, of_B):
     assert shim.calls == 1
 
 
-def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
-    """It decides how many tiles a block goes through."""
+def a_list_decides_no_bit_of_a_result(ranks, shim):
     layers = [
-        (torch.randn(20, 300).bfloat16(), torch.randn(r, 300), torch.randn(20, r))
-        for r in (8, 9, 128, 132)
+        (torch.randn(20, 300).bfloat16(), torch.randn(r, 300), torch.randn(20, r)) for r in ranks
     ]
     alone = [layer[0].clone() for layer in layers]
     for weight, (_, A, B) in zip(alone, layers):
@@ -501,6 +499,11 @@ def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
     assert shim.calls == 1
     for weight, (merged, _, _) in zip(alone, layers):
         assert torch.equal(weight, merged)
+
+
+def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
+    """It decides how many tiles a block goes through."""
+    a_list_decides_no_bit_of_a_result((8, 9, 128, 132), shim)
 
 
 @pytest.mark.parametrize("rounding", CODES["rounding"])

@@ -459,6 +459,23 @@ inline void sometimes_done_at_once() {
   self().open_products.clear();
 }
 
+// A thread's `count` sums: a's two rows by the columns of `right`.
+template <typename T, bool kRightK>
+void add_products(float* sums, int count, const std::array<std::array<float, 16>, 2>& a,
+                  model::Block& block, int lane, uint64_t right, bool accumulate) {
+  const model::Descriptor r = model::decode(right);
+  for (int i = 0; i < count; i += i % 2 ? 3 : 1) {
+    const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    float b[16];
+    for (int k = 0; k < 16; ++k) b[k] = model::element<T>(block, r, !kRightK, col, k);
+    for (int half = 0; half < 2; ++half) {
+      float sum = accumulate ? sums[i + 2 * half] : 0.f;
+      for (size_t k = 0; k < 16; ++k) sum += a[size_t(half)][k] * b[k];
+      sums[i + 2 * half] = sum;
+    }
+  }
+}
+
 template <typename T, bool kLeftK, bool kRightK, int kCount>
 void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
   float* const sums = d;
@@ -468,20 +485,12 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
   ++machine->wgmmas;
   if (!self().may_multiply) model::fail("multiplies into registers that no fence has followed");
   self().open_products.push_back([=] {
-    const model::Descriptor l = model::decode(left), r = model::decode(right);
-    float a[2][16], b[16];
+    const model::Descriptor l = model::decode(left);
+    std::array<std::array<float, 16>, 2> a;
     for (int half = 0; half < 2; ++half)
       for (int k = 0; k < 16; ++k)
-        a[half][k] = model::element<T>(*block, l, !kLeftK, row + 8 * half, k);
-    for (int i = 0; i < kCount; i += i % 2 ? 3 : 1) {
-      const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      for (int k = 0; k < 16; ++k) b[k] = model::element<T>(*block, r, !kRightK, col, k);
-      for (int half = 0; half < 2; ++half) {
-        float sum = accumulate ? sums[i + 2 * half] : 0.f;
-        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
-        sums[i + 2 * half] = sum;
-      }
-    }
+        a[size_t(half)][size_t(k)] = model::element<T>(*block, l, !kLeftK, row + 8 * half, k);
+    add_products<T, kRightK>(sums, kCount, a, *block, lane, right, accumulate);
   });
   sometimes_done_at_once();
 }
@@ -502,19 +511,9 @@ void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right, bool accum
   ++machine->wgmmas;
   if (!self().may_multiply) model::fail("multiplies into registers that no fence has followed");
   self().open_products.push_back([=] {
-    const model::Descriptor r = model::decode(right);
     if (std::memcmp(registers, mine.data(), sizeof mine))
       model::fail("writes registers that a product reads");
-    for (int i = 0; i < 16; i += i % 2 ? 3 : 1) {
-      const int col = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-      float b[16];
-      for (int k = 0; k < 16; ++k) b[k] = model::element<T>(*block, r, !kRightK, col, k);
-      for (int half = 0; half < 2; ++half) {
-        float sum = accumulate ? sums[i + 2 * half] : 0.f;
-        for (int k = 0; k < 16; ++k) sum += a[size_t(half)][size_t(k)] * b[k];
-        sums[i + 2 * half] = sum;
-      }
-    }
+    add_products<T, kRightK>(sums, 16, a, *block, lane, right, accumulate);
   });
   sometimes_done_at_once();
 }
