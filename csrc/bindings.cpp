@@ -71,7 +71,7 @@ void merge(const py::buffer& layers, const std::string& weight_dtype,
   for (auto layer = first; layer != last; ++layer)
     if (given == relora::Rounding::compensated && !layer->residual.data && layer->n && layer->k)
       throw py::value_error(call + ": rounding='compensated': expected a residual, got none");
-  if (last - first > relora::kInlineLayers && !table)
+  if ((last - first > relora::kInlineLayers || kind == "sm90") && !table)
     throw py::value_error(call + ": expected a table in device memory, got none");
   // The static runtime keeps a current device of its own, apart from torch's.
   check(cudaSetDevice(device), call);
@@ -258,6 +258,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("driver_version", &driver_version);
   m.attr("merge_layer_bytes") = sizeof(relora::MergeLayer);
   m.attr("merge_inline_layers") = relora::kInlineLayers;
+  m.attr("merge_counter_bytes") = relora::kCounterBytes;
   m.attr("merge_most_rank") = relora::kMostRank;
   m.attr("merge_has_sm90") = bool(RELORA_SM90);
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),

@@ -33,6 +33,7 @@ struct MergeLayer {
   float scaling, restart_step;       // s; fl32(2^-23 * bound) of A's draw
   uint32_t restarts;                 // 1: restart_A and restart_B are to be written
   uint32_t first_block, first_restart_block;  // set by merge(): in the grids; sm90: its first unit
+  uint32_t unit_steps;                        // set by merge(): sm90
 };
 
 // Layers that travel as a launch's own arguments, within the 4 KB that every driver allows.
@@ -42,12 +43,11 @@ constexpr int kInlineLayers = 16;
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32, of the kind `sm90` also bf16. Their elements are finite and below 2^120, which the
 // caller has made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for
-// `count` MergeLayers, unused up to kInlineLayers. The kind `sm90` is for a GPU of compute capability
-// 9.0, a bf16 weight with its columns next to each other, a residual whose rows begin at the same
-// offsets from 16 bytes, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes;
-// cudaErrorNotSupported where the module was built without it. Enqueues on `stream`, never
+// `count` MergeLayers and kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That
+// one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
+// other, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was built without it. Enqueues on `stream`, never
 // synchronises, copies nothing from host memory; launches nothing where there is nothing to do.
-constexpr int kMostRank = 128;
+constexpr int kMostRank = 128, kCounterBytes = 8;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,
                   cudaStream_t stream);

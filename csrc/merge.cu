@@ -162,7 +162,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 
-  MergeTable table{nullptr, count, 0, 0, 0, rounding, {}};
+  MergeTable table{nullptr, count, 0, 0, nullptr, false, rounding, {}};
   MergeKernel merge;
   int64_t blocks = 0, restart_blocks = 0;
   if (kind == MergeKind::sm90) {
@@ -213,6 +213,10 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
       error = launch(write_table_kernel, 1, 1024, 0, stream, piece, device_table + first);
     }
     table.layers = device_table;
+  }
+  if (kind == MergeKind::sm90 && table.units > blocks && error == cudaSuccess) {
+    table.taken = reinterpret_cast<uint32_t*>(device_table + count);
+    error = cudaMemsetAsync(table.taken, 0, sizeof *table.taken, stream);
   }
   if (blocks && error == cudaSuccess)
     error = launch(merge.kernel, blocks, merge.threads, size_t(merge.shared), stream, table);

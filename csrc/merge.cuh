@@ -13,7 +13,9 @@ struct MergeTable {
   const MergeLayer* layers;  // in device memory, or null: `first` holds them all
   int count;
   int tiles_per_block;    // in one row
-  int units, unit_steps;  // sm_90 instead: of all layers, and a unit's most
+  int units;              // sm_90 instead: of all layers
+  uint32_t* taken;        // how many of them blocks have taken, beyond one each
+  bool narrow_factors;    // of bf16
   Rounding rounding;
   MergeLayer first[kInlineLayers];
 };
@@ -25,9 +27,9 @@ struct MergeKernel {
   int shared, threads;
 };
 MergeKernel streamed_merge(DType weight);  // fp32 factors
-// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table` and where each
-// layer's begin; blocks are as many as there are units, at most one a multiprocessor. Null where the
-// module has no code for sm_90.
+// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table`, where each
+// layer's begin and their steps; blocks are as many as there are units, at most one a multiprocessor.
+// Null where the module has no code for sm_90.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel)
     __attribute__((weak));

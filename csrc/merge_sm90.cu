@@ -1,23 +1,26 @@
 // merge.cu's kernel on Hopper: a bf16 W of rows that begin anywhere, r <= 128, factors of any strides.
 //
-// A persistent block an SM, of three warpgroups. A strip is 256 rows of W, a step 64 columns of it.
+// A persistent block an SM, of three warpgroups. A unit of work is 512 columns of a layer and some
+// steps of 64 rows; blocks take units from a common counter.
 //
-//   fill     lora_A for a step, 16 bits, as wgmma takes it, into a ring of panels; beside it, a part a
-//            step, lora_B for the strip that comes next
-//   consume  twice, 128 rows each: lora_B of a strip in registers for all of its steps; products by
-//            wgmma; W comes by cp.async, steps ahead and across strips, each lane's elements to a
-//            place of its own, so that nobody waits for anybody's; sums go straight back to memory
+//   fill     lora_B for a step, 16 bits, as wgmma takes it from registers
+//   consume  twice, 256 columns each: lora_A for them, in shared memory for all of a unit; then, a
+//            step, lora_B in registers, products by wgmma, and W: a warp's 16 rows come by cp.async,
+//            chunks ahead and across units, gain their sums in shared memory and go back
+//
+// Memory sees whole lines: a warp reads and writes 256 bytes of each of its rows at a time, two rows an
+// instruction, where the sums of a lane are of eight rows. Lines written by halves cost a third of the
+// rate, and lora_A in shared memory for 512 columns half of what lora_B's rows for as many cost in L2.
 //
 // bf16 factors are held as they are. Of fp32 factors 11 bits are kept: as fp16, which has tf32's
 // mantissa and twice its speed, scaled by a power of two for each row of lora_B and column of lora_A.
 // That holds 11 bits of what is 2^-28 of the row's or column's largest or more, and below an error of
 // up to 2^-39 of the largest (numerics.cuh); of rows below 2^-90 less, where float32's own range ends.
 //
-// Where a row's pitch is no multiple of 16 bytes, a strip takes every second, fourth or eighth row of W:
-// these begin at one offset from 16 bytes, and steps begin as many columns earlier. All accesses then
-// are of 16 bytes, but for a row's first and last.
+// A row that begins elsewhere than at 16 bytes lies in shared memory as in W, from the 16 bytes before
+// its first element on. All accesses to W then are of 16 bytes, but for a unit's first and last columns.
 #include <algorithm>
-#include <iterator>
+#include <cstring>
 
 #include "merge.cuh"
 #include "ptx.cuh"
@@ -38,115 +41,124 @@ constexpr float kShift = 0x1p15f;
 
 // ---- What is done where -------------------------------------------------------------------------
 
-constexpr int kStripRows = 256, kStepCols = 64;
-constexpr int kConsumers = 2, kOwnRows = kStripRows / kConsumers;  // of a warpgroup
-constexpr int kHalfRows = 64;                                      // of a wgmma
+constexpr int kStepRows = 64, kUnitCols = 512;
+constexpr int kConsumers = 2, kOwnCols = kUnitCols / kConsumers;  // of a warpgroup
+constexpr int kWarpRows = 16;                                     // of a step
+constexpr int kPartCols = 64;                                     // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
 
-// The logarithm of how many rows of W further one is a multiple of 16 bytes further.
-__host__ __device__ __forceinline__ int log_period_of(const Matrix& weight) {
-  const int odd = int(weight.row & 7);
-  return odd == 0 ? 0 : odd == 4 ? 1 : odd % 2 == 0 ? 2 : 3;
-}
-// Elements from the last multiple of 16 bytes to a row's first.
-__host__ __device__ __forceinline__ int offset_of(const Matrix& weight, int64_t row) {
-  return int((reinterpret_cast<uintptr_t>(weight.data) / 2 + uint64_t(row) * uint64_t(weight.row)) & 7);
-}
-
-// A layer's units: strips beside each other first, for they share lora_A, then further columns.
+// A layer's units: columns beside each other first, for they share lora_B, then further rows.
 struct Cut {
-  int log_period, strips, steps;
+  int blocks, steps;
   __host__ __device__ __forceinline__ explicit Cut(const MergeLayer& layer)
-      : log_period(log_period_of(layer.weight)) {
-    strips = int(ceil_div(every(layer.n), kStripRows)) << log_period;
-    const bool shifted = log_period > 0 || offset_of(layer.weight, 0);
-    steps = int(ceil_div(layer.k + (shifted ? kStrip - 1 : 0), kStepCols));
-  }
-  // How many rows there are in `rows` if they follow a period apart.
-  __host__ __device__ __forceinline__ int64_t every(int64_t rows) const {
-    return (rows + (1 << log_period) - 1) >> log_period;
-  }
-  __host__ __device__ __forceinline__ int64_t units(int steps_a_unit) const {
-    return strips * ceil_div(steps, steps_a_unit);
-  }
+      : blocks(int(ceil_div(layer.k, kUnitCols))), steps(int(ceil_div(layer.n, kStepRows))) {}
 };
 
-// The layer's numbers are here for once: behind the instructions that speak of shared memory they would
-// be read again for each piece.
+// Rows of W or of the residual.
+struct Sheet {
+  bf16* at;
+  int64_t pitch;
+};
+
+// A unit. Matrices are from its first row on, lora_A is the layer's.
 struct Unit {
-  int index;  // the layer's
-  Matrix weight, residual, lora_A, lora_B;
-  int64_t row0;      // the first row; the others follow `period` apart
-  int rows, period;  // rows: may be none
-  int r;
-  int col0, steps;   // col0: may lie up to 7 before the row
-  int cols;
-  float scaling;
+  Sheet weight, residual;
+  Matrix lora_A, lora_B;
   uint64_t seed;
-  int64_t drawn_row0;  // row0 for the random bits
+  int64_t drawn_row;  // the first row's number for the random bits
+  int rows, below;    // rows: 0, there is no unit; below: rows to the layer's end, 2^31 - 1 at most
+  int col0, cols;     // cols: the layer's
+  int r;
+  float scaling;
+
+  __device__ __forceinline__ int steps() const { return (rows + kStepRows - 1) / kStepRows; }
 };
 
-// `from`: the index of a layer that begins at or before it. What travels as an argument is read as one.
-__device__ __forceinline__ Unit unit_of(const MergeTable& table, int64_t number, int lane, int from) {
-  Unit unit;
-  unit.index = from - 1;
+// By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. What
+// travels as an argument is read as one.
+__device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number, int lane, int& from) {
+  Unit unit{};
+  if (number >= uint32_t(table.units)) return unit;
+  int index = from - 1;
   for (int begun = 32; begun == 32;) {  // a layer a lane, in their order
-    const int i = unit.index + 1 + lane;
+    const int i = index + 1 + lane;
     bool begins = false;
     if (i < table.count)
       begins = (table.layers ? table.layers[i].first_block : table.first[i].first_block) <= number;
     begun = __popc(ptx::ballot(begins));
-    unit.index += begun;
+    index += begun;
   }
-  const MergeLayer layer = table.layers ? table.layers[unit.index] : table.first[unit.index];
+  from = index;
+  const MergeLayer layer = table.layers ? table.layers[index] : table.first[index];
   const Cut cut(layer);
-  const uint32_t within = uint32_t(number) - layer.first_block, chunk = within / uint32_t(cut.strips);
-  const int strip = int(within - chunk * uint32_t(cut.strips));
-  const int first_step = int(chunk) * table.unit_steps;
-  unit.weight = layer.weight, unit.residual = layer.residual;
+  const uint32_t within = number - layer.first_block, chunk = within / uint32_t(cut.blocks);
+  const int64_t row0 = int64_t(chunk) * layer.unit_steps * kStepRows, below = layer.n - row0;
+  const auto sheet = [row0](const Matrix& m) {
+    return Sheet{static_cast<bf16*>(m.data) + row0 * m.row, m.row};
+  };
+  unit.weight = sheet(layer.weight), unit.residual = sheet(layer.residual);
   unit.lora_A = layer.lora_A, unit.lora_B = layer.lora_B;
-  unit.period = 1 << cut.log_period;
-  unit.row0 = (strip & (unit.period - 1)) +
-              (int64_t(strip >> cut.log_period) * kStripRows << cut.log_period);
-  unit.rows = int(min(cut.every(max(layer.n - unit.row0, int64_t(0))), int64_t(kStripRows)));
-  unit.r = int(layer.r);
-  unit.col0 = first_step * kStepCols - offset_of(layer.weight, unit.row0);
-  unit.steps = min(cut.steps - first_step, table.unit_steps);
-  unit.cols = int(layer.k);
-  unit.scaling = layer.scaling;
+  const int64_t bytes = row0 * layer.lora_B.row * (table.narrow_factors ? 2 : 4);
+  unit.lora_B.data = static_cast<char*>(layer.lora_B.data) + bytes;
   unit.seed = layer.seed;
-  unit.drawn_row0 = layer.first_row + unit.row0;
+  unit.drawn_row = layer.first_row + row0;
+  unit.rows = int(min(below, int64_t(layer.unit_steps) * kStepRows));
+  unit.below = int(min(below, int64_t(INT32_MAX)));
+  unit.col0 = int(within - chunk * uint32_t(cut.blocks)) * kUnitCols;
+  unit.cols = int(layer.k);
+  unit.r = int(layer.r);
+  unit.scaling = layer.scaling;
   return unit;
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
-constexpr int kPanels = 2, kSlots = 4;
-constexpr int kPanelSpan = kStepCols * kRowBytes, kPanelBytes = 2 * kPanelSpan;  // a span: kSpanR of r
-constexpr int kSlotBytes = kStripRows * kStepCols * 2;  // a step of W, or of the residual
-constexpr int kPanelAt = kStripRows * kMostRank * 2;    // lora_B comes first
-constexpr int kSlotAt = kPanelAt + kPanels * kPanelBytes;
-constexpr int kRowUnitsAt = kSlotAt + kSlots * kSlotBytes;
-constexpr int kColUnitsAt = kRowUnitsAt + 4 * kStripRows;
-constexpr int kLargestAt = kColUnitsAt + 4 * kPanels * kStepCols;  // of a column, of each half of r
-constexpr int kBarriersAt = kLargestAt + 4 * kPanels * 2 * kStepCols;
-constexpr int kSharedSm90 = kBarriersAt + 8 * (2 * kPanels + 2);
-static_assert(kSharedSm90 <= two_segment::kMostShared);
+// A panel: kPartCols columns of lora_A, as wgmma takes them; a span: kSpanR of r of one.
+constexpr int kPanels = kUnitCols / kPartCols;
+constexpr int kPanelSpan = kPartCols * kRowBytes, kPanelBytes = 2 * kPanelSpan;
+constexpr int kRowsAt = kPanels * kPanelBytes;
+constexpr int kSlotAt = kRowsAt + kStepRows * kMostRank * 2;
 
-struct Barriers {
-  uint32_t memory;
-  __device__ __forceinline__ uint32_t full(int panel) const { return memory + kBarriersAt + 8 * panel; }
-  __device__ __forceinline__ uint32_t empty(int panel) const { return full(panel + kPanels); }
-  __device__ __forceinline__ uint32_t rows_full() const { return full(2 * kPanels); }
-  __device__ __forceinline__ uint32_t rows_empty() const { return full(2 * kPanels + 1); }
-};
+// A chunk: what a warp copies at a time of W, and of the residual, into a slot of its own: half of its
+// rows, and the columns of two products. Lines of 128 bytes as in memory, for asynchronous copies are
+// quick then alone; of each line, halves of odd rows are swapped, so that what eight lanes read together
+// lies in all banks. Behind them 16 bytes a row, for what a row has beyond them that begins elsewhere
+// than at a multiple of 16 bytes.
+constexpr int kChunkRows = kWarpRows / 2, kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
+constexpr int kStrips = kChunkCols / kStrip;  // of a row, and lanes that copy it
+constexpr int kRowsAtOnce = 32 / kStrips;
+constexpr int kPitch = 2 * kChunkCols, kChunkBytes = kChunkRows * (kPitch + 16);
+constexpr int kSlotsBytes = 4 * kConsumers * kChunks * kChunkBytes;
 
-// Where 16 of r and a band of kHalfRows rows of lora_B are: 16 bytes for each thread, as wgmma takes
-// them from its registers.
-constexpr int kOf16 = kHalfRows * 16 * 2, kSixteens = kMostRank / 16;
-__device__ __forceinline__ uint32_t rows_at(uint32_t memory, int band, int sixteen) {
-  return memory + (band * kSixteens + sixteen) * kOf16;
+// Of a strip of a row in a slot; the kStrips-th is the one behind.
+__device__ __forceinline__ uint32_t place_of(int row, int strip) {
+  return strip < kStrips ? row * kPitch + (strip ^ row % 2 * 4) * 16 : kChunkRows * kPitch + row * 16;
+}
+
+constexpr int kColUnitsAt = kSlotAt + kSlotsBytes;
+constexpr int kLargestAt = kColUnitsAt + 2 * kUnitCols;  // of a column, of each half of r
+constexpr int kRowUnitsAt = kLargestAt + 4 * kConsumers * 2 * kPartCols;
+constexpr int kUnitsAt = kRowUnitsAt + 4 * kStepRows, kUnits = 4;
+constexpr int kBarriersAt = kUnitsAt + kUnits * int(sizeof(Unit));
+constexpr int kSharedSm90 = kBarriersAt + 16;
+static_assert(kSlotAt % 128 == 0 && kChunkBytes % 128 == 0);
+static_assert(kBarriersAt % 8 == 0 && kSharedSm90 <= two_segment::kMostShared);
+
+// Arrivals are of every thread: compute-sanitizer's racecheck knows no other order by them.
+__device__ __forceinline__ uint32_t rows_full(uint32_t memory) { return memory + kBarriersAt; }
+__device__ __forceinline__ uint32_t rows_empty(uint32_t memory) { return memory + kBarriersAt + 8; }
+
+// The block's unit `i`, counted from 0. `fill` has it there with the first rows of the unit before it,
+// when nobody is at the unit three before that any more, whose place it takes.
+__device__ __forceinline__ Unit& unit_at(uint32_t memory, uint32_t i) {
+  return *ptx::shared_pointer<Unit>(memory + kUnitsAt + i % kUnits * uint32_t(sizeof(Unit)));
+}
+
+// Where 16 of r of a step's lora_B are: 16 bytes for each thread, as wgmma takes them from its registers.
+constexpr int kOf16 = kStepRows * 16 * 2, kSixteens = kMostRank / 16;
+__device__ __forceinline__ uint32_t rows_at(uint32_t memory, int sixteen) {
+  return memory + kRowsAt + sixteen * kOf16;
 }
 
 // Which column of 32 a wgmma's column n stands for: a lane, which has columns 2 t and the next of each
@@ -170,85 +182,52 @@ __device__ __forceinline__ float magnitude(bf16) { return 0.f; }
 
 // ---- fill ---------------------------------------------------------------------------------------
 
-// A thread has a column and half of r. Without branches: 64 loads are under way together.
+// A step's lora_B, under way. Eight lanes have a row; a warp 16, those that its like among the consumers
+// multiply.
 template <typename F>
-__device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, int col0, Ring<kPanels>& ring,
-                                           int thread) {
-  constexpr bool kScaled = sizeof(F) == 4;
-  const Barriers barriers{memory};
-  const Matrix& m = unit.lora_A;
-  const int n = thread % kStepCols, half = thread / kStepCols, col = col0 + column_of(n);
-  const int rows = unit.r - half * kSpanR;
-  const F* const first = global_memory<const F>(m.data);
-  F v[kSpanR];
-  const bool inside = col >= 0 && col < unit.cols;
-  const F* at = ptx::further(first, inside && rows > 0 ? half * kSpanR * m.row + col * m.col : int64_t(0));
-#pragma unroll
-  for (int i = 0; i < kSpanR; ++i, at = ptx::further(at, m.row)) v[i] = inside && i < rows ? *at : F{};
-  float scale = 1.f;
-  if (kScaled) {
-    float largest = 0.f;
-#pragma unroll
-    for (int i = 0; i < kSpanR; ++i) largest = fmaxf(largest, magnitude(v[i]));
-    const uint32_t mine = memory + kLargestAt + 4 * (thread + ring.stage * 2 * kStepCols);
-    ptx::store_shared_32(mine, float_bits(largest));
-    ptx::named_barrier(1, 128);
-    const uint32_t other = half ? mine - 4 * kStepCols : mine + 4 * kStepCols;
-    scale = half_scale(fmaxf(largest, bits_float(ptx::load_shared_32(other))));
-  }
-  ptx::wait(barriers.empty(ring.stage), ring.phase ^ 1);
-  const uint32_t panel = memory + kPanelAt + ring.stage * kPanelBytes + half * kPanelSpan;
-#pragma unroll
-  for (int chunk = 0; chunk < 8; ++chunk) {
-    const F* const eight = v + 8 * chunk;
-    ptx::store_shared_128(
-        panel + swizzled(n, chunk),
-        {halves(eight[0], eight[1], scale), halves(eight[2], eight[3], scale),
-         halves(eight[4], eight[5], scale), halves(eight[6], eight[7], scale)});
-  }
-  if (kScaled && half == 0)
-    ptx::store_shared_32(memory + kColUnitsAt + 4 * (ring.stage * kStepCols + column_of(n)),
-                         float_bits(half_unit(scale) * kShift));
-  ptx::fence_async_shared();
-  ptx::sync_warp();
-  if (thread % 32 == 0) ptx::arrive(barriers.full(ring.stage));
-  ring.advance();
-}
-
-// kCount of a strip's kParts of lora_B, under way. A part: eight of a band's 16 rows that are the warp's,
-// four and those eight further. Eight lanes have a row.
-constexpr int kParts = 2 * kStripRows / kHalfRows;
-template <typename F, int kCount>
 struct Rows {
-  F v[kCount][2][kSixteens][2];
+  F v[4][kSixteens][2];
 
-  // The first of part `part`, of the strip.
-  __device__ __forceinline__ static int row_of(int part, int thread) {
-    return part / 2 * kHalfRows + thread / 32 * 16 + part % 2 * 4 + thread % 32 / 8;
+  __device__ __forceinline__ static int row_of(int i, int thread) {
+    return thread / 32 * 16 + i / 2 * 4 + i % 2 * 8 + thread % 32 / 8;
   }
 
-  __device__ __forceinline__ void load(const Unit& unit, int part, int thread) {
+  // Without branches: all loads are under way together. Pairs where lora_B lies as it usually does.
+  __device__ __forceinline__ void load(const Unit& unit, int step, int thread) {
     const Matrix& m = unit.lora_B;
     const int first = thread % 8 * 2;
+    const bool pairs = m.col == 1 && ((m.row | unit.r) & 1) == 0 &&
+                       reinterpret_cast<uintptr_t>(m.data) % (2 * sizeof(F)) == 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kCount; ++i) {
-      const int row = row_of(part + i / 2, thread) + i % 2 * 8;
-      const F* at = global_memory<const F>(m.data) +
-                    (unit.row0 + int64_t(row) * unit.period) * m.row + first * m.col;
+    for (int i = 0; i < 4; ++i) {
+      const int row = step * kStepRows + row_of(i, thread), count = row < unit.rows ? unit.r - first : 0;
+      const F* at = global_memory<const F>(m.data) + row * m.row + first * m.col;
+      if (pairs) {
 #pragma unroll
-      for (int j = 0; j < 2 * kSixteens; ++j, at += j % 2 ? m.col : 15 * m.col)
-        v[i / 2][i % 2][j / 2][j % 2] =
-            row < unit.rows && j / 2 * 16 + first + j % 2 < unit.r ? *at : F{};
+        for (int j = 0; j < kSixteens; ++j) load_pair(at + 16 * j, 16 * j < count, v[i][j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2 * kSixteens; ++j, at += j % 2 ? m.col : 15 * m.col)
+          v[i][j / 2][j % 2] = j / 2 * 16 + j % 2 < count ? *at : F{};
+      }
     }
+  }
+  __device__ __forceinline__ static void load_pair(const F* at, bool there, F (&pair)[2]) {
+    using Pair = std::conditional_t<sizeof(F) == 4, uint2, uint32_t>;
+    Pair bits{};
+    if (there)
+      bits = *static_cast<const Pair*>(
+          __builtin_assume_aligned(global_memory<const Pair>(const_cast<F*>(at)), sizeof(Pair)));
+    memcpy(pair, &bits, sizeof pair);
   }
 
   // To shared memory, of fp32 their units, too.
-  __device__ __forceinline__ void store(uint32_t memory, int part, int thread) const {
+  __device__ __forceinline__ void store(uint32_t memory, int thread) const {
     constexpr bool kScaled = sizeof(F) == 4;
     const int lane = thread % 32;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int row = row_of(part + i, thread);
+    for (int i = 0; i < 4; i += 2) {  // rows 8 apart, which one thread multiplies
+      const int row = row_of(i, thread);
       float scales[2] = {1.f, 1.f};
       if (kScaled)
 #pragma unroll
@@ -256,7 +235,7 @@ struct Rows {
           float largest = 0.f;
 #pragma unroll
           for (int j = 0; j < 2 * kSixteens; ++j)
-            largest = fmaxf(largest, magnitude(v[i][u][j / 2][j % 2]));
+            largest = fmaxf(largest, magnitude(v[i + u][j / 2][j % 2]));
 #pragma unroll
           for (int by = 1; by < 8; by *= 2)
             largest = fmaxf(largest, bits_float(ptx::shuffle(float_bits(largest), lane ^ by)));
@@ -268,296 +247,468 @@ struct Rows {
       const int of = thread / 32 * 32 + row % 8 * 4 + lane % 4;  // the thread that multiplies them
 #pragma unroll
       for (int j = 0; j < kSixteens; ++j)
-        ptx::store_shared_64(rows_at(memory, (part + i) / 2, j) + of * 16 + lane % 8 / 4 * 8,
-                             {halves(v[i][0][j][0], v[i][0][j][1], scales[0]),
-                              halves(v[i][1][j][0], v[i][1][j][1], scales[1])});
+        ptx::store_shared_64(rows_at(memory, j) + of * 16 + lane % 8 / 4 * 8,
+                             {halves(v[i][j][0], v[i][j][1], scales[0]),
+                              halves(v[i + 1][j][0], v[i + 1][j][1], scales[1])});
     }
   }
 };
 
-// A strip's lora_A, and the next one's lora_B, as soon as the consumers have the strip's own in their
-// registers: not before they are at work on it, which a panel beyond the ring's first says. Of a block's
-// first strip they fetch that themselves.
+constexpr int kAhead = 4;  // steps: what L2 is sure to keep so long
+
+// A unit's lora_A into L2, where it lies as it usually does: a row of it a thread.
+template <typename F>
+__device__ __forceinline__ void prefetch_panels(const Unit& unit, int thread) {
+  const Matrix& m = unit.lora_A;
+  if (unit.rows == 0 || thread >= unit.r || m.col != 1) return;
+  const F* const row = static_cast<const F*>(m.data) + thread * m.row;
+#pragma unroll 1
+  for (int col = unit.col0; col < min(unit.cols, unit.col0 + kUnitCols); col += 128 / int(sizeof(F)))
+    prefetch_L2(row + col);
+}
+
+// A step's rows are on their way while the consumers are at the one before; a unit is known before the
+// one before it begins.
 template <typename F>
 __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, int thread) {
-  const Barriers barriers{memory};
   const int lane = thread % 32;
-  Ring<kPanels> ring;
-  Ring<1> rows;
-  Unit unit, next = unit_of(table, blockIdx.x, lane, 0);
-  for (int64_t number = blockIdx.x; number < table.units;) {
-    unit = next;
-    number += gridDim.x;
-    int part = number < table.units ? 0 : kParts;
-#pragma unroll 1
-    for (int step = 0; step < unit.steps || part < kParts; ++step) {
-      const bool with_rows = part < kParts && (step >= kPanels || step >= unit.steps);
-      Rows<F, 1> under_way;
-      if (with_rows) {
-        if (part == 0) next = unit_of(table, number, lane, unit.index);
-        under_way.load(next, part, thread);
-      }
-      if (step < unit.steps)
-        fill_panel<F>(unit, memory, unit.col0 + step * kStepCols, ring, thread);
-      if (!with_rows) continue;
-      if (part == 0) ptx::wait(barriers.rows_empty(), rows.phase);
-      under_way.store(memory, part, thread);
-      if (++part < kParts) continue;
-      ptx::sync_warp();
-      if (lane == 0) ptx::arrive(barriers.rows_full());
-      rows.advance();
+  int layer = 0;
+  Ring<1> ring;
+  for (uint32_t i = 0;; ++i) {
+    if (thread < 32) {
+      uint32_t number = i == 0 ? blockIdx.x : uint32_t(table.units);
+      if (lane == 0 && i > 0 && table.units > int(gridDim.x))
+        number = gridDim.x + atomicAdd(table.taken, 1u);
+      const Unit next = unit_of(table, ptx::shuffle(number, 0), lane, layer);
+      if (lane == 0) unit_at(memory, i) = next;
     }
+    if (i == 0) {
+      __syncthreads();
+      continue;
+    }
+    const Unit unit = unit_at(memory, i - 1);
+    if (unit.rows == 0) break;
+    Rows<F> rows;
+    rows.load(unit, 0, thread);
+#pragma unroll 1
+    for (int step = 0;;) {
+      ptx::wait(rows_empty(memory), ring.phase ^ 1);
+      rows.store(memory, thread);
+      ptx::arrive(rows_full(memory));
+      ring.advance();
+      if (step == max(unit.steps() - kAhead, 0)) {
+        if (step == 0) ptx::named_barrier(1, 128);  // the next unit is there
+        prefetch_panels<F>(unit_at(memory, i), thread);
+      }
+      if (++step == unit.steps()) break;
+      rows.load(unit, step, thread);
+    }
+    ptx::named_barrier(1, 128);  // the next unit is there
   }
 }
 
-// ---- consume ------------------------------------------------------------------------------------
+// ---- consume: lora_A ----------------------------------------------------------------------------
 
-// A lane has, of both halves, rows 16 * warp + lane / 4 and 8 further, eight columns in each 32.
-constexpr int kPieces = 8;
-__device__ __forceinline__ constexpr int piece_row(int piece) {
-  return piece / 4 * kHalfRows + piece / 2 % 2 * 8;
+// A panel, by a warpgroup: a thread has a column and half of r. Without branches, as above.
+template <typename F>
+__device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, int warpgroup, int panel,
+                                           int thread) {
+  constexpr bool kScaled = sizeof(F) == 4;
+  const Matrix& m = unit.lora_A;
+  const int n = thread % kPartCols, half = thread / kPartCols;
+  const int own = panel * kPartCols + column_of(n), col = unit.col0 + own;
+  const int rows = unit.r - half * kSpanR;
+  const bool inside = col < unit.cols;
+  F v[kSpanR];
+  const F* at = ptx::further(global_memory<const F>(m.data),
+                             inside && rows > 0 ? half * kSpanR * m.row + col * m.col : int64_t(0));
+#pragma unroll
+  for (int i = 0; i < kSpanR; ++i, at = ptx::further(at, m.row)) v[i] = inside && i < rows ? *at : F{};
+  float scale = 1.f;
+  if (kScaled) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kSpanR; ++i) largest = fmaxf(largest, magnitude(v[i]));
+    const uint32_t both = memory + kLargestAt + 4 * (warpgroup * 2 * kPartCols + n);
+    ptx::store_shared_32(both + 4 * half * kPartCols, float_bits(largest));
+    ptx::named_barrier(2 + warpgroup, 128);
+    scale = half_scale(fmaxf(bits_float(ptx::load_shared_32(both)),
+                             bits_float(ptx::load_shared_32(both + 4 * kPartCols))));
+    ptx::named_barrier(2 + warpgroup, 128);
+    if (half == 0)
+      ptx::store_shared_16(memory + kColUnitsAt + 2 * own,
+                           uint16_t(float_bits(half_unit(scale) * kShift) >> 16));
+  }
+  const uint32_t to = memory + panel * kPanelBytes + half * kPanelSpan;
+#pragma unroll
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    const F* const eight = v + 8 * chunk;
+    ptx::store_shared_128(
+        to + swizzled(n, chunk),
+        {halves(eight[0], eight[1], scale), halves(eight[2], eight[3], scale),
+         halves(eight[4], eight[5], scale), halves(eight[6], eight[7], scale)});
+  }
 }
-__device__ __forceinline__ constexpr int piece_col(int piece) { return piece % 2 * 32; }
 
-// Where a lane's pieces of a matrix are, and how many rows there are from its first on.
-struct Pieces {
-  bf16* at;
+// A warpgroup's panels, when its warps are done with the last unit's.
+template <typename F>
+__device__ __forceinline__ void fill_panels(const Unit& unit, uint32_t memory, int warpgroup,
+                                            int warp) {
+  const int thread = warp * 32 + lane_id();
+  ptx::named_barrier(2 + warpgroup, 128);
+#pragma unroll 1
+  for (int i = 0; i < kPanels / kConsumers; ++i)
+    fill_panel<F>(unit, memory, warpgroup, warpgroup * (kPanels / kConsumers) + i, thread);
+  ptx::fence_async_shared();
+  ptx::named_barrier(2 + warpgroup, 128);
+}
+
+// ---- consume: W, and the residual, to and from shared memory ------------------------------------
+
+// Elements from the last multiple of 16 bytes to an address.
+__device__ __forceinline__ int offset_of(const bf16* at) {
+  return int(reinterpret_cast<uintptr_t>(at) / 2 & 7);
+}
+
+// Elements `by` to by + 7 of sixteen; by <= 8.
+__device__ __forceinline__ uint4 shifted(uint4 first, uint4 second, int by) {
+  uint32_t w[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+  for (int words = 4; words > 0; words /= 2)
+    if (by & 2 * words)
+#pragma unroll
+      for (int i = 0; i + words < 8; ++i) w[i] = w[i + words];
+  if (by & 1)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
+  return {w[0], w[1], w[2], w[3]};
+}
+
+// A chunk of a matrix. A lane copies and stores kCount strips of it, in rows kRowsAtOnce apart.
+struct Piece {
+  static constexpr int kCount = kChunkRows / kRowsAtOnce;
+  bf16* at;  // its first element
   int64_t pitch;
-  int rows;
-  Pieces() = default;
-  __device__ __forceinline__ Pieces(const Unit& unit, const Matrix& m, int row, int col)
-      : at(global_memory<bf16>(m.data) + (unit.row0 + int64_t(row) * unit.period) * m.row + col),
-        pitch(m.row * unit.period),
-        rows(unit.rows - row) {}
-  __device__ __forceinline__ bool has(int piece) const { return piece_row(piece) < rows; }
-  __device__ __forceinline__ bf16* of(int piece) const {
-    return global_memory<bf16>(at + piece_row(piece) * pitch + piece_col(piece));
+  int rows, cols;  // that there are: at most kChunkRows and kChunkCols, none or less beyond the matrix
+  bool whole;      // every row begins and ends at a multiple of 16 bytes
+  bool last;       // what surrounds its rows may lie beyond the matrix
+
+  // `chunk` of a unit's step, for the warp `warp` of `warpgroup`.
+  __device__ __forceinline__ Piece(const Unit& unit, const Sheet& m, int step, int chunk, int warpgroup,
+                                   int warp) {
+    const int row = step * kStepRows + warp * kWarpRows + chunk % 2 * kChunkRows;
+    const int col = unit.col0 + warpgroup * kOwnCols + chunk / 2 * kChunkCols;
+    pitch = m.pitch;
+    at = global_memory<bf16>(m.at) + row * pitch + col;
+    rows = min(unit.rows - row, kChunkRows), cols = min(unit.cols - col, kChunkCols);
+    whole = ((offset_of(at) | int(pitch) | cols) & 7) == 0;
+    last = (unit.below - row - rows) * pitch + unit.cols - col < kChunkCols + kStrip;
+  }
+
+  __device__ __forceinline__ int offset(int row) const { return offset_of(at + row * pitch); }
+
+  // Asynchronously, each row from the 16 bytes on in which it begins. What surrounds it in memory up to
+  // multiples of 16 bytes comes along.
+  __device__ __forceinline__ void copy(uint32_t slot, int lane) const {
+    const int strip = lane % kStrips, first = strip * kStrip;
+    int row = lane / kStrips;
+    if (last && !whole) return copy_last(slot, row, strip, lane);
+    const bf16* from = at + row * pitch + first;
+    const uint32_t to = slot + place_of(row, strip);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int before = offset_of(from);
+      ptx::copy_16<true>(to + further(i), from - before, row < rows && first - before < cols ? 16 : 0);
+      row += kRowsAtOnce, from += kRowsAtOnce * pitch;
+    }
+    if (whole || lane >= rows) return;
+    const int before = offset(lane);
+    if (kChunkCols - before < cols)
+      ptx::copy_16<true>(slot + place_of(lane, kStrips), at + lane * pitch + kChunkCols - before, 16);
+  }
+  // From a lane's first strip to its i-th: rows as odd as its first.
+  __device__ __forceinline__ static constexpr uint32_t further(int i) {
+    return i * kRowsAtOnce * kPitch;
+  }
+
+  // By elements, but for nothing that lies beyond a row.
+  __device__ __forceinline__ void copy_last(uint32_t slot, int row, int strip, int lane) const {
+#pragma unroll 1
+    for (; row < rows; row += kRowsAtOnce) copy_strip(slot, row, strip);
+    if (lane < rows) copy_strip(slot, lane, kStrips);
+  }
+  __device__ __forceinline__ void copy_strip(uint32_t slot, int row, int strip) const {
+    const int begin = strip * kStrip - offset(row);
+#pragma unroll 1
+    for (int i = max(0, -begin); i < min(kStrip, cols - begin); ++i)
+      ptx::store_shared_16(slot + place_of(row, strip) + 2 * i,
+                           global_memory<bf16>(at + row * pitch + begin)[i].bits);
+  }
+
+  // Whole rows: what a lane has copied itself, and may copy over then.
+  __device__ __forceinline__ void load(uint4 (&strips)[kCount], uint32_t slot, int lane) const {
+    const uint32_t from = slot + place_of(lane / kStrips, lane % kStrips);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(from + further(i));
+  }
+  __device__ __forceinline__ void store(const uint4 (&strips)[kCount], int lane) const {
+    const int row = lane / kStrips, first = lane % kStrips * kStrip, count = first < cols ? rows : 0;
+    bf16* to = at + row * pitch + first;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch)
+      if (row + i * kRowsAtOnce < count) store_16(to, strips[i]);
+  }
+
+  // From rows of shared memory that begin with their first elements.
+  __device__ __forceinline__ void store(uint32_t slot, int lane) const {
+    if (rows <= 0 || cols <= 0) return;
+    if (whole) {
+      uint4 strips[kCount];
+      load(strips, slot, lane);
+      return store(strips, lane);
+    }
+    const int row = lane / kStrips, strip = lane % kStrips, first = strip * kStrip;
+    const uint32_t from = slot + place_of(row, strip), left = slot + place_of(row, max(strip - 1, 0));
+    bf16* to = at + row * pitch + first;
+#pragma unroll 2
+    for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch) {
+      const int before = offset_of(to);
+      const uint4 eight = shifted(ptx::load_shared_128(left + further(i)),
+                                  ptx::load_shared_128(from + further(i)), kStrip - before);
+      if (row + i * kRowsAtOnce < rows && first >= before && first - before + kStrip <= cols)
+        store_16(to - before, eight);
+    }
+    if (lane < 2 * kChunkRows) store_end(slot, lane % kChunkRows, lane < kChunkRows);
+    ptx::sync_warp();  // others copy to where these lie
+  }
+
+  // A row's first elements, up to a multiple of 16 bytes, or its last ones, from one on.
+  __device__ __forceinline__ void store_end(uint32_t slot, int row, bool first) const {
+    const int before = offset(row), end = (before + cols) / kStrip;
+    if (row >= rows || (first && (before == 0 || end == 0))) return;
+    const int strip = first ? 0 : end, from = strip == 0 ? before : 0;
+    const int to = first ? kStrip : (before + cols) % kStrip;
+    uint4 eight = shifted(ptx::load_shared_128(slot + place_of(row, max(strip - 1, 0))),
+                          ptx::load_shared_128(slot + place_of(row, strip)), kStrip - before);
+    bf16* const begin = global_memory<bf16>(at + row * pitch + strip * kStrip - before);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool low = from <= 2 * i && 2 * i < to, high = from <= 2 * i + 1 && 2 * i + 1 < to;
+      if (low && high)
+        *static_cast<uint32_t*>(__builtin_assume_aligned(begin + 2 * i, 4)) = word(eight, i);
+      else if (low || high)
+        begin[2 * i + high].bits = uint16_t(word(eight, i) >> (high ? 16 : 0));
+    }
+  }
+
+  __device__ __forceinline__ static void store_16(bf16* to, uint4 v) {
+    *static_cast<uint4*>(__builtin_assume_aligned(global_memory<bf16>(to), 16)) = v;
   }
 };
 
-// W, and the residual, on their way to shared memory: a group of copies for each step, beyond the last
-// one an empty one.
+// A slot's next chunk of W, and of the residual: a group of copies, beyond the last unit an empty one.
 template <bool kCompensated>
-struct Incoming {
-  static constexpr int kStages = kCompensated ? kSlots / 2 : kSlots;
-  int64_t number;  // the unit's
-  int step = 0, stage = 0;
-  Unit unit{};
-  int left = 0;  // columns, from the lane's first on
-  Pieces weight{}, rest{};
-
-  // At a row's left end a lane reads all of 16 bytes, too: what lies before is another row's end.
-  __device__ __forceinline__ void copy(Pieces& from, uint32_t to) const {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
-      const int count = max(0, min(left - piece_col(piece), kStrip));
-      ptx::copy_16<true>(to + piece * (kSlotBytes / kPieces), from.of(piece),
-                         from.has(piece) ? count * 2 : 0);
-    }
-    from.at += kStepCols;
-  }
-
-  // `place`: of the lane's first piece in the first slot. `row`: its first, of the strip.
-  __device__ __forceinline__ void next(const MergeTable& table, uint32_t place, int row, int lane) {
-    if (number < table.units) {
-      if (step == 0) {
-        unit = unit_of(table, number, lane, unit.index);
-        const int col = unit.col0 + lane % 4 * kStrip;
-        left = unit.cols - col;
-        weight = Pieces(unit, unit.weight, row, col);
-        if (kCompensated) rest = Pieces(unit, unit.residual, row, col);
-      }
-      const uint32_t to = place + stage * (kCompensated ? 2 : 1) * kSlotBytes;
-      copy(weight, to);
-      if (kCompensated) copy(rest, to + kSlotBytes);
-      left -= kStepCols;
-      if (++step == unit.steps) step = 0, number += gridDim.x;
+struct Next {
+  Piece weight, rest;
+  __device__ __forceinline__ Next(const Unit& unit, int step, int chunk, int warpgroup, int warp)
+      : weight(unit, unit.weight, step, chunk, warpgroup, warp),
+        rest(unit, kCompensated ? unit.residual : unit.weight, step, chunk, warpgroup, warp) {}
+  __device__ __forceinline__ void copy(uint32_t slot, int lane) const {
+    if (weight.rows > 0 && weight.cols > 0) {
+      weight.copy(slot, lane);
+      if (kCompensated) rest.copy(slot + kChunkBytes, lane);
     }
     ptx::copy_commit();
-    stage = (stage + 1) % kStages;
   }
 };
 
-// The random bits of eight neighbours from `col` on, two to a word. A draw serves eight columns from a
-// multiple of eight on: elsewhere they are the end of one and the beginning of the next.
-__device__ __forceinline__ Words bits_of_eight(uint64_t seed, int64_t row, int col) {
-  Words words = draw(seed, kStreamRound, row, col >> 3);
-  const int skip = col & 7;
-  if (skip) {
-    Words more = draw(seed, kStreamRound, row, (col >> 3) + 1);
-    uint32_t all[8] = {words.w[0], words.w[1], words.w[2], words.w[3],
-                       more.w[0],  more.w[1],  more.w[2],  more.w[3]};
-#pragma unroll
-    for (int by = 4; by > 1; by /= 2)
-      if (skip & by)
-#pragma unroll
-        for (int i = 0; i + by / 2 < 8; ++i) all[i] = all[i + by / 2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words.w[i] = skip & 1 ? all[i] >> 16 | all[i + 1] << 16 : all[i];
-  }
-  return words;
-}
+// ---- consume: the sums --------------------------------------------------------------------------
 
-// Of eight neighbours from `first` on: whether a row has them all.
-__device__ __forceinline__ bool is_whole(int first, int cols) {
-  return first >= 0 && first + kStrip <= cols;
-}
+constexpr int kSums = kPartCols / 2;
 
-// The ends of rows, an element at a time, from where add_sums() has left them.
-__device__ __forceinline__ void store_ends(const Pieces& to, int col, int cols, uint32_t slot) {
-#pragma unroll 1
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const int first = col + piece_col(piece);
-    if (!to.has(piece) || is_whole(first, cols)) continue;
-#pragma unroll 1
-    for (int i = max(0, -first); i < min(kStrip, cols - first); ++i)
-      to.of(piece)[i].bits = ptx::load_shared_16(slot + piece * (kSlotBytes / kPieces) + 2 * i);
-  }
-}
-
-// A chunk of a step: half of its rows and of its columns.
-constexpr int kChunkCols = kStepCols / 2, kSums = kChunkCols / 2;
-
-// sums (kHalfRows, kChunkCols) = a band of lora_B @ `right`, the chunk's columns of a panel.
+// sums (kStepRows, kPartCols) = lora_B's rows @ a panel.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&left)[kSixteens][4],
-                                         uint32_t right) {
+                                         uint32_t panel) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kMostRank; k += 16)
-    ptx::wgmma<T, true>(
-        sums, left[k / 16],
-        operand_descriptor<true>(right + k / kSpanR * kPanelSpan, k % kSpanR), k > 0);
+    ptx::wgmma<T, true>(sums, left[k / 16],
+                        operand_descriptor<true>(panel + k / kSpanR * kPanelSpan, k % kSpanR), k > 0);
   ptx::wgmma_commit();
 }
 
-// Rows `half` and columns `g`: sums[4 m + 2 v + e] is element 2 m + e of piece (v, g).
+__device__ __forceinline__ float unit_of_pair(uint32_t pair, int i) {
+  return bits_float(i ? pair & 0xFFFF0000u : pair << 16);
+}
+
+struct Update {
+  const Unit& unit;
+  float row_unit;
+  int row;                 // the lane's, from the unit's first on
+  int weight_by, rest_by;  // by how many elements its row begins late in shared memory
+  bool late;               // whether any lane's does
+};
+
+// A part's sums, to half of W's rows in shared memory, and to the residual behind it: sums[16 g + 4 m +
+// 2 v + e] is of row lane / 4 + 8 v and column 32 g + 8 (lane % 4) + 2 m + e of the chunk's part p. Rows
+// that begin late take their places from left to right, where nobody needs any more what lies there.
+// `first`: of the lane's first strip in `slot`.
 template <Rounding kRounding, bool kScaled>
-__device__ __forceinline__ void add_sums(const float (&sums)[kSums], int half, int g, const Unit& unit,
-                                         const Pieces& weight, const Pieces& rest, int row, int col,
-                                         uint32_t slot, const float (&row_units)[4],
-                                         uint32_t col_units) {
+__device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, const Update& update, int col,
+                                         uint32_t slot, uint32_t first, int p, uint32_t col_units) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  uint4 units[2] = {};
+  const float scaling = update.unit.scaling;
+  uint4 units[2] = {}, w[2], kept[2] = {};  // all on their way together
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (kScaled) units[i] = ptx::load_shared_128(col_units + 4 * (kChunkCols * g + 4 * i));
+  for (int g = 0; g < 2; ++g) {
+    const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
+    w[g] = ptx::load_shared_128(place);
+    if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
+    if (kScaled) units[g] = ptx::load_shared_128(col_units + 64 * g);
+  }
+  if (update.late) {
+    const int lane = lane_id();
 #pragma unroll
-  for (int v = 0; v < 2; ++v) {
-    const int piece = 4 * half + 2 * v + g, first = col + piece_col(piece);
-    const uint32_t place = slot + piece * (kSlotBytes / kPieces);
-    uint4 w = ptx::load_shared_128(place), kept{};
-    if (kCompensated) kept = ptx::load_shared_128(place + kSlotBytes);
-    if (!weight.has(piece)) continue;
+    for (int g = 0; g < 2; ++g) {
+      const uint32_t right = slot + place_of(lane / 4, 8 * p + 4 * g + lane % 4 + 1);
+      w[g] = shifted(w[g], ptx::load_shared_128(right), update.weight_by);
+      if (kCompensated)
+        kept[g] = shifted(kept[g], ptx::load_shared_128(right + kChunkBytes), update.rest_by);
+    }
+    ptx::sync_warp();
+  }
+#pragma unroll
+  for (int g = 0; g < 2; ++g) {
     Words words{};
     if (kRounding == Rounding::stochastic)
-      words = bits_of_eight(unit.seed,
-                            unit.drawn_row0 + int64_t(row + piece_row(piece)) * unit.period, first);
+      words = draw(update.unit.seed, kStreamRound, update.unit.drawn_row + update.row, (col + 32 * g) >> 3);
     const auto scaled = [&](int i) {
-      const float sum = sums[4 * (i / 2) + 2 * v + i % 2];
-      return kScaled ? __fmul_rn(__fmul_rn(sum, row_units[2 * half + v]),
-                                 bits_float(word(units[i / 4], i % 4)))
+      const float sum = sums[16 * g + 4 * (i / 2) + 2 * v + i % 2];
+      return kScaled ? __fmul_rn(__fmul_rn(sum, update.row_unit),
+                                 unit_of_pair(word(units[g], i / 2), i % 2))
                      : sum;
     };
 #pragma unroll
     for (int i = 0; i < kStrip / 2; ++i) {
-      Neighbours<bf16> pair{word(w, i)}, rest_pair{word(kept, i)};
-      merge_pair<kRounding>(pair, rest_pair, {scaled(2 * i), scaled(2 * i + 1)}, unit.scaling,
+      Neighbours<bf16> pair{word(w[g], i)}, rest{word(kept[g], i)};
+      merge_pair<kRounding>(pair, rest, {scaled(2 * i), scaled(2 * i + 1)}, scaling,
                             words.w[i]);
-      word(w, i) = pair.bits;
-      if (kCompensated) word(kept, i) = rest_pair.bits;
+      word(w[g], i) = pair.bits;
+      if (kCompensated) word(kept[g], i) = rest.bits;
     }
-    if (is_whole(first, unit.cols)) {
-      *reinterpret_cast<uint4*>(weight.of(piece)) = w;
-      if (kCompensated) *reinterpret_cast<uint4*>(rest.of(piece)) = kept;
-    } else {
-      ptx::store_shared_128(place, w);
-      if (kCompensated) ptx::store_shared_128(place + kSlotBytes, kept);
-    }
+    const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;
+    ptx::store_shared_128(place, w[g]);
+    if (kCompensated) ptx::store_shared_128(place + kChunkBytes, kept[g]);
   }
-  ptx::sync_warp();
 }
 
 template <Rounding kRounding, typename F>
-__device__ __forceinline__ void consume(const MergeTable& table, uint32_t memory, int warpgroup,
-                                        int thread) {
-  using Copies = Incoming<kRounding == Rounding::compensated>;
+__device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thread) {
   constexpr bool kScaled = sizeof(F) == 4, kCompensated = kRounding == Rounding::compensated;
-  const Barriers barriers{memory};
-  const int lane = thread % 32, row = warpgroup * kOwnRows + thread / 32 * 16 + lane / 4;
-  const uint32_t place = memory + kSlotAt + (warpgroup * 128 + thread) * 16;
-  Copies incoming{int64_t(blockIdx.x)};
+  constexpr int kParts = kOwnCols / kPartCols, kSlots = kCompensated ? kChunks / 2 : kChunks;
+  constexpr int kSlotBytes = kChunks / kSlots * kChunkBytes;
+  const int warp = thread / 32;
+  const uint32_t slots = memory + kSlotAt + (warpgroup * 4 + warp) * kChunks * kChunkBytes;
 #pragma unroll 1
-  for (int i = 0; i < Copies::kStages; ++i) incoming.next(table, place, row, lane);
-  Ring<kPanels> ring;
-  Ring<1> rows;
-  Unit unit{};
-  for (int64_t number = blockIdx.x; number < table.units; number += gridDim.x) {
-    unit = unit_of(table, number, lane, unit.index);
-    uint32_t left[2][kSixteens][4];
-    float row_units[4] = {};
-    if (number == blockIdx.x) {
-#pragma unroll 1
-      for (int part = 0; part < kParts / kConsumers; part += 2) {
-        Rows<F, 2> own;
-        own.load(unit, warpgroup * kParts / kConsumers + part, thread);
-        own.store(memory, warpgroup * kParts / kConsumers + part, thread);
-      }
-      ptx::sync_warp();  // a warp has fetched its own rows
-    } else {
-      ptx::wait(barriers.rows_full(), rows.phase);
-      rows.advance();
-    }
+  for (int i = 0; i < kSlots; ++i)
+    Next<kCompensated>(unit_at(memory, 0), 0, i, warpgroup, warp).copy(slots + i * kSlotBytes, lane_id());
+  Ring<1> ring;
+  uint32_t left[kSixteens][4];
+  float sums[2][kSums], row_units[2] = {}, next_units[2] = {};
+  const auto take_rows = [&] {  // of the step that comes
+    ptx::wait(rows_full(memory), ring.phase);
 #pragma unroll
-    for (int i = 0; i < 2 * kSixteens; ++i) {
-      const uint32_t at = rows_at(memory, warpgroup * 2 + i / kSixteens, i % kSixteens);
-      uint4 four = ptx::load_shared_128(at + thread * 16);
+    for (int j = 0; j < kSixteens; ++j) {
+      uint4 four = ptx::load_shared_128(rows_at(memory, j) + thread * 16);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) left[i / kSixteens][i % kSixteens][j] = word(four, j);
+      for (int e = 0; e < 4; ++e) left[j][e] = word(four, e);
     }
     if (kScaled)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        row_units[i] =
-            bits_float(ptx::load_shared_32(memory + kRowUnitsAt + 4 * (row + piece_row(2 * i))));
-    ptx::sync_warp();
-    if (lane == 0) ptx::arrive(barriers.rows_empty());
-    int col = unit.col0 + lane % 4 * kStrip;
-    Pieces weight(unit, unit.weight, row, col), rest{};
-    if (kCompensated) rest = Pieces(unit, unit.residual, row, col);
+      for (int v = 0; v < 2; ++v)
+        next_units[v] = bits_float(ptx::load_shared_32(
+            memory + kRowUnitsAt + 4 * (warp * kWarpRows + lane_id() / 4 + 8 * v)));
+    ptx::arrive(rows_empty(memory));
+    ring.advance();
+  };
+  const auto start = [&](int part, int of_pair) {
+    multiply<HalfOf<F>>(sums[of_pair], left,
+                        memory + (warpgroup * kParts + part + of_pair) * kPanelBytes);
+  };
+  for (uint32_t i = 0; unit_at(memory, i).rows > 0; ++i) {
+    fill_panels<F>(unit_at(memory, i), memory, warpgroup, warp);
+    take_rows();
+    start(0, 0);
+    start(0, 1);
 #pragma unroll 1
-    for (int step = 0; step < unit.steps; ++step) {
-      float sums[2][kSums];  // of two chunks: one is added while the other is multiplied
-      const uint32_t panel = memory + kPanelAt + ring.stage * kPanelBytes;
-      const auto start = [&](int chunk) {
-        multiply<HalfOf<F>>(sums[chunk % 2], left[chunk / 2],
-                            panel + chunk % 2 * kChunkCols * kRowBytes);
-      };
-      ptx::wait(barriers.full(ring.stage), ring.phase);
-      start(0);
-      start(1);
-      ptx::copy_wait<Copies::kStages - 1>();
-      const uint32_t slot = place + incoming.stage * (kCompensated ? 2 : 1) * kSlotBytes;
-      const uint32_t col_units =
-          memory + kColUnitsAt + 4 * (ring.stage * kStepCols + lane % 4 * kStrip);
+    for (int step = 0; step < unit_at(memory, i).steps(); ++step) {
+      row_units[0] = next_units[0], row_units[1] = next_units[1];
+      // Two parts at a time. Sums that were added make room for the next two parts', of the next step's in
+      // the end; behind a unit's last step these are products that nobody wants.
+#pragma unroll 1
+      for (int pair = 0; pair < kParts; pair += 2) {
 #pragma unroll
-      for (int chunk = 0; chunk < 4; ++chunk) {
-        if (chunk < 3) ptx::wgmma_wait<1>();
-        else ptx::wgmma_wait<0>();
-        ptx::hold(sums[chunk % 2]);
-        add_sums<kRounding, kScaled>(sums[chunk % 2], chunk / 2, chunk % 2, unit, weight, rest, row,
-                                     col, slot, row_units, col_units);
-        if (chunk < 2) start(chunk + 2);
+        for (int v = 0; v < 2; ++v) {
+          const int chunk = pair + v, lane = lane_id();  // anew: what follows from it is not kept
+          const uint32_t slot = slots + chunk % kSlots * kSlotBytes;
+          const auto piece = [&](const Sheet& m) {
+            return Piece(unit_at(memory, i), m, step, chunk, warpgroup, warp);
+          };
+          Update update{unit_at(memory, i), row_units[v], 0, 0, 0, false};
+          update.row = step * kStepRows + warp * kWarpRows + lane / 4 + 8 * v;
+          const Piece weight = piece(unit_at(memory, i).weight);
+          if (kCompensated) {
+            const Piece rest = piece(unit_at(memory, i).residual);
+            update.late = !weight.whole || !rest.whole;
+            update.rest_by = update.late ? rest.offset(lane / 4) : 0;
+          } else {
+            update.late = !weight.whole;
+          }
+          update.weight_by = update.late ? weight.offset(lane / 4) : 0;
+          const int own_col = warpgroup * kOwnCols + pair * kPartCols;
+          const int col = unit_at(memory, i).col0 + own_col + lane % 4 * kStrip;
+          ptx::copy_wait<kSlots - 1>();
+          ptx::sync_warp();
+#pragma unroll
+          for (int p = 0; p < 2; ++p) {
+            if (v == 0) {
+              if (p == 0) ptx::wgmma_wait<1>();
+              else ptx::wgmma_wait<0>();
+              ptx::hold(sums[p]);
+            }
+            add_sums<kRounding, kScaled>(
+                sums[p], v, update, col + p * kPartCols, slot, slot + place_of(lane / 4, lane % 4), p,
+                memory + kColUnitsAt + 2 * (own_col + p * kPartCols + lane % 4 * kStrip));
+            if (v == 1) start((pair + 2) % kParts, p);
+          }
+          if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
+          ptx::sync_warp();
+          // The chunk that is kSlots further follows. What is known of it is read before memory is busy,
+          // where there are registers for that.
+          const int steps = (chunk + kSlots) / kChunks;
+          const bool same = step + steps < unit_at(memory, i).steps();
+          const auto next = [&] {
+            return Next<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
+                                      (chunk + kSlots) % kChunks, warpgroup, warp);
+          };
+          if constexpr (kCompensated) {
+            piece(unit_at(memory, i).weight).store(slot, lane_id());
+            piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
+            next().copy(slot, lane_id());
+          } else {
+            uint4 strips[Piece::kCount];
+            if (update.late) piece(unit_at(memory, i).weight).store(slot, lane_id());
+            else weight.load(strips, slot, lane_id());
+            next().copy(slot, lane_id());
+            if (!update.late) piece(unit_at(memory, i).weight).store(strips, lane_id());
+          }
+        }
       }
-      if (lane == 0) ptx::arrive(barriers.empty(ring.stage));
-      ring.advance();
-      if (col < 0 || col + piece_col(1) + kStrip > unit.cols) {
-        store_ends(weight, col, unit.cols, slot);
-        if (kCompensated) store_ends(rest, col, unit.cols, slot + kSlotBytes);
-      }
-      incoming.next(table, place, row, lane);
-      col += kStepCols, weight.at += kStepCols, rest.at += kStepCols;
     }
+    ptx::wgmma_wait<0>();
+    ptx::hold(sums[0]);
+    ptx::hold(sums[1]);
   }
   ptx::copy_wait<0>();
 }
@@ -568,22 +719,17 @@ template <Rounding kRounding, typename F>
 __global__ void __launch_bounds__(kThreadsSm90, 1)
     merge_sm90_kernel(const __grid_constant__ MergeTable table) {
   const uint32_t memory = ptx::shared_memory();
-  const Barriers barriers{memory};
   if (threadIdx.x == 0) {
-    for (int panel = 0; panel < kPanels; ++panel) {
-      ptx::barrier_init(barriers.full(panel), 4);                // warps
-      ptx::barrier_init(barriers.empty(panel), 4 * kConsumers);
-    }
-    ptx::barrier_init(barriers.rows_full(), 4);
-    ptx::barrier_init(barriers.rows_empty(), 4 * kConsumers);
+    ptx::barrier_init(rows_full(memory), 128);
+    ptx::barrier_init(rows_empty(memory), 128 * kConsumers);
   }
-  __syncthreads();
   const int warpgroup = int(ptx::shuffle(threadIdx.x / 128, 0));  // known to be one for a warp
   const int thread = int(threadIdx.x) % 128;
   if (warpgroup == kConsumers) {
     fill<F>(table, memory, thread);
   } else {
-    consume<kRounding, F>(table, memory, warpgroup, thread);
+    __syncthreads();  // the barriers are initialised, and the first unit is there
+    consume<kRounding, F>(memory, warpgroup, thread);
   }
 }
 
@@ -595,43 +741,43 @@ constexpr void (*kKernels[3])(MergeTable) = {merge_sm90_kernel<Rounding::nearest
 // ---- The launch ---------------------------------------------------------------------------------
 
 bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
-  const Matrix &weight = layer.weight, &rest = layer.residual;
-  const bool alike = rest.col == 1 && ((rest.row - weight.row) & 7) == 0 &&
-                     offset_of(rest, 0) == offset_of(weight, 0);
-  const int64_t most = INT32_MAX - 3 * kStepCols;  // columns are 32-bit, past a row's end too
-  return weight.col == 1 && layer.r <= kMostRank && layer.k <= most &&
-         (rounding != Rounding::compensated || alike);
+  const int64_t most = INT32_MAX - kUnitCols;  // columns are 32-bit, past a row's end too
+  return layer.weight.col == 1 && layer.r <= kMostRank && layer.k <= most &&
+         layer.n <= int64_t(INT32_MAX) * kStepRows &&
+         (rounding != Rounding::compensated || layer.residual.col == 1);
 }
+
+bool has_work(const MergeLayer& layer) { return layer.r != 0 && layer.n != 0 && layer.k != 0; }
 
 }  // namespace
 
-// Steps of a unit: so many that the blocks end together and do not begin a strip too often. That takes
-// the consumers half a step, and in units of few steps `fill` has parts of lora_B left to fetch, for two
-// steps or more: both by an estimate from the machine code, not measured.
+// A unit's steps: many, since each unit begins with lora_A, and fewer towards the list's end, for the
+// blocks to end together.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel) {
-  constexpr int kChoices[] = {1, 2, 3, 4, 6, 8, 11, 16, 22, 32};
-  int64_t units[std::size(kChoices)] = {};
+  constexpr int64_t kMostSteps = 48, kLeastSteps = 4;
+  int64_t left = 0;  // steps of 512 columns
   for (int i = 0; i < count; ++i) {
     if (!can_be_sm90(layers[i], rounding)) return cudaErrorInvalidValue;
-    if (layers[i].r == 0 || layers[i].n == 0 || layers[i].k == 0) continue;
     const Cut cut(layers[i]);
-    for (size_t j = 0; j < std::size(kChoices); ++j) units[j] += cut.units(kChoices[j]);
+    if (has_work(layers[i])) left += int64_t(cut.blocks) * cut.steps;
   }
-  const auto time = [&](int64_t of_all, int steps) {
-    return ceil_div(of_all, multiprocessors) * std::max(2 * steps + 1, steps + 5);
-  };
-  size_t best = 0;
-  for (size_t j = 1; j < std::size(kChoices); ++j)
-    if (time(units[j], kChoices[j]) < time(units[best], kChoices[best])) best = j;
-  if (units[best] > INT32_MAX) return cudaErrorInvalidConfiguration;
-  table.unit_steps = kChoices[best];
-  table.units = 0;
+  const int64_t least = std::clamp(ceil_div(left, multiprocessors), int64_t(1), kLeastSteps);
+  int64_t units = 0;
   for (int i = 0; i < count; ++i) {
-    layers[i].first_block = uint32_t(table.units);
-    if (layers[i].r != 0 && layers[i].n != 0 && layers[i].k != 0)
-      table.units += int(Cut(layers[i]).units(kChoices[best]));
+    MergeLayer& layer = layers[i];
+    layer.first_block = uint32_t(units);
+    layer.unit_steps = 1;
+    if (!has_work(layer)) continue;
+    const Cut cut(layer);
+    const int64_t most = std::clamp(left / (2 * multiprocessors), least, kMostSteps);
+    layer.unit_steps = uint32_t(ceil_div(cut.steps, ceil_div(cut.steps, most)));  // much the same each
+    units += cut.blocks * ceil_div(cut.steps, layer.unit_steps);
+    left -= int64_t(cut.blocks) * cut.steps;
+    if (units > INT32_MAX) return cudaErrorInvalidConfiguration;
   }
+  table.units = int(units);
+  table.narrow_factors = narrow_factors;
   kernel = {(narrow_factors ? kKernels<bf16> : kKernels<float>)[int(rounding)], kSharedSm90,
             kThreadsSm90};
   return cudaSuccess;

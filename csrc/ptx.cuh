@@ -19,6 +19,14 @@ __device__ __forceinline__ uint32_t shared_memory() {
   return uint32_t(__cvta_generic_to_shared(memory));
 }
 
+// What lies at an address of it.
+template <typename T>
+__device__ __forceinline__ T* shared_pointer(uint32_t address) {
+  void* const p = __cvta_shared_to_generic(address);
+  __builtin_assume(__isShared(p));
+  return static_cast<T*>(p);
+}
+
 // ---- Blocks and clusters -----------------------------------------------------------------------
 
 // Hand registers back to the pool, or take them from it; by a whole warpgroup.
@@ -219,22 +227,21 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
     RELORA_WGMMA("64", "f16", RELORA_REGS_32, "%32", "%33", "%34", "%35", "%36", RELORA_D32(0));
 }
 
-#define RELORA_WGMMA_32(TYPE)                                                                     \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                      \
-               "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                        \
-               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, "     \
-               "%20, p, 1, 1, %22;\n}"                                                            \
-               : RELORA_D8(0), RELORA_D8(8)                                                       \
+#define RELORA_WGMMA_64(TYPE)                                                                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                      \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" RELORA_REGS_32      \
+               "}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"                                       \
+               : RELORA_D32(0)                                                                    \
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),              \
                  "r"(int(accumulate)), "n"(int(!kRightK)))
 
-// The same for N = 32 with `left` in registers, which stay as they are until the product is done: of
+// The same for N = 64 with `left` in registers, which stay as they are until the product is done: of
 // rows as d's, left[2 c + v] holds columns 8 c + 2 (t % 4) and the next of row v.
 template <typename T, bool kRightK>
-__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right,
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&left)[4], uint64_t right,
                                       bool accumulate) {
-  if constexpr (std::is_same_v<T, bf16>) RELORA_WGMMA_32("bf16");
-  else RELORA_WGMMA_32("f16");
+  if constexpr (std::is_same_v<T, bf16>) RELORA_WGMMA_64("bf16");
+  else RELORA_WGMMA_64("f16");
 }
 
 // ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
@@ -324,6 +331,9 @@ __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint16_t bits) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
+}
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t bits) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }

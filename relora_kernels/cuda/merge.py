@@ -12,10 +12,10 @@ from relora_kernels.cuda import extension, why_no_device
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # launch.h's MergeLayer: six matrices as pointer and two strides; n, k, r, restart_rows; two seeds; two
-# first rows; scaling and restart_step; restarts; two numbers that the launch fills in.
-_LAYER = struct.Struct("=18q4q2Q2q2f3I4x")
+# first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
+_LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
-_MOST_COLUMNS = 2**31 - 193  # of the sm90 kernel
+_MOST_COLUMNS = 2**31 - 513  # of the sm90 kernel
 
 # The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
 # times both ("by KERNEL").
@@ -80,14 +80,9 @@ def _kernel(weight, r, residual, module) -> str:
     """Of this layer alone: launch.h says what the one for sm_90 can take."""
     if KERNEL != "sm90" or not module.merge_has_sm90 or not _is_hopper(weight.device):
         return "streamed"
-    alike = residual is None or (
-        residual.stride(1) == 1
-        and (residual.stride(0) - weight.stride(0)) % 8 == 0
-        and (residual.data_ptr() - weight.data_ptr()) % 16 == 0
-    )
     fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_COLUMNS
-    usual = weight.dtype == torch.bfloat16 and weight.stride(1) == 1
-    return "sm90" if alike and fits and usual else "streamed"
+    rows = all(t.stride(1) == 1 for t in (weight, residual) if t is not None)
+    return "sm90" if weight.dtype == torch.bfloat16 and rows and fits else "streamed"
 
 
 @functools.cache
@@ -115,15 +110,17 @@ def _launch(
             0 if restart is None else restart[5],
             merge[3],
             0.0 if restart is None else restart[3] * 2.0**-23,
-            restart is not None, 0, 0,
+            restart is not None, 0, 0, 0,
         )
         for weight, lora_A, lora_B, merge, restart in group
     )  # fmt: skip
     counts = [restart[2] for *_, restart in group if restart is not None]
     with torch.cuda.device(device):
         table = None
-        if len(group) > module.merge_inline_layers:
-            table = torch.empty(len(layers), dtype=torch.uint8, device=device)
+        if kind == "sm90" or len(group) > module.merge_inline_layers:
+            table = torch.empty(
+                len(layers) + module.merge_counter_bytes, dtype=torch.uint8, device=device
+            )
         if counts:  # first: no layer may be merged and then, for want of memory, not counted
             torch._foreach_add_(counts, 1)
         try:

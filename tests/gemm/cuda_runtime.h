@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #define __host__
 #define __device__
@@ -35,6 +36,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline unsigned atomicAdd(unsigned* to, unsigned by) { return std::exchange(*to, *to + by); }
 
 using cudaStream_t = void*;
 enum cudaError_t {

@@ -12,7 +12,8 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   *error = model::last_error.c_str();
   // As csrc/merge.cu does: few layers are arguments. Every other time, so that few in a table run, too.
   const bool as_arguments = count <= kInlineLayers && seed % 2 == 0;
-  MergeTable table{as_arguments ? nullptr : layers, count, 0, 0, 0, Rounding(rounding), {}};
+  uint32_t taken = 0;
+  MergeTable table{as_arguments ? nullptr : layers, count, 0, 0, &taken, false, Rounding(rounding), {}};
   MergeKernel merge;
   const cudaError_t planned =
       sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);

@@ -5,7 +5,7 @@
 // the hardware may do it: a TMA load or store takes effect at a drawn moment after it was issued, a
 // wgmma only when its group is waited for, warps advance at drawn speeds. A stage that is
 // overwritten early or read early then holds the wrong numbers; a barrier that never completes is a
-// deadlock, and is reported. Shared memory starts out as NaN. Swizzle and descriptors are decoded
+// deadlock, and is reported. Shared memory starts out as NaN, or as large numbers. Swizzle and descriptors are decoded
 // as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor format", canonical
 // layouts), not by the kernel's own functions.
 #define RELORA_PTX_CUH
@@ -269,7 +269,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()
   for (unsigned i = 0; i < gridDim.x; ++i) {
     m.blocks.push_back(std::make_unique<Block>());
     Block& block = *m.blocks.back();
-    block.memory.assign(config.dynamicSmemBytes, 0xFF);
+    block.memory.assign(config.dynamicSmemBytes, seed / 2 % 2 ? 0x7F : 0xFF);
     block.unfenced.assign(config.dynamicSmemBytes / 2, false);
     block.warps.resize(blockDim.x / kWarp);
     block.index = i;
@@ -328,6 +328,12 @@ using model::machine;
 using model::self;
 
 inline uint32_t shared_memory() { return model::kBase; }
+template <typename T>
+T* shared_pointer(uint32_t address) {
+  model::dawdle();
+  if (address % alignof(T)) model::fail("an address in shared memory is not aligned");
+  return reinterpret_cast<T*>(model::at(*self().block, address, sizeof(T)));
+}
 template <int kCount>
 void give_registers() {}
 template <int kCount>
@@ -496,7 +502,7 @@ void wgmma(float (&d)[kCount], uint64_t left, uint64_t right, bool accumulate) {
 }
 
 template <typename T, bool kRightK>
-void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right, bool accumulate) {
+void wgmma(float (&d)[32], const uint32_t (&left)[4], uint64_t right, bool accumulate) {
   const std::array<uint32_t, 4> mine{left[0], left[1], left[2], left[3]};
   const auto& all = model::exchange({mine[0], mine[1], mine[2], mine[3]});
   const int lane = self().index % model::kWarp;
@@ -513,7 +519,7 @@ void wgmma(float (&d)[16], const uint32_t (&left)[4], uint64_t right, bool accum
   self().open_products.push_back([=] {
     if (std::memcmp(registers, mine.data(), sizeof mine))
       model::fail("writes registers that a product reads");
-    add_products<T, kRightK>(sums, 16, a, *block, lane, right, accumulate);
+    add_products<T, kRightK>(sums, 32, a, *block, lane, right, accumulate);
   });
   sometimes_done_at_once();
 }
@@ -544,6 +550,7 @@ void store_shared(uint32_t address, V v) {
     self().written.push_back(word);
   }
 }
+inline void store_shared_16(uint32_t address, uint16_t bits) { store_shared(address, bits); }
 inline void store_shared_32(uint32_t address, uint32_t bits) { store_shared(address, bits); }
 inline void store_shared_64(uint32_t address, uint2 v) { store_shared(address, v); }
 inline void store_shared_128(uint32_t address, uint4 v) { store_shared(address, v); }
