@@ -21,6 +21,7 @@ constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit coun
 constexpr int kRoomShare = 64;  // one element in so many may be listed
 constexpr int kLocal = 8192;    // listed elements that a block collects before it asks for room
 constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
+constexpr int kBlocksThatClear = 3;  // by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32
 // Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. These are 32,764 bytes from
 // CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver.
 #if CUDART_VERSION >= 13000
@@ -34,7 +35,7 @@ constexpr uint32_t kAll = 0xFFFFFFFFu;
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
 // From here on a window is tried. Of smaller tensors a sample would be too large a part.
 constexpr int64_t kSampledFrom = RELORA_SAMPLED_FROM;
-constexpr int kSampleBlocks = 64, kSampleStrips = 4;  // strips of 16 bytes: of a thread
+constexpr int kSampleBlocks = 128, kSampleStrips = 2;  // strips of 16 bytes: of a thread
 constexpr int kMostShift = 12;  // of the digit that recount finds
 
 // Digits of a key, and the histogram of the first one. Two 16-bit counters share a word in shared
@@ -102,7 +103,7 @@ struct Row {
 struct Table {
   Row rows[kRows];
   uint32_t count, blocks;
-  uint32_t spans;  // a block's
+  int64_t share;  // elements of a block
   double ratio;
   uint64_t random_threshold;
   const int64_t* prefixes;  // magnitude_counts
@@ -116,14 +117,34 @@ extern __shared__ uint4 dynamic_shared[];
 template <typename Bits>
 constexpr int kPack = 16 / int(sizeof(Bits));
 
-// Blocks take whole spans of elements, 96 KB, so that a tensor of 1 MB has eleven. How many each is
-// decided for a launch: see spans_a_block.
+// What a block loads at a time, a strip a thread or kUnroll of them. Blocks take whole spans, 96 KB, so
+// that a tensor of 1 MB has eleven. How many each is decided for a launch: see spans_a_block.
+template <typename Bits, int kStrips = kUnroll>
+constexpr int kSweep = kStrips * kThreads * kPack<Bits>;
 template <typename Bits>
-constexpr int kSpan = 3 * kThreads * kUnroll * kPack<Bits>;
+constexpr int kSpan = 3 * kSweep<Bits>;
 // Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span.
 template <typename Bits>
 constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? 16 : 1;
 static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters");
+
+// ---- A kernel's place among the launches --------------------------------------------------------
+
+// First of all in every kernel of a chain: the next launch may take its place on the device, and this one
+// may touch memory from here on, as all launches before it have ended. Each kernel waits for the one before
+// it, so none ends before those it builds upon.
+__device__ __forceinline__ void follow() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The same in a chain's last kernel: what comes behind it is not ours.
+__device__ __forceinline__ void follow_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---- A block's part of a tensor -----------------------------------------------------------------
 
@@ -133,7 +154,6 @@ struct Part {
   int64_t begin, end;      // elements
 };
 
-template <typename Bits>
 __device__ __forceinline__ Part find_part(const Table& table) {
   uint32_t low = 0, high = table.count;
   while (high - low > 1) {
@@ -143,8 +163,8 @@ __device__ __forceinline__ Part find_part(const Table& table) {
   const Row& row = table.rows[low];
   const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
   const uint32_t block = blockIdx.x - row.first_block;
-  const int64_t span = int64_t(kSpan<Bits>) * table.spans, begin = block * span;
-  return {row, block, next - row.first_block, begin, min(row.size, begin + span)};
+  const int64_t begin = block * table.share;
+  return {row, block, next - row.first_block, begin, min(row.size, begin + table.share)};
 }
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
@@ -180,22 +200,31 @@ __host__ __device__ __forceinline__ bool is_wide(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }
 
-// visit(strip, index of its first element, elements in it) for the elements [begin, end), where
-// begin is a multiple of the span: sweeps of 16-byte loads, then single elements.
+// visit(strip, index of its first element, elements in it) for the elements of the sweeps that begin at
+// `begin`, begin + step, ... before `end`; a strip's next load is under way before it is visited. `step`
+// is another than a sweep for aligned tensors alone: the others are read element by element.
 template <typename Bits, typename Visit>
-__device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit) {
-  constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kUnroll;
-  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
+__device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit,
+                                     int64_t step = kSweep<Bits>) {
+  constexpr int kN = kPack<Bits>;
+  static_assert(kSpan<Bits> % kSweep<Bits> == 0, "whole sweeps");
   const Bits* data = static_cast<const Bits*>(row.data);
   Strip<Bits> strips[kUnroll];
-  if (is_wide(data))
-    for (; begin + kSweep <= end; begin += kSweep) {
-      const int64_t at = begin + threadIdx.x * kN;
+  if (is_wide(data) && begin + kSweep<Bits> <= end) {
+    const int64_t mine = threadIdx.x * kN;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) strips[u].load(data + at + u * kThreads * kN);
+    for (int u = 0; u < kUnroll; ++u) strips[u].load(data + begin + mine + u * kThreads * kN);
+    for (bool more = true; more; begin += step) {
+      more = begin + step + kSweep<Bits> <= end;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) visit(strips[u], at + u * kThreads * kN, kN);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t at = begin + mine + u * kThreads * kN;
+        const Strip<Bits> strip = strips[u];
+        if (more) strips[u].load(data + at + step);
+        visit(strip, at, kN);
+      }
     }
+  }
 #pragma unroll 1
   for (int64_t at = begin + threadIdx.x * kN; at < end; at += kThreads * kN) {
     const int count = int(min(end - at, int64_t(kN)));
@@ -208,12 +237,12 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
 template <typename Bits, int kStrips, bool kPaired, typename Dropped>
 __device__ __forceinline__ int64_t clear_sweeps(const Row& row, int64_t begin, int64_t end,
                                                 Dropped&& dropped) {
-  constexpr int kN = kPack<Bits>, kSweep = kThreads * kN * kStrips;
-  static_assert(kSpan<Bits> % kSweep == 0, "whole sweeps");
+  constexpr int kN = kPack<Bits>;
+  static_assert(kSpan<Bits> % kSweep<Bits, kStrips> == 0, "whole sweeps");
   Bits* data = static_cast<Bits*>(row.data);
   Bits* partner = static_cast<Bits*>(row.partner);
   Strip<Bits> mine[kStrips], other[kStrips];
-  for (; begin + kSweep <= end; begin += kSweep) {
+  for (; begin + kSweep<Bits, kStrips> <= end; begin += kSweep<Bits, kStrips>) {
     const int64_t at = begin + threadIdx.x * kN;
 #pragma unroll
     for (int u = 0; u < kStrips; ++u) {
@@ -240,6 +269,20 @@ __device__ __forceinline__ void clear_partner(const Row& row, int64_t at) {
   if (row.partner_bytes == 4) static_cast<uint32_t*>(row.partner)[at] = 0;
 }
 
+// Of `count` elements from `at` on, one by one; at most a strip.
+template <typename Bits, typename Dropped>
+__device__ __forceinline__ void clear_some(const Row& row, int64_t at, int count, Dropped&& dropped) {
+  Bits* data = static_cast<Bits*>(row.data);
+  Strip<Bits> strip;
+  strip.load_some(data + at, count);
+  const uint32_t mask = dropped(strip, at, count);
+  for (int i = 0; i < count; ++i)
+    if (mask >> i & 1) {
+      data[at + i] = 0;
+      clear_partner(row, at + i);
+    }
+}
+
 // Zeroes, in [begin, end), the elements whose bits dropped(strip, first index, elements) returns,
 // and the partner's with them. kStrips are in flight a thread, with a partner half as many: what
 // the registers hold beside `dropped`. Sweeps where both are aligned and of one element size.
@@ -252,27 +295,23 @@ __device__ __forceinline__ void clear(const Row& row, int64_t begin, int64_t end
   if (is_wide(data) && is_wide(row.partner) && row.partner_bytes == sizeof(Bits))
     begin = clear_sweeps<Bits, kStrips / 2, true>(row, begin, end, dropped);
 #pragma unroll 1
-  for (int64_t at = begin + threadIdx.x * kPack<Bits>; at < end; at += kThreads * kPack<Bits>) {
-    const int count = int(min(end - at, int64_t(kPack<Bits>)));
-    Strip<Bits> strip;
-    strip.load_some(data + at, count);
-    const uint32_t mask = dropped(strip, at, count);
-    for (int i = 0; i < count; ++i)
-      if (mask >> i & 1) {
-        data[at + i] = 0;
-        clear_partner(row, at + i);
-      }
-  }
+  for (int64_t at = begin + threadIdx.x * kPack<Bits>; at < end; at += kThreads * kPack<Bits>)
+    clear_some<Bits>(row, at, int(min(end - at, int64_t(kPack<Bits>))), dropped);
+}
+
+template <typename Bits>
+__device__ __forceinline__ uint32_t not_above(const Strip<Bits>& strip, uint32_t threshold) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (int i = 0; i < kPack<Bits>; ++i) mask |= uint32_t(strip.key(i) <= threshold) << i;
+  return mask;
 }
 
 template <typename Bits>
 __device__ __forceinline__ void clear_to(const Row& row, int64_t begin, int64_t end,
                                          uint32_t threshold) {
   clear<Bits, kUnroll>(row, begin, end, [=](const auto& strip, int64_t, int) {
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kPack<Bits>; ++i) mask |= uint32_t(strip.key(i) <= threshold) << i;
-    return mask;
+    return not_above(strip, threshold);
   });
 }
 
@@ -380,10 +419,21 @@ struct Runs {
   }
 };
 
-// Over the block, after a barrier of the caller's that ordered *out = its start before.
+// Into shared memory, after a barrier of the caller's that ordered *out = its start before.
 __device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
   value = __reduce_max_sync(kAll, value);
   if (threadIdx.x % 32 == 0 && value) atomicMax(out, value);
+}
+
+// Into global memory, once a block: one address takes only so many at a time. With a barrier; once a kernel.
+__device__ __forceinline__ void grid_max(uint32_t* out, uint32_t value) {
+  __shared__ uint32_t of_warp[kWarps];
+  value = __reduce_max_sync(kAll, value);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  value = __reduce_max_sync(kAll, threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0);
+  if (threadIdx.x == 0 && value) atomicMax(out, value);
 }
 
 // Whether every other block of the tensor has arrived; what they wrote before is visible then.
@@ -404,26 +454,32 @@ struct Picked {
   uint32_t bin, next;             // the next bin that holds any; kAll: none
 };
 
+// The sum over the threads up to this one. All threads of the block; with a barrier.
+__device__ __forceinline__ unsigned long long sum_upto(unsigned long long sum) {
+  __shared__ unsigned long long sums[kWarps];
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned long long other = __shfl_up_sync(kAll, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) sum += sums[warp];
+  return sum;
+}
+
 // The bin that holds rank `rank`. All threads of the block; ends with a barrier.
 template <typename Hist>
 __device__ __forceinline__ Picked pick(const Hist& hist, int bins, unsigned long long rank) {
   __shared__ Picked picked;
-  __shared__ unsigned long long sums[kWarps];
-  const int each = (bins + kThreads - 1) / kThreads, lane = threadIdx.x % 32;
+  const int each = (bins + kThreads - 1) / kThreads;
   const int first = min(int(threadIdx.x) * each, bins), last = min(first + each, bins);
   unsigned long long sum = 0;
 #pragma unroll 8
   for (int bin = first; bin < last; ++bin) sum += hist(bin);
-  unsigned long long upto = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const unsigned long long other = __shfl_up_sync(kAll, upto, step);
-    if (lane >= step) upto += other;
-  }
-  if (lane == 31) sums[threadIdx.x / 32] = upto;
   if (threadIdx.x == 0) picked.next = kAll;
-  __syncthreads();
-  for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) upto += sums[warp];
+  const unsigned long long upto = sum_upto(sum);
   if (upto - sum <= rank && rank < upto) {
     picked.left = rank - (upto - sum);
     int bin = first;

@@ -13,6 +13,7 @@ EXPECTED = {
     "restart_kernel<float>": (0, 0, 128, None),
     "restart_kernel<bf16>": (0, 0, 64, None),
     "restart_kernel<fp16>": (0, 0, 64, None),
+    "clear_kernel": (128, 0, 128, None),
     "partition_kernel": (128, 0, 128, None),
     "recount_kernel": (128, 0, 0, None),
     **{

@@ -377,12 +377,19 @@ enum cudaError_t {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorNotSupported = 801,
 };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes { int ptxVersion; };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct { int programmaticStreamSerializationAllowed; } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;  // launches are one behind the other here
+  unsigned numAttrs;
 };
 
 namespace simt {
@@ -417,7 +424,8 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
 
 // Either of these loads the kernel's code.
 template <typename... Params>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*kernel)(Params...)) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Params...)) {
+  *attributes = {90};
   return simt::load(reinterpret_cast<const void*>(kernel));
 }
 template <typename... Params>
