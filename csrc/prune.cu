@@ -37,6 +37,8 @@
 // of the list it gets what is left.
 #include "prune.cuh"
 
+#include <algorithm>
+
 namespace relora {
 namespace {
 
@@ -46,7 +48,7 @@ namespace {
 // fiftieth of a bin for keys that do not lie evenly in it. Neighbours may be alike; a window that is too
 // narrow is found out.
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-sample_kernel(const __grid_constant__ Table table) {
+sample_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kN = kPack<uint32_t>, kEach = F::bins / kThreads;
   constexpr uint32_t kSlack = (1u << kShift) / 50;
@@ -128,7 +130,7 @@ sample_kernel(const __grid_constant__ Table table) {
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-window_kernel(const __grid_constant__ Table table) {
+window_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
   constexpr int kBins = 1 << Format<uint32_t>::second;
   alignas(16) __shared__ uint32_t words[kBins];
   __shared__ uint32_t local[kLocal];
@@ -192,8 +194,9 @@ window_kernel(const __grid_constant__ Table table) {
   if (!state.settled) state.listed = 0;
 }
 
-template <typename Bits>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSM) count_kernel(const __grid_constant__ Table table) {
+template <typename Bits, int kMost>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+count_kernel(const __grid_constant__ TableOf<kMost> table) {
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
   SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) count_kernel(const __gr
   if (threadIdx.x == 0) {
     const bool all = holds_nan(DType(row.dtype), state.greatest);
     if (kShift == 0) {
-      state.threshold = all ? kDropAll : find_threshold(row, table, picked, 0, kAll);
+      state.threshold = all ? kDropAll : find_threshold(row, table.ratio, picked, 0, kAll);
       state.finish = Source::whole;
     } else {
       state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all lie below: partition zeroes them
@@ -240,8 +243,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) count_kernel(const __gr
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
 }
 
+template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-partition_kernel(const __grid_constant__ Table table) {
+partition_kernel(const __grid_constant__ TableOf<kMost> table) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kNextShift = F::third, kNextBins = 1 << F::second;
   alignas(16) __shared__ uint32_t words[kNextBins];
@@ -298,8 +302,9 @@ partition_kernel(const __grid_constant__ Table table) {
   }
 }
 
+template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-recount_kernel(const __grid_constant__ Table table) {
+recount_kernel(const __grid_constant__ TableOf<kMost> table) {
   using F = Format<uint32_t>;
   alignas(16) __shared__ uint32_t words[1 << kMostShift];
   follow();
@@ -356,7 +361,7 @@ recount_kernel(const __grid_constant__ Table table) {
   const Picked picked = pick(whole, int(bins), state.left);
   if (threadIdx.x == 0) {
     const uint32_t above = min(~state.not_above, ~state.not_above_bin);
-    state.threshold = find_threshold(row, table, picked, origin + (prefix << shift), above);
+    state.threshold = find_threshold(row, table.ratio, picked, origin + (prefix << shift), above);
     if (state.threshold >= ~state.not_above_bin) state.finish = Source::whole;
   }
 }
@@ -465,7 +470,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
     if (holds_nan(DType(row.dtype), extremes[0])) break;  // of the first round: all threads agree
     const Picked picked = pick(hist, bins, left);
     prefix <<= bits;
-    if (shift == 0) threshold = find_threshold(row, table, picked, prefix, ~extremes[1]);
+    if (shift == 0) threshold = find_threshold(row, table.ratio, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
   }
@@ -599,7 +604,8 @@ cudaError_t find_slots(int* slots) {
 
 // Whether follow() waits. What the kernels were compiled for decides, not the device: code for sm_80 may
 // run on any later one. Such launches can be captured from CUDA 12.3 on.
-cudaError_t find_whether_they_follow(void (*kernel)(Table), bool* follow) {
+template <typename Argument>
+cudaError_t find_whether_they_follow(void (*kernel)(Argument), bool* follow) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   *follow = CUDART_VERSION >= 12030 && attributes.ptxVersion >= 90;
@@ -619,7 +625,8 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
     Group group{};
     Table& table = group.table;
     int64_t blocks = 0;
-    for (; i < count && table.count < kRows; ++i) {
+    const uint32_t most_rows = of == Which::huge ? kHugeRows : kRows;
+    for (; i < count && table.count < most_rows; ++i) {
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
       if (of != Which::any && of != which<Bits>(t)) continue;
@@ -687,43 +694,58 @@ cudaError_t launch(void (*kernel)(Argument), const Argument& argument, uint32_t 
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
+// The launches for the tensors of `group`, of which `table` holds the rows.
+template <typename Bits, int kMost>
+cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, char* workspace, cudaStream_t stream) {
+  constexpr int kShared = Format<Bits>::shared_bytes;
+  bool follow, follows = false;  // the first launch does not
+  cudaError_t failed = find_whether_they_follow(count_kernel<Bits, kMost>, &follow);
+  if (!failed) failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
+  const auto run = [&](auto* kernel, const auto& argument, uint32_t blocks, int shared_bytes = 0) {
+    if (!failed) failed = launch(kernel, argument, blocks, shared_bytes, stream, follows);
+    follows = follow;
+  };
+  constexpr bool kHuge = kMost == kHugeRows;
+  if constexpr (kHuge) {
+    run(sample_kernel, table, table.count * kSampleBlocks, kShared);
+    run(window_kernel, table, table.blocks);
+  }
+  run(count_kernel<Bits, kMost>, table, table.blocks, kShared);
+  if constexpr (sizeof(Bits) == 4) {
+    run(partition_kernel<kMost>, table, table.blocks);
+    run(recount_kernel<kMost>, table, table.blocks);
+  }
+  if constexpr (kHuge)
+    for (uint32_t r = 0; r < table.count; ++r)
+      run(clear_kernel, table.rows[r], uint32_t(blocks_of(table.rows[r].size, kSweep<Bits, 1>)));
+  else
+    run(finish_kernel<Bits>, table, table.blocks);
+  return failed;
+}
+
 template <typename Bits>
 cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, int slots,
                         char* workspace, cudaStream_t stream) {
-  constexpr int kShared = Format<Bits>::shared_bytes;
-  for (const Which of : {Which::huge, Which::large}) {
-    const auto chain = [&](Group& group) {
-      Table& table = group.table;
+  cudaError_t error = cudaSuccess;
+  if constexpr (sizeof(Bits) == 4)
+    error = for_each_group<Bits>(tensors, count, Which::huge, slots, workspace, [&](Group& group) {
+      TableOf<kHugeRows> table{};
+      std::copy_n(group.table.rows, group.table.count, table.rows);
+      table.count = group.table.count;
+      table.blocks = group.table.blocks;
+      table.share = group.table.share;
       table.ratio = ratio;
-      bool follow, follows = false;  // the first launch does not
-      cudaError_t failed = find_whether_they_follow(count_kernel<Bits>, &follow);
-      if (!failed) failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
-      const auto run = [&](auto* kernel, const auto& argument, uint32_t blocks, int shared_bytes = 0) {
-        if (!failed) failed = launch(kernel, argument, blocks, shared_bytes, stream, follows);
-        follows = follow;
-      };
-      if (of == Which::huge) {
-        run(sample_kernel, table, table.count * kSampleBlocks, kShared);
-        run(window_kernel, table, table.blocks);
-      }
-      run(count_kernel<Bits>, table, table.blocks, kShared);
-      if (sizeof(Bits) == 4) {
-        run(partition_kernel, table, table.blocks);
-        run(recount_kernel, table, table.blocks);
-      }
-      if (of == Which::huge)
-        for (uint32_t r = 0; r < table.count; ++r)
-          run(clear_kernel, table.rows[r], uint32_t(blocks_of(table.rows[r].size, kSweep<Bits, 1>)));
-      else
-        run(finish_kernel<Bits>, table, table.blocks);
-      return failed;
-    };
-    if (const cudaError_t error = for_each_group<Bits>(tensors, count, of, slots, workspace, chain))
-      return error;
-  }
+      return run_chain<Bits>(group, table, workspace, stream);
+    });
+  if (error) return error;
+  error = for_each_group<Bits>(tensors, count, Which::large, slots, workspace, [&](Group& group) {
+    group.table.ratio = ratio;
+    return run_chain<Bits>(group, group.table, workspace, stream);
+  });
+  if (error) return error;
   return for_each_group<Bits>(tensors, count, Which::small, slots, nullptr, [&](Group& group) {
     group.table.ratio = ratio;
-    return launch(small_kernel<Bits>, group.table, group.table.blocks, kShared, stream);
+    return launch(small_kernel<Bits>, group.table, group.table.blocks, Format<Bits>::shared_bytes, stream);
   });
 }
 

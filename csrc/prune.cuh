@@ -29,6 +29,7 @@ constexpr int kRows = 400, kParameters = 32764;
 #else
 constexpr int kRows = 48, kParameters = 4096;
 #endif
+constexpr int kHugeRows = 8;  // of a launch for huge tensors, which these arguments reach sooner
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
@@ -100,8 +101,9 @@ struct Row {
 
 // The table travels by value, as every kernel's parameter: there is no copy from host memory, which
 // could not be captured in a CUDA graph, and a replay finds the same rows in the graph itself.
-struct Table {
-  Row rows[kRows];
+template <int kMost>
+struct TableOf {
+  Row rows[kMost];
   uint32_t count, blocks;
   int64_t share;  // elements of a block
   double ratio;
@@ -110,6 +112,7 @@ struct Table {
   int64_t *counts, *lowest, *highest;
   int shift, bits;
 };
+using Table = TableOf<kRows>;
 static_assert(sizeof(Table) <= kParameters, "a kernel's parameters");
 
 extern __shared__ uint4 dynamic_shared[];
@@ -154,7 +157,8 @@ struct Part {
   int64_t begin, end;      // elements
 };
 
-__device__ __forceinline__ Part find_part(const Table& table) {
+template <int kMost>
+__device__ __forceinline__ Part find_part(const TableOf<kMost>& table) {
   uint32_t low = 0, high = table.count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
@@ -517,13 +521,13 @@ __device__ __forceinline__ bool holds_nan(DType dtype, uint32_t greatest_key) {
 }
 
 // From the last digit's bin; `above`: the least key above all of its histogram.
-__device__ __forceinline__ uint32_t find_threshold(const Row& row, const Table& table,
+__device__ __forceinline__ uint32_t find_threshold(const Row& row, double ratio,
                                                    const Picked& picked, uint32_t prefix,
                                                    uint32_t above) {
   const uint32_t low = prefix + picked.bin;
   const uint32_t next = picked.next == kAll ? above : prefix + picked.next;
   const uint32_t high = picked.left + 1 < picked.here ? low : next;
-  const float weight = quantile_rank(row.size, table.ratio).weight;
+  const float weight = quantile_rank(row.size, ratio).weight;
   switch (DType(row.dtype)) {
     case DType::f32: return threshold_key<float>(low, high, weight);
     case DType::bf16: return threshold_key<bf16>(low, high, weight);

@@ -14,12 +14,15 @@ EXPECTED = {
     "restart_kernel<bf16>": (0, 0, 64, None),
     "restart_kernel<fp16>": (0, 0, 64, None),
     "clear_kernel": (128, 0, 128, None),
-    "partition_kernel": (128, 0, 128, None),
-    "recount_kernel": (128, 0, 0, None),
+    **{f"partition_kernel<{rows}>": (128, 0, 128, None) for rows in (8, 400)},
+    **{f"recount_kernel<{rows}>": (128, 0, 0, None) for rows in (8, 400)},
+    **{
+        f"count_kernel<unsigned {kind}>": (128, 0, 0, None)
+        for kind in ("int, 8", "int, 400", "short, 400")
+    },
     **{
         f"{name}_kernel<unsigned {kind}>": (128, 0, store, None)
         for name, store in (
-            ("count", 0),
             ("counts", 0),
             ("finish", 128),
             ("small", 128),
