@@ -126,14 +126,14 @@ constexpr int kSlotAt = kRowsAt + kStepRows * kMostRank * 2;
 // lies in all banks. Behind them 16 bytes a row, for what a row has beyond them that begins elsewhere
 // than at a multiple of 16 bytes.
 constexpr int kChunkRows = kWarpRows / 2, kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
-constexpr int kStrips = kChunkCols / kStrip;  // of a row, and lanes that copy it
-constexpr int kRowsAtOnce = 32 / kStrips;
+constexpr int kRowStrips = kChunkCols / kStrip;  // of a row, and lanes that copy it
+constexpr int kRowsAtOnce = 32 / kRowStrips;
 constexpr int kPitch = 2 * kChunkCols, kChunkBytes = kChunkRows * (kPitch + 16);
 constexpr int kSlotsBytes = 4 * kConsumers * kChunks * kChunkBytes;
 
-// Of a strip of a row in a slot; the kStrips-th is the one behind.
+// Of a strip of a row in a slot; the kRowStrips-th is the one behind.
 __device__ __forceinline__ uint32_t place_of(int row, int strip) {
-  return strip < kStrips ? row * kPitch + (strip ^ row % 2 * 4) * 16 : kChunkRows * kPitch + row * 16;
+  return strip < kRowStrips ? row * kPitch + (strip ^ row % 2 * 4) * 16 : kChunkRows * kPitch + row * 16;
 }
 
 constexpr int kColUnitsAt = kSlotAt + kSlotsBytes;
@@ -297,13 +297,12 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
       ptx::arrive(rows_full(memory));
       ring.advance();
       if (step == max(unit.steps() - kAhead, 0)) {
-        if (step == 0) ptx::named_barrier(1, 128);  // the next unit is there
+        ptx::named_barrier(1, 128);  // the next unit is there
         prefetch_panels<F>(unit_at(memory, i), thread);
       }
       if (++step == unit.steps()) break;
       rows.load(unit, step, thread);
     }
-    ptx::named_barrier(1, 128);  // the next unit is there
   }
 }
 
@@ -410,8 +409,8 @@ struct Piece {
   // Asynchronously, each row from the 16 bytes on in which it begins. What surrounds it in memory up to
   // multiples of 16 bytes comes along.
   __device__ __forceinline__ void copy(uint32_t slot, int lane) const {
-    const int strip = lane % kStrips, first = strip * kStrip;
-    int row = lane / kStrips;
+    const int strip = lane % kRowStrips, first = strip * kStrip;
+    int row = lane / kRowStrips;
     if (last && !whole) return copy_last(slot, row, strip, lane);
     const bf16* from = at + row * pitch + first;
     const uint32_t to = slot + place_of(row, strip);
@@ -424,7 +423,7 @@ struct Piece {
     if (whole || lane >= rows) return;
     const int before = offset(lane);
     if (kChunkCols - before < cols)
-      ptx::copy_16<true>(slot + place_of(lane, kStrips), at + lane * pitch + kChunkCols - before, 16);
+      ptx::copy_16<true>(slot + place_of(lane, kRowStrips), at + lane * pitch + kChunkCols - before, 16);
   }
   // From a lane's first strip to its i-th: rows as odd as its first.
   __device__ __forceinline__ static constexpr uint32_t further(int i) {
@@ -435,7 +434,7 @@ struct Piece {
   __device__ __forceinline__ void copy_last(uint32_t slot, int row, int strip, int lane) const {
 #pragma unroll 1
     for (; row < rows; row += kRowsAtOnce) copy_strip(slot, row, strip);
-    if (lane < rows) copy_strip(slot, lane, kStrips);
+    if (lane < rows) copy_strip(slot, lane, kRowStrips);
   }
   __device__ __forceinline__ void copy_strip(uint32_t slot, int row, int strip) const {
     const int begin = strip * kStrip - offset(row);
@@ -447,12 +446,13 @@ struct Piece {
 
   // Whole rows: what a lane has copied itself, and may copy over then.
   __device__ __forceinline__ void load(uint4 (&strips)[kCount], uint32_t slot, int lane) const {
-    const uint32_t from = slot + place_of(lane / kStrips, lane % kStrips);
+    const uint32_t from = slot + place_of(lane / kRowStrips, lane % kRowStrips);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(from + further(i));
   }
   __device__ __forceinline__ void store(const uint4 (&strips)[kCount], int lane) const {
-    const int row = lane / kStrips, first = lane % kStrips * kStrip, count = first < cols ? rows : 0;
+    const int row = lane / kRowStrips, first = lane % kRowStrips * kStrip;
+    const int count = first < cols ? rows : 0;
     bf16* to = at + row * pitch + first;
 #pragma unroll
     for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch)
@@ -467,7 +467,7 @@ struct Piece {
       load(strips, slot, lane);
       return store(strips, lane);
     }
-    const int row = lane / kStrips, strip = lane % kStrips, first = strip * kStrip;
+    const int row = lane / kRowStrips, strip = lane % kRowStrips, first = strip * kStrip;
     const uint32_t from = slot + place_of(row, strip), left = slot + place_of(row, max(strip - 1, 0));
     bf16* to = at + row * pitch + first;
 #pragma unroll 2
@@ -582,7 +582,8 @@ __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, cons
   for (int g = 0; g < 2; ++g) {
     Words words{};
     if (kRounding == Rounding::stochastic)
-      words = draw(update.unit.seed, kStreamRound, update.unit.drawn_row + update.row, (col + 32 * g) >> 3);
+      words = draw(update.unit.seed, kStreamRound, update.unit.drawn_row + update.row,
+                   (col + 32 * g) >> 3);
     const auto scaled = [&](int i) {
       const float sum = sums[16 * g + 4 * (i / 2) + 2 * v + i % 2];
       return kScaled ? __fmul_rn(__fmul_rn(sum, update.row_unit),
@@ -684,24 +685,24 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           }
           if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
           ptx::sync_warp();
-          // The chunk that is kSlots further follows. What is known of it is read before memory is busy,
-          // where there are registers for that.
+          // The chunk that is kSlots further follows, before this one's stores where there are registers
+          // to hold them.
           const int steps = (chunk + kSlots) / kChunks;
           const bool same = step + steps < unit_at(memory, i).steps();
-          const auto next = [&] {
-            return Next<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
-                                      (chunk + kSlots) % kChunks, warpgroup, warp);
+          const auto copy_next = [&] {
+            Next<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
+                               (chunk + kSlots) % kChunks, warpgroup, warp)
+                .copy(slot, lane_id());
           };
-          if constexpr (kCompensated) {
+          if (kCompensated || update.late) {
             piece(unit_at(memory, i).weight).store(slot, lane_id());
-            piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
-            next().copy(slot, lane_id());
+            if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
+            copy_next();
           } else {
             uint4 strips[Piece::kCount];
-            if (update.late) piece(unit_at(memory, i).weight).store(slot, lane_id());
-            else weight.load(strips, slot, lane_id());
-            next().copy(slot, lane_id());
-            if (!update.late) piece(unit_at(memory, i).weight).store(strips, lane_id());
+            weight.load(strips, slot, lane_id());
+            copy_next();
+            piece(unit_at(memory, i).weight).store(strips, lane_id());
           }
         }
       }

@@ -3,7 +3,8 @@
 //
 // A radix selection on magnitude keys (numerics.cuh), a few launches for up to kRows tensors:
 //
-//   huge, 32-bit    sample     of 512 K elements: a window of keys about the quantile
+//   huge, 32-bit    zero       the histograms; where they are in other chains a memset does it
+//                   sample     of 512 K elements: a window of keys about the quantile
 //                   window     count what lies below it, list the keys in it: if it holds both of
 //                              the quantile's neighbours, count and partition do nothing    one read
 //                   clear      behind recount, in finish's place
@@ -38,26 +39,45 @@
 #include "prune.cuh"
 
 #include <algorithm>
+#include <cmath>
 
 namespace relora {
 namespace {
 
 // ---- Kernels ------------------------------------------------------------------------------------
 
+struct Range {
+  uint4* fours;
+  uint32_t count;
+};
+
+struct Sampling {
+  TableOf<kHugeRows> table;
+  uint32_t ends[kHugeRows][2];  // ranks in the sample, which the window is to hold
+};
+
+// A chain's histograms, 16 bytes a thread: a memset's node lets no launch begin before it has ended.
+__global__ void __launch_bounds__(kThreads, kBlocksThatClear) zero_kernel(const Range range) {
+  let_next_in();
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < range.count) range.fours[i] = {0, 0, 0, 0};
+}
+
 // kSampleBlocks for every tensor. The window: six standard deviations of the sample's quantile, and a
 // fiftieth of a bin for keys that do not lie evenly in it. Neighbours may be alike; a window that is too
 // narrow is found out.
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-sample_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
+sample_kernel(const __grid_constant__ Sampling sampling) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kN = kPack<uint32_t>, kEach = F::bins / kThreads;
   constexpr uint32_t kSlack = (1u << kShift) / 50;
   constexpr int64_t kMost = int64_t(kSampleBlocks) * kThreads * kSampleStrips;
   __shared__ uint32_t ends[2];  // keys
   SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
-  follow();
-  const Row& row = table.rows[blockIdx.x / kSampleBlocks];
-  if (!row.sampled) return;
+  let_next_in();
+  const Row& row = sampling.table.rows[blockIdx.x / kSampleBlocks];
+  const uint32_t* const ranks = sampling.ends[blockIdx.x / kSampleBlocks];
+  if (!row.sampled) return wait_for_previous();
   State& state = row.slot->state;
   const uint32_t* const data = static_cast<const uint32_t*>(row.data);
   const int64_t strips = row.size / kN, taken = min(strips, kMost);
@@ -81,8 +101,9 @@ sample_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
     for (int i = 0; i < kN; ++i)
       if (ids[u] < taken) hist.add(sample[u].key(i) >> kShift, 1);
   __syncthreads();
+  wait_for_previous();
   GlobalHist whole(row, false);
-  whole.add(hist, F::bins);
+  whole.add_dense(hist, F::bins);
   if (!is_last_block(&state.arrived, kSampleBlocks)) return;
 
   // Both ends at once, of bins in registers.
@@ -93,17 +114,13 @@ sample_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
     const uint4 four = bins[i];
     count[4 * i] = four.x, count[4 * i + 1] = four.y, count[4 * i + 2] = four.z, count[4 * i + 3] = four.w;
   }
-  const double last = double(kN * taken - 1);
-  const double below = double(quantile_rank(row.size, table.ratio).low) / double(row.size - 1);
-  const double middle = below * last, margin = 6 * sqrt(below * (1 - below) * last) + 1;
   uint32_t sum = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) sum += count[i];
   const uint32_t before = uint32_t(sum_upto(sum)) - sum;
 #pragma unroll
   for (int end = 0; end < 2; ++end) {
-    const uint32_t rank = uint32_t(end ? min(middle + margin, last) : max(middle - margin, 0.));
-    uint32_t left = rank - before, bin = 0, here = 0;
+    uint32_t left = ranks[end] - before, bin = 0, here = 0;
     if (left >= sum) continue;  // another thread's: where rank < before it is huge
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -120,12 +137,12 @@ sample_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
   __syncthreads();
   if (threadIdx.x) return;
   const uint32_t from = ends[0], to = ends[1];
-  state.origin = middle > margin ? max(from, kSlack) - kSlack : 0;
+  state.origin = ranks[0] ? max(from, kSlack) - kSlack : 0;
   state.width = to + kSlack - state.origin;
   // So that the histogram's bins cover it, and are four at least where recount counts keys.
   state.shift = max(32 - __clz(state.width - 1) - F::second, 2);
   // Too wide; zeros, of which the bin's keys are not spread; no neighbour above.
-  const bool fails = state.shift > kMostShift || to <= 1u << kShift || table.ratio == 1;
+  const bool fails = state.shift > kMostShift || to <= 1u << kShift || sampling.table.ratio == 1;
   if (fails) state.width = 0;
 }
 
@@ -135,36 +152,67 @@ window_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
   alignas(16) __shared__ uint32_t words[kBins];
   __shared__ uint32_t local[kLocal];
   __shared__ uint32_t found, below;
-  follow();
+  let_next_in();
   const Part part = find_part(table);
   const Row& row = part.row;
   State& state = row.slot->state;
-  if (!row.sampled || state.width == 0) return;
+  if (!row.sampled) return wait_for_previous();
   SharedHist<false> hist{words};
 
+  // The blocks side by side from the tensor's start to its end, which L2 then holds for the last pass: it
+  // is to forget the rest. The first loads are under way while the sample is not yet.
+  constexpr int kN = kPack<uint32_t>, kAhead = kThreads * kN;
+  constexpr uint32_t kKeptSweeps = kKept / (4 * kSweep<uint32_t>);
+  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
+  const uint32_t sweeps = uint32_t(row.size / kSweep<uint32_t>);
+  const uint32_t* mine = data + int64_t(part.block) * kSweep<uint32_t> + threadIdx.x * kN;
+  const int64_t step = int64_t(part.blocks) * kSweep<uint32_t>;
+  Strip<uint32_t> strips[kUnroll];
+  if (part.block < sweeps)
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) strips[u].load_once(mine + u * kAhead);
   hist.zero(kBins);
   if (threadIdx.x == 0) found = below = 0;
   __syncthreads();
+  wait_for_previous();
+  if (state.width == 0) return;
   const uint32_t origin = state.origin, width = state.width, shift = state.shift;
-  uint32_t greatest = 0, mine_below = 0;
-  bool full = false;
+  uint32_t greatest = 0, mine_below = 0, wanted = width;
+  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
   const auto look_at = [&](const auto& strip, int64_t, int count) {
 #pragma unroll
     for (int i = 0; i < kPack<uint32_t>; ++i) {
       if (i >= count) continue;
       const uint32_t key = strip.key(i);
       greatest = max(greatest, key);
-      mine_below += key < origin;
-      if (key - origin >= width || full) continue;
-      const uint32_t place = atomicAdd(&found, 1u);
-      full = place >= kLocal;  // the window fails: equal elements need not all queue up
-      if (!full) local[place] = key;
+      mine_below += (key - origin) >> 31;  // both are of 31 bits
+      if (key - origin >= wanted) continue;
+      const uint32_t place = atomicAdd(&found, one);
+      if (place < kLocal) local[place] = key;
+      else wanted = 0;  // the window fails: equal elements need not all queue up
       hist.add((key - origin) >> shift, 1);
     }
   };
-  // The blocks side by side from the tensor's start to its end, which L2 then holds for the last pass.
-  read<uint32_t>(row, part.block * int64_t(kSweep<uint32_t>), row.size, look_at,
-                 part.blocks * int64_t(kSweep<uint32_t>));
+  const L2Policy once = leave_first(), kept = stay();
+#pragma unroll 1
+  for (uint32_t sweep = part.block; sweep < sweeps;) {
+    sweep += part.blocks;
+    mine += step;
+    const L2Policy policy = sweep + kKeptSweeps < sweeps ? once : kept;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const Strip<uint32_t> strip = strips[u];
+      if (sweep < sweeps) strips[u].load(mine + u * kAhead, policy);
+      look_at(strip, 0, kN);
+    }
+  }
+  if (part.block == sweeps % part.blocks)  // whose turn the rest would be
+#pragma unroll 1
+    for (int64_t at = int64_t(sweeps) * kSweep<uint32_t> + threadIdx.x * kN; at < row.size; at += kAhead) {
+      const int count = int(min(row.size - at, int64_t(kN)));
+      strips[0].load_some(data + at, count);
+      look_at(strips[0], at, count);
+    }
   atomicAdd(&below, mine_below);
   grid_max(&state.greatest, greatest);
   if (threadIdx.x == 0) {
@@ -172,7 +220,7 @@ window_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
     if (found > kLocal) atomicMax(&state.overflowed, 1u);
   }
   GlobalHist whole(row, false);
-  whole.add(hist, kBins);
+  whole.add_dense(hist, kBins);
   hand_over(row, local, found > kLocal ? 0 : found);
   if (!is_last_block(&state.arrived, part.blocks)) return;
 
@@ -358,9 +406,9 @@ recount_kernel(const __grid_constant__ TableOf<kMost> table) {
   whole.add(hist, int(bins));
   if (!is_last_block(&state.arrived, blocks)) return;
 
+  const uint32_t above = min(~state.not_above, ~state.not_above_bin);
   const Picked picked = pick(whole, int(bins), state.left);
   if (threadIdx.x == 0) {
-    const uint32_t above = min(~state.not_above, ~state.not_above_bin);
     state.threshold = find_threshold(row, table.ratio, picked, origin + (prefix << shift), above);
     if (state.threshold >= ~state.not_above_bin) state.finish = Source::whole;
   }
@@ -368,7 +416,7 @@ recount_kernel(const __grid_constant__ TableOf<kMost> table) {
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __grid_constant__ Table table) {
-  follow_last();
+  wait_for_previous();
   const Part part = find_part(table);
   const Row& row = part.row;
   const State& state = row.slot->state;
@@ -396,12 +444,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __g
 // instructions, and the elements are asked for before it is known what to do with them.
 __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const __grid_constant__ Row row) {
   constexpr int kN = kPack<uint32_t>;
-  follow_last();
+  wait_for_previous();
   const uint32_t strip = (gridDim.x - 1 - blockIdx.x) * kThreads + threadIdx.x;
   uint32_t* const data = static_cast<uint32_t*>(row.data) + int64_t(strip) * kN;
   const bool full = strip < uint32_t(row.size / kN);
   Strip<uint32_t> mine, other;
-  if (full) mine.load(data);
+  if (full) mine.load_once(data);
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold;
   const Source source = state.finish;
@@ -412,10 +460,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
     if (full && (pair || row.partner_bytes == 0)) {
       const uint32_t mask = not_above(mine, threshold);
       mine.clear(mask);
-      mine.store(data);
+      mine.store_once(data);
       if (!pair) return;
       other.clear(mask);
-      other.store(partner);
+      other.store_once(partner);
     } else if (int64_t(strip) * kN < row.size) {
       clear_some<uint32_t>(row, int64_t(strip) * kN, full ? kN : int(row.size % kN),
                            [=](const auto& strip, int64_t, int) { return not_above(strip, threshold); });
@@ -592,6 +640,35 @@ void lay_out(Table& table, int64_t share) {
   }
 }
 
+// Of the sample, for the window.
+void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
+  constexpr int kN = kPack<uint32_t>;
+  const double last = double(kN * min(row.size / kN, int64_t(kSampleBlocks) * kThreads * kSampleStrips) - 1);
+  const double below = double(quantile_rank(row.size, ratio).low) / double(row.size - 1);
+  const double middle = below * last, margin = 6 * std::sqrt(below * (1 - below) * last) + 1;
+  ends[0] = uint32_t(max(middle - margin, 0.));
+  ends[1] = uint32_t(min(middle + margin, last));
+}
+
+// Blocks of the pass that lists a window: in whole waves of `slots` but for what rounding leaves, and none of
+// more than kMostSpans. Each tensor has its part of them.
+void lay_out_waves(TableOf<kHugeRows>& table, int slots) {
+  constexpr int64_t kMost = kMostSpans<uint32_t> * kSpan<uint32_t>;
+  int64_t least = 0, total = 0;
+  for (uint32_t r = 0; r < table.count; ++r) {
+    least += blocks_of(table.rows[r].size, kMost);
+    total += table.rows[r].size;
+  }
+  const double blocks = double(blocks_of(least, slots) * slots);
+  table.blocks = 0;
+  for (uint32_t r = 0; r < table.count; ++r) {
+    const int64_t size = table.rows[r].size, most = blocks_of(size, kSweep<uint32_t>);
+    const int64_t part = int64_t(blocks * (double(size) / double(total)));
+    table.rows[r].first_block = table.blocks;
+    table.blocks += uint32_t(min(max(part, blocks_of(size, kMost)), most));
+  }
+}
+
 // Blocks that are at work at a time.
 cudaError_t find_slots(int* slots) {
   int device = 0, multiprocessors = 0;
@@ -696,19 +773,32 @@ cudaError_t launch(void (*kernel)(Argument), const Argument& argument, uint32_t 
 
 // The launches for the tensors of `group`, of which `table` holds the rows.
 template <typename Bits, int kMost>
-cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, char* workspace, cudaStream_t stream) {
+cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, int slots, char* workspace,
+                      cudaStream_t stream) {
   constexpr int kShared = Format<Bits>::shared_bytes;
+  [[maybe_unused]] constexpr bool kHuge = kMost == kHugeRows;
   bool follow, follows = false;  // the first launch does not
-  cudaError_t failed = find_whether_they_follow(count_kernel<Bits, kMost>, &follow);
-  if (!failed) failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
+  cudaError_t failed = cudaSuccess;
+  if constexpr (kHuge) {
+    const uint32_t fours = uint32_t(group.hist_bytes / 16);
+    failed = launch(zero_kernel, Range{reinterpret_cast<uint4*>(workspace), fours},
+                    (fours + kThreads - 1) / kThreads, 0, stream);
+  } else {
+    failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
+  }
+  if (!failed) failed = find_whether_they_follow(count_kernel<Bits, kMost>, &follow);
+  if (kHuge && !failed) follows = follow;
   const auto run = [&](auto* kernel, const auto& argument, uint32_t blocks, int shared_bytes = 0) {
     if (!failed) failed = launch(kernel, argument, blocks, shared_bytes, stream, follows);
     follows = follow;
   };
-  constexpr bool kHuge = kMost == kHugeRows;
   if constexpr (kHuge) {
-    run(sample_kernel, table, table.count * kSampleBlocks, kShared);
-    run(window_kernel, table, table.blocks);
+    Sampling sampling{table, {}};
+    for (uint32_t r = 0; r < table.count; ++r) find_ends(table.rows[r], table.ratio, sampling.ends[r]);
+    TableOf<kHugeRows> waves = table;
+    lay_out_waves(waves, slots);
+    run(sample_kernel, sampling, table.count * kSampleBlocks, kShared);
+    run(window_kernel, waves, waves.blocks);
   }
   run(count_kernel<Bits, kMost>, table, table.blocks, kShared);
   if constexpr (sizeof(Bits) == 4) {
@@ -735,12 +825,12 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
       table.blocks = group.table.blocks;
       table.share = group.table.share;
       table.ratio = ratio;
-      return run_chain<Bits>(group, table, workspace, stream);
+      return run_chain<Bits>(group, table, slots, workspace, stream);
     });
   if (error) return error;
   error = for_each_group<Bits>(tensors, count, Which::large, slots, workspace, [&](Group& group) {
     group.table.ratio = ratio;
-    return run_chain<Bits>(group, group.table, workspace, stream);
+    return run_chain<Bits>(group, group.table, slots, workspace, stream);
   });
   if (error) return error;
   return for_each_group<Bits>(tensors, count, Which::small, slots, nullptr, [&](Group& group) {

@@ -37,6 +37,8 @@ constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
 // From here on a window is tried. Of smaller tensors a sample would be too large a part.
 constexpr int64_t kSampledFrom = RELORA_SAMPLED_FROM;
 constexpr int kSampleBlocks = 128, kSampleStrips = 2;  // strips of 16 bytes: of a thread
+// Bytes at a tensor's end that L2 keeps for the last pass: half of an H100's.
+constexpr int64_t kKept = 24 << 20;
 constexpr int kMostShift = 12;  // of the digit that recount finds
 
 // Digits of a key, and the histogram of the first one. Two 16-bit counters share a word in shared
@@ -133,20 +135,27 @@ static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters"
 
 // ---- A kernel's place among the launches --------------------------------------------------------
 
-// First of all in every kernel of a chain: the next launch may take its place on the device, and this one
-// may touch memory from here on, as all launches before it have ended. Each kernel waits for the one before
-// it, so none ends before those it builds upon.
-__device__ __forceinline__ void follow() {
+// The next launch may take its place on the device.
+__device__ __forceinline__ void let_next_in() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// The same in a chain's last kernel: what comes behind it is not ours.
-__device__ __forceinline__ void follow_last() {
+// A kernel of a chain may touch what those before it write from here on, as they have ended. Each waits for
+// the one before it, so none ends before those it builds upon. A chain's first kernel starts when all before
+// the chain has ended: what a chain does not write before its end may be read before this.
+__device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// First of all in most kernels of a chain; in the last one it is wait_for_previous(): what comes behind is
+// not ours.
+__device__ __forceinline__ void follow() {
+  let_next_in();
+  wait_for_previous();
 }
 
 // ---- A block's part of a tensor -----------------------------------------------------------------
@@ -171,6 +180,23 @@ __device__ __forceinline__ Part find_part(const TableOf<kMost>& table) {
   return {row, block, next - row.first_block, begin, min(row.size, begin + table.share)};
 }
 
+using L2Policy = uint64_t;
+
+__device__ __forceinline__ L2Policy leave_first() {
+  L2Policy policy = 0;
+#ifdef __CUDA_ARCH__
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+__device__ __forceinline__ L2Policy stay() {
+  L2Policy policy = 0;
+#ifdef __CUDA_ARCH__
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
 template <typename Bits>
 struct Strip {
@@ -192,6 +218,25 @@ struct Strip {
   __device__ __forceinline__ void store(Bits* to) const {
     *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
   }
+  // Leave L2 first of all.
+  __device__ __forceinline__ void load_once(const Bits* from) {
+    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(from));
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+  }
+  // In this place among the others: not later, where its registers would be free.
+  __device__ __forceinline__ void load(const Bits* from, L2Policy policy) {
+#ifdef __CUDA_ARCH__
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(from), "l"(policy));
+#else
+    load(from);
+    (void)policy;
+#endif
+  }
+  __device__ __forceinline__ void store_once(Bits* to) const {
+    __stcs(reinterpret_cast<uint4*>(to), uint4{w[0], w[1], w[2], w[3]});
+  }
   __device__ __forceinline__ void load_some(const Bits* from, int count) {
     w[0] = w[1] = w[2] = w[3] = 0;
 #pragma unroll
@@ -204,12 +249,10 @@ __host__ __device__ __forceinline__ bool is_wide(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }
 
-// visit(strip, index of its first element, elements in it) for the elements of the sweeps that begin at
-// `begin`, begin + step, ... before `end`; a strip's next load is under way before it is visited. `step`
-// is another than a sweep for aligned tensors alone: the others are read element by element.
+// visit(strip, index of its first element, elements in it); a strip's next load is under way before it is
+// visited.
 template <typename Bits, typename Visit>
-__device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit,
-                                     int64_t step = kSweep<Bits>) {
+__device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit) {
   constexpr int kN = kPack<Bits>;
   static_assert(kSpan<Bits> % kSweep<Bits> == 0, "whole sweeps");
   const Bits* data = static_cast<const Bits*>(row.data);
@@ -218,13 +261,13 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
     const int64_t mine = threadIdx.x * kN;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) strips[u].load(data + begin + mine + u * kThreads * kN);
-    for (bool more = true; more; begin += step) {
-      more = begin + step + kSweep<Bits> <= end;
+    for (bool more = true; more; begin += kSweep<Bits>) {
+      more = begin + 2 * kSweep<Bits> <= end;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = begin + mine + u * kThreads * kN;
         const Strip<Bits> strip = strips[u];
-        if (more) strips[u].load(data + at + step);
+        if (more) strips[u].load(data + at + kSweep<Bits>);
         visit(strip, at, kN);
       }
     }
@@ -398,6 +441,11 @@ struct GlobalHist {
       }
     }
   }
+  // The same, neighbouring bins by neighbouring threads: for histograms most of whose bins are not empty.
+  __device__ __forceinline__ void add_dense(const SharedHist<false>& counts, int bins) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < bins; i += kThreads) add(i, counts.words[i]);
+  }
   __device__ __forceinline__ void zero(int bins) {
     for (int i = threadIdx.x; i < (wide ? 2 * bins : bins); i += kThreads) words[i] = 0;
   }
@@ -469,7 +517,8 @@ __device__ __forceinline__ unsigned long long sum_upto(unsigned long long sum) {
   }
   if (lane == 31) sums[threadIdx.x / 32] = sum;
   __syncthreads();
-  for (int warp = 0; warp < int(threadIdx.x) / 32; ++warp) sum += sums[warp];
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += warp < int(threadIdx.x) / 32 ? sums[warp] : 0;
   return sum;
 }
 

@@ -141,6 +141,32 @@ def test_bitwise_as_the_reference(model, layout, rounding, factor_dtype):
         assert model.blocks > 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_weight_and_residual_begin_where_they_like(model, seed):
+    """Rows of one are shifted in shared memory by others elements than rows of the other, or by none."""
+    size = SIZES[2 + seed]
+    layers = [
+        drawn_layer(size, layout, "compensated", torch.float32, seed)
+        for layout in (ROW_LAYOUTS[seed], ROW_LAYOUTS[(seed + 2) % 7])
+    ]
+    layers[0][5] = layers[1][5]
+    model.seed, model.processors = seed, 2
+    merges_as_the_reference(layers[:1])
+    assert model.calls == 1
+
+
+def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
+    """More units than blocks, so that blocks take them from the counter; several chunks of rows a layer."""
+    model.processors = 3
+    layers = [
+        drawn_layer((900, 40, 3), "odd pitch", "stochastic", torch.bfloat16, seed)
+        for seed in (1, 2)
+    ]
+    layers.append(drawn_layer((70, 1100, 3), "aligned", "stochastic", torch.bfloat16, 3))
+    merges_as_the_reference(layers)
+    assert model.calls == 1 and model.blocks == 3
+
+
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, rounding, seed):

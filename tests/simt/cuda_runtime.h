@@ -61,6 +61,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline uint4 __ldcs(const uint4* from) { return *from; }
+inline void __stcs(uint4* to, uint4 value) { *to = value; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
