@@ -13,6 +13,9 @@ EXPECTED = {
     "restart_kernel<float>": (0, 0, 128, None),
     "restart_kernel<bf16>": (0, 0, 64, None),
     "restart_kernel<fp16>": (0, 0, 64, None),
+    "zero_kernel": (0, 0, 128, None),
+    "sample_kernel": (128, 0, 128, None),
+    "window_kernel": (128, 0, 0, None),
     "clear_kernel": (128, 0, 128, None),
     **{f"partition_kernel<{rows}>": (128, 0, 128, None) for rows in (8, 400)},
     **{f"recount_kernel<{rows}>": (128, 0, 0, None) for rows in (8, 400)},
@@ -33,9 +36,9 @@ EXPECTED = {
 }
 
 
-# sm_90a alone. lora_A and lora_B come an element at a time, of any strides: W is what counts.
+# sm_90a alone. lora_A comes an element at a time, of any strides, lora_B in twos: W is what counts.
 EXPECTED_SM90A = {
-    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (0, 128, 128, f"HGMMA.64x32x16.F32{kind}")
+    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (32, 128, 128, f"HGMMA.64x64x16.F32{kind}")
     for rounding in range(3)
     for factor, kind in (("float", ""), ("bf16", ".BF16"))
 }
