@@ -305,13 +305,13 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "import _C; print(_C.archs, _C.ptx, _C.nvcc_version, _C.cudart_version)\n"
         f"assert _C.sources == {cuda_build.sources_digest()!r} and not _C.merge_has_sm90\n"
         "import struct\n"
-        "layer = struct.pack('18q4q2Q2q2f3I4x', *[0] * 18, 5, 7, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0)\n"
+        "layer = struct.pack('18q4q2Q2q2f4I', *[0] * 18, 5, 7, 3, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0)\n"
         "assert len(layer) == _C.merge_layer_bytes\n"
         "def call(layers=bytearray(layer), **changes):\n"
         "    _C.merge(**{**dict(layers=layers, weight_dtype='bfloat16',\n"
         "        factor_dtype='float32', restart_dtype='float32', rounding='nearest', table=0,\n"
         "        device=0, stream=0), **changes})\n"
-        "for changes in ({}, dict(kind='sm90'), dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
+        "for changes in ({}, dict(kind='sm90', table=64), dict(kind='sm90'), dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
         "                dict(layers=bytearray(9))):\n"
         "    try: call(**changes)\n"
         "    except (RuntimeError, ValueError) as error: print(type(error).__name__, error)\n"
@@ -332,7 +332,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    built, launch, sm90, code, residual, table, torn, product, kernel, form = (
+    built, launch, sm90, counter, code, residual, table, torn, product, kernel, form = (
         done.stdout.splitlines()
     )
     assert built.startswith("['80'] ['80'] ")
@@ -342,6 +342,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
     )
     assert launch.startswith(f"RuntimeError {shapes}cudaError")
     assert sm90.startswith(f"RuntimeError {shapes}cudaError")
+    assert counter == f"ValueError {shapes}expected a table in device memory, got none"
     assert code.startswith("ValueError merge: rounding: expected ") and code.endswith("got up")
     assert residual.endswith("rounding='compensated': expected a residual, got none")
     assert table.endswith(

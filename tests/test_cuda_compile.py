@@ -38,7 +38,12 @@ EXPECTED = {
 
 # sm_90a alone. lora_A comes an element at a time, of any strides, lora_B in twos: W is what counts.
 EXPECTED_SM90A = {
-    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (32, 128, 128, f"HGMMA.64x64x16.F32{kind}")
+    f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (
+        32,
+        128,
+        128,
+        f"HGMMA.64x64x16.F32{kind}",
+    )
     for rounding in range(3)
     for factor, kind in (("float", ""), ("bf16", ".BF16"))
 }

@@ -182,6 +182,7 @@ class Shim:
         self.merge_has_sm90 = False
         self.merge_layer_bytes = library.simt_merge_layer_bytes()
         self.merge_inline_layers = library.simt_merge_inline_layers()
+        self.merge_counter_bytes = library.simt_merge_counter_bytes()
         self.merge_most_rank = library.simt_merge_most_rank()
         library.simt_multiprocessors(1)
 

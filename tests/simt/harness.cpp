@@ -33,6 +33,7 @@ void simt_unload(int loads) {
 void simt_multiprocessors(int count) { multiprocessors = count; }
 int simt_merge_layer_bytes() { return sizeof(relora::MergeLayer); }
 int simt_merge_inline_layers() { return relora::kInlineLayers; }
+int simt_merge_counter_bytes() { return relora::kCounterBytes; }
 int simt_merge_most_rank() { return relora::kMostRank; }
 
 }  // extern "C"
