@@ -163,6 +163,10 @@ def archs(nvcc: Path) -> list[str]:
     return names
 
 
+# Launches that overlap, which sm_90 and newer know.
+NEWER = {"prune.cu": 90}
+
+
 def virtual_arch(names: list[str]) -> str | None:
     """The lowest of them, whose PTX all plain ones are assembled from: the sources use nothing newer,
     and most of a compilation is what leads to PTX. It goes in, too, for GPUs of other architectures.
@@ -170,7 +174,11 @@ def virtual_arch(names: list[str]) -> str | None:
     return min((name for name in names if name.isdecimal()), key=int, default=None)
 
 
-def arch_flags(names: list[str]) -> list[str]:
+def arch_flags(names: list[str], newer: int | None = None) -> list[str]:
+    """`newer`: the architecture from which on the sources use more, with PTX of its own."""
+    if newer is not None:
+        older = [name for name in names if int(name.rstrip("af")) < newer]
+        return arch_flags(older) + arch_flags([name for name in names if name not in older])
     lowest = virtual_arch(names)
     own = [name for name in names if lowest is None or int(name.rstrip("af")) < int(lowest)]
     codes = [f"arch=compute_{name},code=sm_{name}" for name in own]
@@ -253,7 +261,7 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
         rule = "cuda" if source.suffix == ".cu" else "cxx"
         rules += f"build {objects[-1]}: {rule} {path(source)}\n"
         if rule == "cuda":
-            rules += f"  archs = {command(*arch_flags(wanted))}\n"
+            rules += f"  archs = {command(*arch_flags(wanted, NEWER.get(source.name)))}\n"
     rules += f"build {path(module)}: link {' '.join(objects)}\n"
     (work / "build.ninja").write_text(rules)
 

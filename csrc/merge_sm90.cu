@@ -9,7 +9,7 @@
 //            chunks ahead and across units, gain their sums in shared memory and go back
 //
 // Memory sees whole lines: a warp reads and writes 256 bytes of each of its rows at a time, two rows an
-// instruction, where the sums of a lane are of eight rows. Lines written by halves cost a third of the
+// instruction, where its sums are of eight rows an instruction. Lines written by halves cost a third of the
 // rate, and lora_A in shared memory for 512 columns half of what lora_B's rows for as many cost in L2.
 //
 // bf16 factors are held as they are. Of fp32 factors 11 bits are kept: as fp16, which has tf32's
@@ -18,7 +18,8 @@
 // up to 2^-39 of the largest (numerics.cuh); of rows below 2^-90 less, where float32's own range ends.
 //
 // A row that begins elsewhere than at 16 bytes lies in shared memory as in W, from the 16 bytes before
-// its first element on. All accesses to W then are of 16 bytes, but for a unit's first and last columns.
+// its first element on. All accesses to W then are of 16 bytes, but for those of up to seven elements at
+// both ends of the 128 columns of a chunk, and at the matrix's end.
 #include <algorithm>
 #include <cstring>
 
@@ -75,8 +76,8 @@ struct Unit {
   __device__ __forceinline__ int steps() const { return (rows + kStepRows - 1) / kStepRows; }
 };
 
-// By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. What
-// travels as an argument is read as one.
+// By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. Few layers
+// are read from the launch's arguments as such, not through a pointer.
 __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number, int lane, int& from) {
   Unit unit{};
   if (number >= uint32_t(table.units)) return unit;
@@ -121,8 +122,8 @@ constexpr int kRowsAt = kPanels * kPanelBytes;
 constexpr int kSlotAt = kRowsAt + kStepRows * kMostRank * 2;
 
 // A chunk: what a warp copies at a time of W, and of the residual, into a slot of its own: half of its
-// rows, and the columns of two products. Lines of 128 bytes as in memory, for asynchronous copies are
-// quick then alone; of each line, halves of odd rows are swapped, so that what eight lanes read together
+// rows, and the columns of two products. Lines of 128 bytes as in memory: asynchronous copies that part
+// a line are slow; of each line, halves of odd rows are swapped, so that what eight lanes read together
 // lies in all banks. Behind them 16 bytes a row, for what a row has beyond them that begins elsewhere
 // than at a multiple of 16 bytes.
 constexpr int kChunkRows = kWarpRows / 2, kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
@@ -254,7 +255,7 @@ struct Rows {
   }
 };
 
-constexpr int kAhead = 4;  // steps: what L2 is sure to keep so long
+constexpr int kAhead = 4;  // steps before a unit ends: lora_A that is fetched then L2 still has at its end
 
 // A unit's lora_A into L2, where it lies as it usually does: a row of it a thread.
 template <typename F>

@@ -3,7 +3,7 @@
 //
 // A radix selection on magnitude keys (numerics.cuh), a few launches for up to kRows tensors:
 //
-//   huge, 32-bit    zero       the histograms; where they are in other chains a memset does it
+//   huge, 32-bit    zero       the histograms; in the other chains a memset does that
 //                   sample     of 512 K elements: a window of keys about the quantile
 //                   window     count what lies below it, list the keys in it: if it holds both of
 //                              the quantile's neighbours, count and partition do nothing    one read
@@ -521,6 +521,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
     if (shift == 0) threshold = find_threshold(row, table.ratio, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
+    __syncthreads();  // what the next round begins with is read before it, by whatever loads
   }
   clear_to<Bits>(row, 0, row.size, threshold);
 }
@@ -777,7 +778,7 @@ cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, int slots
                       cudaStream_t stream) {
   constexpr int kShared = Format<Bits>::shared_bytes;
   [[maybe_unused]] constexpr bool kHuge = kMost == kHugeRows;
-  bool follow, follows = false;  // the first launch does not
+  bool follow = false, follows = false;  // the first launch does not
   cudaError_t failed = cudaSuccess;
   if constexpr (kHuge) {
     const uint32_t fours = uint32_t(group.hist_bytes / 16);

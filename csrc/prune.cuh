@@ -29,7 +29,7 @@ constexpr int kRows = 400, kParameters = 32764;
 #else
 constexpr int kRows = 48, kParameters = 4096;
 #endif
-constexpr int kHugeRows = 8;  // of a launch for huge tensors, which these arguments reach sooner
+constexpr int kHugeRows = 8;  // of a launch for huge tensors: small arguments, which are sooner there
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.

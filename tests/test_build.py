@@ -117,6 +117,16 @@ def test_ptx_of_the_highest_plain_arch():
     assert cuda_build.arch_flags(["90a"]) == ["-gencode=arch=compute_90a,code=sm_90a"]
 
 
+def test_ptx_of_its_own_from_where_a_source_uses_more():
+    """Launches that overlap are compiled in from compute_90 on, not in what sm_90 takes from compute_80."""
+    assert cuda_build.arch_flags(["80", "120", "90"], 90) == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90,code=[sm_120,sm_90,compute_90]",
+    ]
+    for names in (["90"], ["80", "86"]):
+        assert cuda_build.arch_flags(names, 90) == cuda_build.arch_flags(names)
+
+
 # ---- Finding nvcc -------------------------------------------------------------------------------
 
 

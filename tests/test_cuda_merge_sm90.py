@@ -170,7 +170,7 @@ def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, rounding, seed):
-    """What is copied ahead belongs to the next strip or layer; some layers have nothing to do."""
+    """What is copied ahead belongs to the next unit or layer; some layers have nothing to do."""
     sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(60)]
     sizes[7], sizes[20] = (0, 40, 4), (5, 0, 4)
     layers = [

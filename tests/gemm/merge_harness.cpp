@@ -18,6 +18,15 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   const cudaError_t planned =
       sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);
   if (as_arguments) std::copy(layers, layers + count, table.first);
+  // From the 16 bytes on in which the first element lies, all 16 bytes: memcheck counts no less.
+  model::readable.clear();
+  for (int i = 0; i < count; ++i)
+    for (const Matrix& m : {layers[i].weight, layers[i].residual}) {
+      const auto begin = reinterpret_cast<uintptr_t>(m.data);
+      if (begin && layers[i].n && layers[i].k)
+        model::readable.push_back(
+            {begin / 16 * 16, begin + 2 * uintptr_t((layers[i].n - 1) * m.row + layers[i].k)});
+    }
   *blocks = planned == cudaSuccess ? std::min(table.units, processors) : 0;
   if (*blocks == 0) return planned;
   cudaLaunchConfig_t config{};

@@ -5,9 +5,9 @@
 // the hardware may do it: a TMA load or store takes effect at a drawn moment after it was issued, a
 // wgmma only when its group is waited for, warps advance at drawn speeds. A stage that is
 // overwritten early or read early then holds the wrong numbers; a barrier that never completes is a
-// deadlock, and is reported. Shared memory starts out as NaN, or as large numbers. Swizzle and descriptors are decoded
-// as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor format", canonical
-// layouts), not by the kernel's own functions.
+// deadlock, and is reported. Shared memory starts out as NaN, or as large numbers. Swizzle and
+// descriptors are decoded as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor
+// format", canonical layouts), not by the kernel's own functions.
 #define RELORA_PTX_CUH
 #pragma once
 
@@ -88,6 +88,8 @@ struct Machine {
 inline Machine* machine = nullptr;
 inline int processors = 1;
 inline unsigned seed = 0;
+// What cp.async may read; empty: anything.
+inline std::vector<std::pair<uintptr_t, uintptr_t>> readable;
 
 inline void back_to_scheduler() {
   fibers::leave(machine->current->fiber);
@@ -595,7 +597,11 @@ inline uint32_t shuffle(uint32_t value, int lane) {
 template <bool kWithNext = false>
 void copy_16(uint32_t to, const void* from, int bytes) {
   model::Block* const block = self().block;
-  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) model::fail("a copy that is not aligned");
+  const auto at = reinterpret_cast<uintptr_t>(from);
+  if (to % 16 || at % 16) model::fail("a copy that is not aligned");
+  bool inside = bytes == 0 || model::readable.empty();
+  for (const auto& [begin, end] : model::readable) inside = inside || (at >= begin && at + 16 <= end);
+  if (!inside) model::fail("copies from beyond a matrix");
   const auto copy = [=] {
     uint8_t* const shared = model::at(*block, to, 16);
     std::memset(shared, 0, 16);
