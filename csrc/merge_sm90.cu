@@ -255,19 +255,6 @@ struct Rows {
   }
 };
 
-constexpr int kAhead = 4;  // steps before a unit ends: lora_A that is fetched then L2 still has at its end
-
-// A unit's lora_A into L2, where it lies as it usually does: a row of it a thread.
-template <typename F>
-__device__ __forceinline__ void prefetch_panels(const Unit& unit, int thread) {
-  const Matrix& m = unit.lora_A;
-  if (unit.rows == 0 || thread >= unit.r || m.col != 1) return;
-  const F* const row = static_cast<const F*>(m.data) + thread * m.row;
-#pragma unroll 1
-  for (int col = unit.col0; col < min(unit.cols, unit.col0 + kUnitCols); col += 128 / int(sizeof(F)))
-    prefetch_L2(row + col);
-}
-
 // A step's rows are on their way while the consumers are at the one before; a unit is known before the
 // one before it begins.
 template <typename F>
@@ -297,13 +284,10 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
       rows.store(memory, thread);
       ptx::arrive(rows_full(memory));
       ring.advance();
-      if (step == max(unit.steps() - kAhead, 0)) {
-        ptx::named_barrier(1, 128);  // the next unit is there
-        prefetch_panels<F>(unit_at(memory, i), thread);
-      }
       if (++step == unit.steps()) break;
       rows.load(unit, step, thread);
     }
+    ptx::named_barrier(1, 128);  // the next unit is there
   }
 }
 
@@ -445,32 +429,22 @@ struct Piece {
                            global_memory<bf16>(at + row * pitch + begin)[i].bits);
   }
 
-  // Whole rows: what a lane has copied itself, and may copy over then.
-  __device__ __forceinline__ void load(uint4 (&strips)[kCount], uint32_t slot, int lane) const {
-    const uint32_t from = slot + place_of(lane / kRowStrips, lane % kRowStrips);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(from + further(i));
-  }
-  __device__ __forceinline__ void store(const uint4 (&strips)[kCount], int lane) const {
-    const int row = lane / kRowStrips, first = lane % kRowStrips * kStrip;
-    const int count = first < cols ? rows : 0;
-    bf16* to = at + row * pitch + first;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch)
-      if (row + i * kRowsAtOnce < count) store_16(to, strips[i]);
-  }
-
-  // From rows of shared memory that begin with their first elements.
+  // From rows of shared memory that begin with their first elements. Of whole ones a lane reads what it
+  // has copied itself, and may copy over then.
   __device__ __forceinline__ void store(uint32_t slot, int lane) const {
     if (rows <= 0 || cols <= 0) return;
-    if (whole) {
-      uint4 strips[kCount];
-      load(strips, slot, lane);
-      return store(strips, lane);
-    }
     const int row = lane / kRowStrips, strip = lane % kRowStrips, first = strip * kStrip;
     const uint32_t from = slot + place_of(row, strip), left = slot + place_of(row, max(strip - 1, 0));
     bf16* to = at + row * pitch + first;
+    if (whole) {
+      uint4 strips[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(from + further(i));
+#pragma unroll
+      for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch)
+        if (row + i * kRowsAtOnce < rows && first < cols) store_16(to, strips[i]);
+      return;
+    }
 #pragma unroll 2
     for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch) {
       const int before = offset_of(to);
@@ -507,21 +481,18 @@ struct Piece {
   }
 };
 
-// A slot's next chunk of W, and of the residual: a group of copies, beyond the last unit an empty one.
+// A chunk of W, and of the residual: a group of copies, of no unit an empty one.
 template <bool kCompensated>
-struct Next {
-  Piece weight, rest;
-  __device__ __forceinline__ Next(const Unit& unit, int step, int chunk, int warpgroup, int warp)
-      : weight(unit, unit.weight, step, chunk, warpgroup, warp),
-        rest(unit, kCompensated ? unit.residual : unit.weight, step, chunk, warpgroup, warp) {}
-  __device__ __forceinline__ void copy(uint32_t slot, int lane) const {
-    if (weight.rows > 0 && weight.cols > 0) {
-      weight.copy(slot, lane);
-      if (kCompensated) rest.copy(slot + kChunkBytes, lane);
-    }
-    ptx::copy_commit();
+__device__ __forceinline__ void copy_chunk(const Unit& unit, int step, int chunk, uint32_t slot,
+                                           int warpgroup, int warp) {
+  const Piece weight(unit, unit.weight, step, chunk, warpgroup, warp);
+  if (weight.rows > 0 && weight.cols > 0) {
+    weight.copy(slot, lane_id());
+    if (kCompensated)
+      Piece(unit, unit.residual, step, chunk, warpgroup, warp).copy(slot + kChunkBytes, lane_id());
   }
-};
+  ptx::copy_commit();
+}
 
 // ---- consume: the sums --------------------------------------------------------------------------
 
@@ -614,7 +585,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   const uint32_t slots = memory + kSlotAt + (warpgroup * 4 + warp) * kChunks * kChunkBytes;
 #pragma unroll 1
   for (int i = 0; i < kSlots; ++i)
-    Next<kCompensated>(unit_at(memory, 0), 0, i, warpgroup, warp).copy(slots + i * kSlotBytes, lane_id());
+    copy_chunk<kCompensated>(unit_at(memory, 0), 0, i, slots + i * kSlotBytes, warpgroup, warp);
   Ring<1> ring;
   uint32_t left[kSixteens][4];
   float sums[2][kSums], row_units[2] = {}, next_units[2] = {};
@@ -686,25 +657,13 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           }
           if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
           ptx::sync_warp();
-          // The chunk that is kSlots further follows, before this one's stores where there are registers
-          // to hold them.
+          piece(unit_at(memory, i).weight).store(slot, lane_id());
+          if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
+          // The chunk that is kSlots further follows.
           const int steps = (chunk + kSlots) / kChunks;
           const bool same = step + steps < unit_at(memory, i).steps();
-          const auto copy_next = [&] {
-            Next<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
-                               (chunk + kSlots) % kChunks, warpgroup, warp)
-                .copy(slot, lane_id());
-          };
-          if (kCompensated || update.late) {
-            piece(unit_at(memory, i).weight).store(slot, lane_id());
-            if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
-            copy_next();
-          } else {
-            uint4 strips[Piece::kCount];
-            weight.load(strips, slot, lane_id());
-            copy_next();
-            piece(unit_at(memory, i).weight).store(strips, lane_id());
-          }
+          copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
+                                   (chunk + kSlots) % kChunks, slot, warpgroup, warp);
         }
       }
     }

@@ -7,6 +7,5 @@ namespace relora {
 template <typename T>
 T* global_memory(void* p) { return static_cast<T*>(p); }
 inline int lane_id() { return int(threadIdx.x) % 32; }
-inline void prefetch_L2(const void*) {}
 
 }  // namespace relora
