@@ -1,20 +1,21 @@
 // Prune a list of tensors in place: each to zero where |t| <= quantile(|t|, ratio), exactly
 // (contract: relora_kernels/reference/prune.py), or at random, keyed by logical element.
 //
-// A radix selection on magnitude keys (numerics.cuh), a few launches for up to kRows tensors:
+// A radix selection on magnitude keys (numerics.cuh), a few launches for up to kRows tensors, of huge
+// ones kHugeRows:
 //
 //   huge, 32-bit    zero       the histograms; in the other chains a memset does that
 //                   sample     of 512 K elements: a window of keys about the quantile
 //                   window     count what lies below it, list the keys in it: if it holds both of
 //                              the quantile's neighbours, count and partition do nothing    one read
-//                   clear      behind recount, in finish's place
+//                   clear      behind recount, in finish's place: zero what the window's threshold
+//                              does not exceed                              one read, one write
 //   large, 32-bit   count      histogram of the keys' upper 13 bits; the last block to arrive picks
 //                              the bin that holds the quantile's lower neighbour       one read
 //                   partition  zero what lies below the bin, list what lies in it and count its
 //                              next 10 bits; the last block picks again        one read, one write
 //                   recount    the listed elements' last 8 bits: the threshold
-//                   finish     zero the listed elements up to the threshold; with a window, all up
-//                              to it                                        one read, one write
+//                   finish     zero the listed elements up to the threshold
 //   large, 16-bit   count      all 15 bits of the keys: the threshold itself           one read
 //                   finish     zero up to the threshold                        one read, one write
 //   up to kSmall    small      all of it in one block, whose later reads come from L1 and L2
@@ -23,11 +24,12 @@
 //
 // Where the bin holds more than the list has room for (ties, constant tensors), or where rounding
 // lifts the threshold to an element above the bin, recount and finish go over the whole tensor: the
-// device decides, every launch is the same. A NaN makes `partition` or `finish` zero everything.
+// device decides, every launch is the same. A NaN makes `partition`, `finish` or `clear` zero everything.
 //
 // Bytes an element: 12 in 32 bits, 6 in 16, and 8 or 4 for the partner; without a window listed
 // elements are fetched again, twice, by sectors of 32 bytes: of 10^8 elements that took 65 us of 412
-// on an H200 (ncu, 2026-11-27). A window that fails (ties, few distinct values) costs a read more.
+// on an H200 (ncu, 2026-11-27). A window that fails (ties, few distinct values) costs a read more, and
+// where a list takes its place another by `clear`, which asks for elements before it knows.
 //
 // The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one

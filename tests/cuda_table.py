@@ -79,6 +79,8 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
                 "spills": int(stack) + int(local),
                 "shared": int(shared),
                 "tensor_core": sorted(set(re.findall(r"\b([HIQ]G?MMA\.\d[\w.]*)", body))),
+                # Whether it lets the next launch in, and waits for the one before.
+                "overlaps": ("PREEXIT" in body, "ACQBULK" in body),
                 "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", body))),
             }
         )
@@ -91,7 +93,12 @@ def assemble(nvcc: Path, tools: Path, module: Path, folder: Path) -> None:
     subprocess.run(
         [tools / "cuobjdump", "-xptx", "all", module], cwd=folder, check=True, capture_output=True
     )
-    jobs = [(path, arch) for path in folder.glob("*.ptx") for arch in FROM_PTX]
+    jobs = [
+        (path, arch)
+        for path in folder.glob("*.ptx")
+        for arch in FROM_PTX
+        if int(path.name.split(".")[-2].removeprefix("sm_")) <= int(arch)
+    ]
     assert jobs, f"{module} has no PTX"
     jobs.sort(key=lambda job: -job[0].stat().st_size)
 

@@ -78,6 +78,22 @@ def test_main_paths_move_16_bytes_at_a_time(rows):
             assert row["tensor_core"] == ([unit] if unit else []), row
 
 
+def test_launches_of_a_chain_overlap_from_sm_90_on(rows):
+    """Each waits for the one before it; the last one lets nobody in, the first one has nobody to wait for."""
+    expected = {
+        **dict.fromkeys(("sample", "window", "count", "partition", "recount"), (True, True)),
+        **dict.fromkeys(("clear", "finish"), (False, True)),
+        "zero": (True, False),
+    }
+    for row in rows:
+        name = row["kernel"].split("_kernel")[0]
+        newer = int(row["arch"].rstrip("a")) >= 90
+        assert row["overlaps"] == (
+            expected.get(name, (False, False)) if newer else (False, False)
+        ), row
+    assert expected.keys() <= {row["kernel"].split("_kernel")[0] for row in rows}
+
+
 def test_sm_86_serves_sm_89(rows):
     """Its machine code runs there, and is what would be made for it: the build leaves sm_89 out."""
     code = {
