@@ -393,6 +393,24 @@ def test_lists_with_and_without_windows(sampled, ratio):
         check_against_reference(*insert(drawn_list(300 + number, [*EDGES, 900, 200_000]), ratio))
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_more_windows_than_one_launch_takes(sampled, paired):
+    """Two chains of launches, one behind the other in the same workspace; sizes of very different shares."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = [60_000 + 5003 * i for i in range(17)] + [700_001]
+    kinds = [KINDS[i % len(KINDS)] for i in range(len(sizes))]
+    tensors = [Guarded(values_of(k, n, generator), 0) for k, n in zip(kinds, sizes)]
+    partners = []
+    if paired:
+        dtypes = [DTYPES[i % 3] for i in range(len(sizes))]
+        partners = [
+            Guarded((torch.rand(n, generator=generator) + 1).to(d), 0)
+            for n, d in zip(sizes, dtypes)
+        ]
+    sampled.order = 5
+    check_against_reference(tensors, 0.9, partners)
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
 def test_a_window_by_one_strip_in_four(sampled, ratio):
     """Of a matrix whose columns differ by powers of two, as wide as the sample's stride."""
@@ -722,6 +740,30 @@ def test_gpu_windows(gpu, settled, ratio, partner):
     assert settled()
     for ours, theirs in zip((t, *others), (*expected[0], *expected[1])):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_gpu_lists_of_every_size_one_behind_the_other(gpu, paired):
+    """Chains of launches that overlap, in one call and from call to call, without a pause between them."""
+    skip_unless_free(12)
+    generator = torch.Generator(gpu).manual_seed(6)
+    sizes = [2**24 + 1, 2**24, 2**24 + 4096, 2**25 + 3, 300_001, 2**20, 1000]
+    tensors = [torch.randn(n, device=gpu, generator=generator) for n in sizes]
+    tensors[1].fill_(0.5)  # no window
+    tensors[2][77] = torch.nan
+    tensors[5] = tensors[5].bfloat16()
+    others = []
+    if paired:
+        others = [torch.rand(n, device=gpu, generator=generator) + 1 for n in sizes]
+        others[3], others[5] = others[3].bfloat16(), others[5].half()
+    expected = [t.clone() for t in tensors], [t.clone() for t in others]
+    for ratio in (0.5, 0.95):
+        reference.prune_(expected[0], ratio, expected[1])
+    torch.cuda.synchronize()
+    for ratio in (0.5, 0.95):
+        launcher.prune_(tensors, ratio, others)
+    for ours, theirs in zip((*tensors, *others), (*expected[0], *expected[1])):
+        assert_same_bits(ours.cpu(), theirs.cpu())
 
 
 def test_gpu_a_window_of_more_than_two_to_the_31_elements(gpu, settled):
