@@ -481,6 +481,52 @@ struct Piece {
   }
 };
 
+// A lane's strips of a unit of W whose rows begin and end at multiples of 16 bytes, from step to step.
+struct Whole {
+  static constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
+  bf16* at;   // the lane's first strip in the step
+  int pitch;
+  int rows, cols;  // that there are from there on: may be none
+  bool is;
+
+  __device__ __forceinline__ Whole(const Unit& unit, int warpgroup, int warp, int lane) {
+    const int row = warp * kWarpRows + lane / kRowStrips;
+    const int col = unit.col0 + warpgroup * kOwnCols + lane % kRowStrips * kStrip;
+    is = ((offset_of(unit.weight.at) | int(unit.weight.pitch) | unit.cols) & 7) == 0 &&
+         unit.weight.pitch <= kMostPitch;
+    pitch = int(unit.weight.pitch);
+    at = global_memory<bf16>(unit.weight.at) + int64_t(row) * pitch + col;
+    rows = unit.rows - row, cols = unit.cols - col;
+  }
+  // `chunk` of the step, strip i of the lane's: whether it is there, and where, `further` rows on.
+  __device__ __forceinline__ bool has(int chunk, int i, int further) const {
+    return further + chunk % 2 * kChunkRows + i * kRowsAtOnce < rows && chunk / 2 * kChunkCols < cols;
+  }
+  __device__ __forceinline__ bf16* of(int chunk, int i, int further) const {
+    return global_memory<bf16>(at + (further + chunk % 2 * kChunkRows + i * kRowsAtOnce) * pitch +
+                               chunk / 2 * kChunkCols);
+  }
+
+  // As Piece's. `place`: the lane's first strip in the slot.
+  __device__ __forceinline__ void store(int chunk, uint32_t place) const {
+    uint4 strips[Piece::kCount];
+#pragma unroll
+    for (int i = 0; i < Piece::kCount; ++i) strips[i] = ptx::load_shared_128(place + Piece::further(i));
+#pragma unroll
+    for (int i = 0; i < Piece::kCount; ++i)
+      if (has(chunk, i, 0)) Piece::store_16(of(chunk, i, 0), strips[i]);
+  }
+  // Of the step that comes.
+  __device__ __forceinline__ void copy_next(int chunk, uint32_t place) const {
+#pragma unroll
+    for (int i = 0; i < Piece::kCount; ++i)
+      ptx::copy_16<true>(place + Piece::further(i), of(chunk, i, kStepRows),
+                         has(chunk, i, kStepRows) ? 16 : 0);
+    ptx::copy_commit();
+  }
+  __device__ __forceinline__ void advance() { at += kStepRows * pitch, rows -= kStepRows; }
+};
+
 // A chunk of W, and of the residual: a group of copies, of no unit an empty one.
 template <bool kCompensated>
 __device__ __forceinline__ void copy_chunk(const Unit& unit, int step, int chunk, uint32_t slot,
@@ -611,6 +657,8 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   };
   for (uint32_t i = 0; unit_at(memory, i).rows > 0; ++i) {
     fill_panels<F>(unit_at(memory, i), memory, warpgroup, warp);
+    Whole whole(unit_at(memory, i), warpgroup, warp, lane_id());
+    whole.is = whole.is && !kCompensated;
     take_rows();
     start(0, 0);
     start(0, 1);
@@ -630,15 +678,13 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           };
           Update update{unit_at(memory, i), row_units[v], 0, 0, 0, false};
           update.row = step * kStepRows + warp * kWarpRows + lane / 4 + 8 * v;
-          const Piece weight = piece(unit_at(memory, i).weight);
-          if (kCompensated) {
-            const Piece rest = piece(unit_at(memory, i).residual);
+          if (!whole.is) {
+            const Piece weight = piece(unit_at(memory, i).weight);
+            const Piece rest = piece(kCompensated ? unit_at(memory, i).residual : unit_at(memory, i).weight);
             update.late = !weight.whole || !rest.whole;
-            update.rest_by = update.late ? rest.offset(lane / 4) : 0;
-          } else {
-            update.late = !weight.whole;
+            update.weight_by = weight.offset(lane / 4);
+            update.rest_by = rest.offset(lane / 4);
           }
-          update.weight_by = update.late ? weight.offset(lane / 4) : 0;
           const int own_col = warpgroup * kOwnCols + pair * kPartCols;
           const int col = unit_at(memory, i).col0 + own_col + lane % 4 * kStrip;
           ptx::copy_wait<kSlots - 1>();
@@ -657,15 +703,24 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           }
           if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
           ptx::sync_warp();
-          piece(unit_at(memory, i).weight).store(slot, lane_id());
-          if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
+          const uint32_t own = slot + place_of(lane / kRowStrips, lane % kRowStrips);
+          if (whole.is) {
+            whole.store(chunk, own);
+          } else {
+            piece(unit_at(memory, i).weight).store(slot, lane_id());
+            if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
+          }
           // The chunk that is kSlots further follows.
           const int steps = (chunk + kSlots) / kChunks;
           const bool same = step + steps < unit_at(memory, i).steps();
-          copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
-                                   (chunk + kSlots) % kChunks, slot, warpgroup, warp);
+          if (whole.is && same)
+            whole.copy_next(chunk, own);
+          else
+            copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
+                                     (chunk + kSlots) % kChunks, slot, warpgroup, warp);
         }
       }
+      whole.advance();
     }
     ptx::wgmma_wait<0>();
     ptx::hold(sums[0]);

@@ -2,6 +2,7 @@
 and wgmma, mbarriers, warps at drawn speeds. On a GPU test_cuda_merge.py runs it."""
 
 import ctypes
+import random
 import shutil
 import subprocess
 
@@ -165,6 +166,27 @@ def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
     layers.append(drawn_layer((70, 1100, 3), "aligned", "stochastic", torch.bfloat16, 3))
     merges_as_the_reference(layers)
     assert model.calls == 1 and model.blocks == 3
+
+
+@pytest.mark.parametrize("rounding", CODES["rounding"])
+@pytest.mark.parametrize("seed", range(2))
+def test_wide_layers_of_every_layout(model, rounding, seed):
+    """Both warpgroups, several units of columns and several steps; W and the residual begin anywhere."""
+    rng = random.Random(7 * seed + CODES["rounding"].index(rounding))
+    layers, left = [], 150_000
+    while left > 0:
+        n, k = rng.choice((9, 64, 130, 321)), rng.choice((257, 384, 511, 512, 520, 648, 1024, 1030))
+        one, other = (
+            drawn_layer(
+                (n, k, rng.choice((2, 17, 128))), rng.choice(ROW_LAYOUTS), rounding, dtype, left
+            )
+            for dtype in (rng.choice((torch.float32, torch.bfloat16)),) * 2
+        )
+        one[5] = other[5]
+        layers.append(one)
+        left -= n * k
+    model.seed, model.processors = 5 * seed + 2, 1 + seed
+    merges_as_the_reference(layers)
 
 
 @pytest.mark.parametrize("rounding", CODES["rounding"])
