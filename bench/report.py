@@ -287,8 +287,7 @@ def _prune_bars(rows: list[dict]) -> list[Bar]:
         sizes, itemsize = row["problem"]["sizes"], {"float32": 4}.get(row["problem"]["dtype"], 2)
         floor[name] = 1 / row["fraction_of_floor"]
         if row.get("peak_bytes") is not None:
-            pruned = itemsize * sum(sizes) * (2 if row["problem"]["paired"] else 1)
-            memory[name] = row["peak_bytes"] / pruned
+            memory[name] = row["peak_bytes"] / (itemsize * sum(sizes))
         if len(sizes) == 336 and row["problem"]["paired"]:
             model_ms[name] = 1e3 * row["median_s"]
         if len(sizes) == 336 and "torch.quantile loop" in members:

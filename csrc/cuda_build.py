@@ -163,13 +163,13 @@ def archs(nvcc: Path) -> list[str]:
     return names
 
 
-# Launches that overlap, which sm_90 and newer know.
+# Sources that use more from an architecture on: launches that overlap.
 NEWER = {"prune.cu": 90}
 
 
 def virtual_arch(names: list[str]) -> str | None:
-    """The lowest of them, whose PTX all plain ones are assembled from: the sources use nothing newer,
-    and most of a compilation is what leads to PTX. It goes in, too, for GPUs of other architectures.
+    """The lowest of them, whose PTX all plain ones are assembled from: but for NEWER's the sources use
+    nothing newer, and most of a compilation is what leads to PTX. It goes in, too, for GPUs of other architectures.
     None where there is no plain one: PTX of an architecture with a suffix ("90a") runs on that alone."""
     return min((name for name in names if name.isdecimal()), key=int, default=None)
 

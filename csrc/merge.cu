@@ -23,10 +23,12 @@
 // threads of 64 x 32, brought 5 %. From this merge_sm90.cu follows: W on its way at all times, nothing
 // behind anything else in one thread's program, and 16-byte accesses at any pitch.
 //
-// sm_90, on an H200 (2026-11-27, CUDA events around merge() below, medians of 20): 2.00 ms for the whole
-// model, whose weights one call copies in 1.14; 1.04 for 168 of 2048 x 2048, of which a copy takes 0.67, and
-// 1.13 for 40 of 2048 x 5461, 0.75 of 2048 x 5464, of which it takes 0.43. Five forms before took 2.07 to
-// 2.15. Passes over as much memory in the same pattern, without a product, say what bounds it:
+// sm_90, on an H200 (2026-11-27, CUDA events around merge() below, medians of 20), before a lane found its
+// addresses once a unit, which has not been measured: 2.00 ms for the whole model, whose weights one call
+// copies in 1.14; 1.04 for 168 of 2048 x 2048, of which a copy takes 0.67, and 1.13 for 40 of 2048 x 5461,
+// 0.75 of 2048 x 5464, of which it takes 0.43. Five forms before took 2.07 to 2.15. Passes over as much
+// memory in the same pattern, without a product (timed likewise, by programs that are not kept here), say
+// what bounds it:
 // - Stores of halves of lines: 1.86 ms, of lines 1.28, of 256 bytes of a row an instruction 1.22.
 // - lora_A read for every 256 rows of W adds 0.16 to 0.33 ms, half as much of lora_B for 512 columns 0.10.
 // - An asynchronous copy into rows of shared memory that do not begin where lines do is 2.6 times the work.

@@ -93,8 +93,8 @@ __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number
   from = index;
   const MergeLayer layer = table.layers ? table.layers[index] : table.first[index];
   const Cut cut(layer);
-  const uint32_t within = number - layer.first_block, chunk = within / uint32_t(cut.blocks);
-  const int64_t row0 = int64_t(chunk) * layer.unit_steps * kStepRows, below = layer.n - row0;
+  const uint32_t within = number - layer.first_block, down = within / uint32_t(cut.blocks);
+  const int64_t row0 = int64_t(down) * layer.unit_steps * kStepRows, below = layer.n - row0;
   const auto sheet = [row0](const Matrix& m) {
     return Sheet{static_cast<bf16*>(m.data) + row0 * m.row, m.row};
   };
@@ -106,7 +106,7 @@ __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number
   unit.drawn_row = layer.first_row + row0;
   unit.rows = int(min(below, int64_t(layer.unit_steps) * kStepRows));
   unit.below = int(min(below, int64_t(INT32_MAX)));
-  unit.col0 = int(within - chunk * uint32_t(cut.blocks)) * kUnitCols;
+  unit.col0 = int(within - down * uint32_t(cut.blocks)) * kUnitCols;
   unit.cols = int(layer.k);
   unit.r = int(layer.r);
   unit.scaling = layer.scaling;

@@ -376,9 +376,6 @@ __device__ __forceinline__ const T* further(const T* p, int64_t by) {
 // Which of the warp's lanes vote yes, a bit each.
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
-  return __reduce_max_sync(0xFFFFFFFFu, value);
-}
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {
   return __shfl_sync(0xFFFFFFFFu, value, lane);
 }

@@ -583,11 +583,6 @@ inline uint32_t ballot(bool vote) {
   return votes;
 }
 inline void sync_warp() { model::exchange({}); }
-inline uint32_t warp_max(uint32_t value) {
-  uint32_t most = 0;
-  for (const model::Lane& lane : model::exchange({value})) most = std::max(most, lane[0]);
-  return most;
-}
 inline uint32_t shuffle(uint32_t value, int lane) {
   return model::exchange({value})[size_t(lane)][0];
 }
