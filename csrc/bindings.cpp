@@ -102,10 +102,14 @@ void on_device(const char* name, int device, Call&& call) {
   check(call(), name);
 }
 
-int64_t prune_workspace(const py::buffer& rows) {
+int64_t prune_workspace(const py::buffer& rows, int device) {
   const py::buffer_info info = rows.request();
   const auto [tensors, count] = prune_tensors(info);
-  return relora::prune_workspace(tensors, count);
+  int64_t bytes = 0;
+  on_device("prune_workspace", device, [&, tensors = tensors, count = count] {
+    return relora::prune_workspace(tensors, count, &bytes);
+  });
+  return bytes;
 }
 
 void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int device,
@@ -264,7 +268,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
         py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
         py::arg("stream"), py::arg("kind") = "streamed");
-  m.def("prune_workspace", &prune_workspace, py::arg("rows"));
+  m.def("prune_workspace", &prune_workspace, py::arg("rows"), py::arg("device"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("device"), py::arg("stream"));
   m.def("prune_random", &prune_random, py::arg("rows"), py::arg("threshold"), py::arg("device"),

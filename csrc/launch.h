@@ -67,8 +67,8 @@ struct PruneTensor {
 };
 static_assert(sizeof(PruneTensor) == 7 * sizeof(int64_t), "built as an array of int64");
 
-// Bytes that prune() needs at `workspace`, 16-byte aligned, uninitialised.
-int64_t prune_workspace(const PruneTensor* tensors, int64_t count);
+// Bytes that prune() needs at `workspace` on the current device, 16-byte aligned, uninitialised.
+cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* bytes);
 
 // Each tensor: zero what is at most the `ratio`-quantile of its magnitudes.
 cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,

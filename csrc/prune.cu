@@ -39,9 +39,11 @@
 // next launches reuse it. One tensor is always taken: its histogram may be more than that share, and
 // of the list it gets what is left.
 #include "prune.cuh"
+#include "prune_held.cuh"
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace relora {
 namespace {
@@ -608,12 +610,19 @@ struct Group {
   int64_t hist_bytes = 0, bytes = 0;
 };
 
-enum class Which { small, large, huge, any };
+struct Device {
+  int slots;    // blocks that are at work at a time
+  int cluster;  // blocks of a cluster that holds a tensor; 0: none can
+};
+
+enum class Which { small, held, large, huge, any };
 template <typename Bits>
-Which which(const PruneTensor& t) {
+Which which(const PruneTensor& t, const Device& device) {
   if (t.size <= kSmall) return Which::small;
-  const bool huge = sizeof(Bits) == 4 && t.size >= kSampledFrom && t.size < kWideFrom && is_wide(t.data);
-  return huge ? Which::huge : Which::large;
+  if (sizeof(Bits) != 4 || !is_wide(t.data)) return Which::large;
+  const bool pair = t.partner && bytes_of(t.partner_dtype) == 4 && is_wide(t.partner);
+  if (t.size <= int64_t(device.cluster) * kMostShare && (pair || !t.partner)) return Which::held;
+  return t.size >= kSampledFrom && t.size < kWideFrom ? Which::huge : Which::large;
 }
 
 // Few, so that all multiprocessors have work and end together; many, so that what a block pays for
@@ -672,16 +681,6 @@ void lay_out_waves(TableOf<kHugeRows>& table, int slots) {
   }
 }
 
-// Blocks that are at work at a time.
-cudaError_t find_slots(int* slots) {
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (!error)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  *slots = kBlocksAnSM * multiprocessors;
-  return error;
-}
-
 // Whether follow() waits. What the kernels were compiled for decides, not the device: code for sm_80 may
 // run on any later one. Such launches can be captured from CUDA 12.3 on.
 template <typename Argument>
@@ -692,13 +691,92 @@ cudaError_t find_whether_they_follow(void (*kernel)(Argument), bool* follow) {
   return error;
 }
 
+// How a kernel is launched. `follows`: another launch of this call, whose end it waits for by itself.
+struct Shape {
+  uint32_t blocks;
+  int shared_bytes = 0;
+  bool follows = false;
+  int cluster = 1;
+};
+
+// What shape, stream and attributes make, for as long as this lives.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2]{};
+
+  Launch(const Shape& shape, cudaStream_t stream) {
+    config.gridDim = dim3(shape.blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(shape.shared_bytes);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (shape.follows) {
+      cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = unsigned(shape.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+  }
+  Launch(const Launch&) = delete;
+};
+
+template <typename Argument>
+cudaError_t launch(void (*kernel)(Argument), const Argument& argument, const Shape& shape, cudaStream_t stream) {
+  if (shape.shared_bytes > 48 * 1024)
+    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       shape.shared_bytes))
+      return error;
+  const Launch with(shape, stream);
+  return cudaLaunchKernelEx(&with.config, kernel, argument);
+}
+
+// Blocks of a cluster that holds a tensor: as many as a device has room for, and code was compiled for.
+cudaError_t find_cluster(int* cluster) {
+  *cluster = 0;
+  int device = 0, major = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error || major < 9) return error;
+  error = cudaFuncGetAttributes(&attributes, held_kernel);
+  if (error || attributes.ptxVersion < 90) return error;
+  const std::pair<cudaFuncAttribute, int> settings[] = {
+      {cudaFuncAttributeNonPortableClusterSizeAllowed, 1},
+      {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared},
+      {cudaFuncAttributeMaxDynamicSharedMemorySize, kHeldShared}};
+  int most = 0;
+  if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (most < kHeldShared) return error;
+  for (const auto& [attribute, value] : settings)
+    if (!error) error = cudaFuncSetAttribute(held_kernel, attribute, value);
+  for (int blocks = kMostCluster; !error && !*cluster && blocks >= kLeastCluster; blocks /= 2) {
+    int at_a_time = 0;
+    const Launch with({uint32_t(blocks), kHeldShared, false, blocks}, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&at_a_time, held_kernel, &with.config);
+    if (at_a_time) *cluster = blocks;
+  }
+  return error;
+}
+
+cudaError_t find_device(Device* found) {
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  found->slots = kBlocksAnSM * multiprocessors;
+  return error ? error : find_cluster(&found->cluster);
+}
+
 template <typename Bits, typename Run>
-cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, int slots,
+cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, const Device& device,
                            char* workspace, Run&& run) {
   int64_t listed_bytes = 0;
-  for (int64_t i = 0; i < count; ++i)
-    listed_bytes += tensors[i].size * bytes_of(tensors[i].dtype) +
-                    (tensors[i].partner ? tensors[i].size * bytes_of(tensors[i].partner_dtype) : 0);
+  for (int64_t i = 0; i < count; ++i) listed_bytes += tensors[i].size * bytes_of(tensors[i].dtype);
   const bool large = of == Which::large || of == Which::huge;
   const int64_t most_bytes = listed_bytes / kMemoryShare;
   for (int64_t i = 0; i < count;) {
@@ -709,8 +787,10 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
     for (; i < count && table.count < most_rows; ++i) {
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
-      if (of != Which::any && of != which<Bits>(t)) continue;
-      const int64_t its_blocks = of == Which::small ? 1 : blocks_of(t.size, kSpan<Bits>);
+      if (of != Which::any && of != which<Bits>(t, device)) continue;
+      const int64_t its_blocks = of == Which::small  ? 1
+                                 : of == Which::held ? device.cluster
+                                                     : blocks_of(t.size, kSpan<Bits>);
       const bool wide = t.size >= kWideFrom;
       const int64_t hist_bytes =
           large ? rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins)) : 0;
@@ -746,37 +826,16 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
       table.rows[r].list = reinterpret_cast<uint32_t*>(list);
       list += rounded(4 * int64_t(table.rows[r].room));
     }
-    lay_out(table, of == Which::small ? kSmall  // a block each
-                                      : kSpan<Bits> * spans_a_block<Bits>(table, slots));
+    if (of == Which::small) lay_out(table, kSmall);  // a block each
+    else if (of != Which::held) lay_out(table, kSpan<Bits> * spans_a_block<Bits>(table, device.slots));
     if (const cudaError_t error = run(group)) return error;
   }
   return cudaSuccess;
 }
 
-// `follows`: another launch of this call, whose end the kernel waits for by itself.
-template <typename Argument>
-cudaError_t launch(void (*kernel)(Argument), const Argument& argument, uint32_t blocks, int shared_bytes,
-                   cudaStream_t stream, bool follows = false) {
-  if (shared_bytes > 48 * 1024)
-    if (const cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-      return error;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = follows;
-  return cudaLaunchKernelEx(&config, kernel, argument);
-}
-
 // The launches for the tensors of `group`, of which `table` holds the rows.
 template <typename Bits, int kMost>
-cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, int slots, char* workspace,
+cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, const Device& device, char* workspace,
                       cudaStream_t stream) {
   constexpr int kShared = Format<Bits>::shared_bytes;
   [[maybe_unused]] constexpr bool kHuge = kMost == kHugeRows;
@@ -785,21 +844,21 @@ cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, int slots
   if constexpr (kHuge) {
     const uint32_t fours = uint32_t(group.hist_bytes / 16);
     failed = launch(zero_kernel, Range{reinterpret_cast<uint4*>(workspace), fours},
-                    (fours + kThreads - 1) / kThreads, 0, stream);
+                    {(fours + kThreads - 1) / kThreads}, stream);
   } else {
     failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
   }
   if (!failed) failed = find_whether_they_follow(count_kernel<Bits, kMost>, &follow);
   if (kHuge && !failed) follows = follow;
   const auto run = [&](auto* kernel, const auto& argument, uint32_t blocks, int shared_bytes = 0) {
-    if (!failed) failed = launch(kernel, argument, blocks, shared_bytes, stream, follows);
+    if (!failed) failed = launch(kernel, argument, {blocks, shared_bytes, follows}, stream);
     follows = follow;
   };
   if constexpr (kHuge) {
     Sampling sampling{table, {}};
     for (uint32_t r = 0; r < table.count; ++r) find_ends(table.rows[r], table.ratio, sampling.ends[r]);
     TableOf<kHugeRows> waves = table;
-    lay_out_waves(waves, slots);
+    lay_out_waves(waves, device.slots);
     run(sample_kernel, sampling, table.count * kSampleBlocks, kShared);
     run(window_kernel, waves, waves.blocks);
   }
@@ -816,30 +875,46 @@ cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, int slots
   return failed;
 }
 
+// By clusters: the larger ones first, so that all end together.
+cudaError_t run_held(Table& table, int cluster, cudaStream_t stream) {
+  int64_t largest = 0;
+  for (uint32_t r = 0; r < table.count; ++r) largest = max(largest, table.rows[r].size);
+  std::partition(table.rows, table.rows + table.count, [=](const Row& row) { return row.size > largest / 2; });
+  return launch(held_kernel, table, {table.count * uint32_t(cluster), kHeldShared, false, cluster}, stream);
+}
+
 template <typename Bits>
-cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, int slots,
+cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, const Device& device,
                         char* workspace, cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  if constexpr (sizeof(Bits) == 4)
-    error = for_each_group<Bits>(tensors, count, Which::huge, slots, workspace, [&](Group& group) {
-      TableOf<kHugeRows> table{};
-      std::copy_n(group.table.rows, group.table.count, table.rows);
-      table.count = group.table.count;
-      table.blocks = group.table.blocks;
-      table.share = group.table.share;
-      table.ratio = ratio;
-      return run_chain<Bits>(group, table, slots, workspace, stream);
+  const auto each = [&](Which of, auto&& run) {
+    return for_each_group<Bits>(tensors, count, of, device, workspace, [&](Group& group) {
+      group.table.ratio = ratio;
+      return run(group, group.table);
     });
-  if (error) return error;
-  error = for_each_group<Bits>(tensors, count, Which::large, slots, workspace, [&](Group& group) {
-    group.table.ratio = ratio;
-    return run_chain<Bits>(group, group.table, slots, workspace, stream);
-  });
-  if (error) return error;
-  return for_each_group<Bits>(tensors, count, Which::small, slots, nullptr, [&](Group& group) {
-    group.table.ratio = ratio;
-    return launch(small_kernel<Bits>, group.table, group.table.blocks, Format<Bits>::shared_bytes, stream);
-  });
+  };
+  cudaError_t error = cudaSuccess;
+  if constexpr (sizeof(Bits) == 4) {
+    error = each(Which::huge, [&](const Group& group, const Table& rows) {
+      TableOf<kHugeRows> table{};
+      std::copy_n(rows.rows, rows.count, table.rows);
+      table.count = rows.count;
+      table.blocks = rows.blocks;
+      table.share = rows.share;
+      table.ratio = ratio;
+      return run_chain<Bits>(group, table, device, workspace, stream);
+    });
+    if (!error)
+      error = each(Which::held, [&](const Group&, Table& table) { return run_held(table, device.cluster, stream); });
+  }
+  if (!error)
+    error = each(Which::large, [&](const Group& group, const Table& table) {
+      return run_chain<Bits>(group, table, device, workspace, stream);
+    });
+  if (!error)
+    error = each(Which::small, [&](const Group&, const Table& table) {
+      return launch(small_kernel<Bits>, table, {table.blocks, Format<Bits>::shared_bytes}, stream);
+    });
+  return error;
 }
 
 // One launch a group of all tensors, whatever their sizes; `prepare` sets the kernel's arguments.
@@ -849,39 +924,41 @@ cudaError_t for_all(const PruneTensor* tensors, int64_t count, void (*of_32)(Tab
   const auto run = [&](void (*kernel)(Table)) {
     return [&, kernel](Group& group) {
       prepare(group.table);
-      return launch(kernel, group.table, group.table.blocks, shared_bytes, stream);
+      return launch(kernel, group.table, {group.table.blocks, shared_bytes}, stream);
     };
   };
-  int slots;
-  cudaError_t error = find_slots(&slots);
+  Device device{};
+  cudaError_t error = find_device(&device);
   if (!error)
-    error = for_each_group<uint32_t>(tensors, count, Which::any, slots, nullptr, run(of_32));
+    error = for_each_group<uint32_t>(tensors, count, Which::any, device, nullptr, run(of_32));
   if (!error)
-    error = for_each_group<uint16_t>(tensors, count, Which::any, slots, nullptr, run(of_16));
+    error = for_each_group<uint16_t>(tensors, count, Which::any, device, nullptr, run(of_16));
   return error;
 }
 
 }  // namespace
 
-int64_t prune_workspace(const PruneTensor* tensors, int64_t count) {
-  int64_t most = 0;
+cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* bytes) {
+  *bytes = 0;
   const auto measure = [&](const Group& group) {
-    most = max(most, group.bytes);
+    *bytes = max(*bytes, group.bytes);
     return cudaSuccess;
   };
-  for_each_group<uint32_t>(tensors, count, Which::huge, 1, nullptr, measure);
-  for_each_group<uint32_t>(tensors, count, Which::large, 1, nullptr, measure);
-  for_each_group<uint16_t>(tensors, count, Which::large, 1, nullptr, measure);
-  return most;
+  Device device{};
+  cudaError_t error = find_device(&device);
+  for (const Which of : {Which::huge, Which::large})
+    if (!error) error = for_each_group<uint32_t>(tensors, count, of, device, nullptr, measure);
+  if (!error) error = for_each_group<uint16_t>(tensors, count, Which::large, device, nullptr, measure);
+  return error;
 }
 
 cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
                   cudaStream_t stream) {
   char* at = static_cast<char*>(workspace);
-  int slots;
-  cudaError_t error = find_slots(&slots);
-  if (!error) error = prune_sized<uint32_t>(tensors, count, ratio, slots, at, stream);
-  if (!error) error = prune_sized<uint16_t>(tensors, count, ratio, slots, at, stream);
+  Device device{};
+  cudaError_t error = find_device(&device);
+  if (!error) error = prune_sized<uint32_t>(tensors, count, ratio, device, at, stream);
+  if (!error) error = prune_sized<uint16_t>(tensors, count, ratio, device, at, stream);
   return error;
 }
 

@@ -211,17 +211,13 @@ struct Strip {
     for (int i = 0; i < kPack<Bits>; ++i)
       if (mask >> i & 1) w[i / kEach] &= ~(uint32_t(Bits(~Bits(0))) << (i % kEach * 16));
   }
-  __device__ __forceinline__ void load(const Bits* from) {
-    const uint4 v = *reinterpret_cast<const uint4*>(from);
-    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-  }
-  __device__ __forceinline__ void store(Bits* to) const {
-    *reinterpret_cast<uint4*>(to) = {w[0], w[1], w[2], w[3]};
-  }
+  __device__ __forceinline__ void set(const uint4& v) { w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w; }
+  __device__ __forceinline__ uint4 get() const { return {w[0], w[1], w[2], w[3]}; }
+  __device__ __forceinline__ void load(const Bits* from) { set(*reinterpret_cast<const uint4*>(from)); }
+  __device__ __forceinline__ void store(Bits* to) const { *reinterpret_cast<uint4*>(to) = get(); }
   // Leave L2 first of all.
   __device__ __forceinline__ void load_once(const Bits* from) {
-    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(from));
-    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    set(__ldcs(reinterpret_cast<const uint4*>(from)));
   }
   // In this place among the others: not later, where its registers would be free.
   __device__ __forceinline__ void load(const Bits* from, L2Policy policy) {
@@ -235,7 +231,7 @@ struct Strip {
 #endif
   }
   __device__ __forceinline__ void store_once(Bits* to) const {
-    __stcs(reinterpret_cast<uint4*>(to), uint4{w[0], w[1], w[2], w[3]});
+    __stcs(reinterpret_cast<uint4*>(to), get());
   }
   __device__ __forceinline__ void load_some(const Bits* from, int count) {
     w[0] = w[1] = w[2] = w[3] = 0;

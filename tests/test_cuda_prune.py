@@ -3,6 +3,7 @@ shim, on a GPU where there is one, and what nvcc makes of it."""
 
 import contextlib
 import ctypes
+import itertools
 import re
 import time
 import types
@@ -133,10 +134,12 @@ class Shim:
 
     def __init__(self, library):
         self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
+        self.cluster = 0  # blocks of the largest; without any, as on GPUs before Hopper
         library.simt_prune_workspace.restype = ctypes.c_int64
         library.simt_prune_settled.restype = ctypes.c_bool
 
-    def prune_workspace(self, rows):
+    def prune_workspace(self, rows, device=0):
+        self._be_a_device()
         self.bytes = self.library.simt_prune_workspace(*self._list(rows))
         return self.bytes + 256
 
@@ -161,12 +164,14 @@ class Shim:
     def _list(rows):
         return ctypes.c_void_p(rows.buffer_info()[0]), ctypes.c_int64(len(rows) // 7)
 
+    def _be_a_device(self):
+        multiprocessors = 1 + 2 * (self.order % 3)  # the fewer, the more spans a block
+        self.library.simt_device(multiprocessors, self.cluster)
+
     def _call(self, name, rows, *arguments):
         blocks = ctypes.c_long()
         function = getattr(self.library, f"simt_{name}")
-        self.library.simt_multiprocessors(
-            1 + 2 * (self.order % 3)
-        )  # the fewer, the more spans a block
+        self._be_a_device()
         error = function(*self._list(rows), *arguments, self.order, ctypes.byref(blocks))
         self.blocks = blocks.value
         if error:
@@ -482,6 +487,83 @@ def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
     assert sampled.window[1] and not sampled.settled
 
 
+# ---- Tensors that a cluster holds: of a block, here a sweep and as much again that is not held --
+
+
+@pytest.fixture(scope="module")
+def held_library(tmp_path_factory):
+    flags = ["-DRELORA_HELD_SWEEPS=1"]
+    folder = tmp_path_factory.mktemp("held")
+    return host_library("prune_harness.cpp", folder, TESTS / "simt", flags=flags)
+
+
+@pytest.fixture(params=[8, 16])
+def held(request, held_library, monkeypatch):
+    shim = Shim(held_library)
+    shim.cluster = request.param
+    put_in_place(monkeypatch, launcher, shim)
+    return shim
+
+
+def held_sizes(cluster):
+    """One sweep a block and a little less and more; as many elements as fit, and one more: a chain's."""
+    sweep, most = cluster * SWEEP, 2 * cluster * SWEEP
+    return [SPAN + 1, max(sweep - 3, SPAN + 2), sweep, sweep + 5, most - 130, most, most + 1]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_tensors_that_a_cluster_holds(held, ratio, paired):
+    generator = torch.Generator().manual_seed(7)
+    sizes = held_sizes(held.cluster)
+    number = RATIOS.index(ratio) + paired
+    held.order = number % 5
+    tensors = [
+        Guarded(values_of(KINDS[(2 * number + i) % len(KINDS)], n, generator), 0)
+        for i, n in enumerate(sizes)
+    ]
+    partners = [Guarded(torch.rand(n, generator=generator) + 1, 0) for n in sizes if paired]
+    check_against_reference(tensors, ratio, partners)
+    clusters = len(sizes) - 1
+    assert held.blocks > held.cluster * clusters  # and the chain's
+
+    held.prune_workspace(rows_of(sizes[:-1], torch.float32, paired))
+    assert held.bytes == 0
+    held.prune_workspace(rows_of(sizes, torch.float32, paired))
+    assert held.bytes > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tensor_that_a_cluster_holds(held, kind):
+    generator = torch.Generator().manual_seed(8)
+    n = 12_000 * held.cluster + 71
+    for held.order, ratio in enumerate([0.3, 0.9, 0.997]):
+        t = Guarded(values_of(kind, n, generator), 0)
+        partner = Guarded(torch.rand(n, generator=generator) + 1, 0)
+        check_against_reference([t], ratio, [partner])
+        assert held.blocks == held.cluster
+
+
+def test_what_a_cluster_does_not_hold_goes_the_other_ways(held):
+    """Other dtypes, misaligned tensors and partners, partners of another size of element."""
+    for number in range(6):
+        held.order = number % 5
+        check_against_reference(*insert(drawn_list(100 + number, [*EDGES, 900]), 0.9))
+
+
+def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
+    n = SPAN + 501
+    keys = torch.full((n,), 0x3FC00000, dtype=torch.int32)
+    keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
+    keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
+    keys[-9:] = 0x3FC00001
+    for step in range(-12, 13, 3):
+        ratio = (n // 2 - 1 + step / 10) / (n - 1)
+        check_against_reference(
+            [Guarded(keys.view(torch.float32), 0)], ratio, [Guarded(torch.ones(n), 0)]
+        )
+
+
 def test_strided_and_empty_tensors(shim):
     base, partner = torch.randn(300, 401), torch.rand(300, 401) + 1
     views = [lambda t: t.T[3:260, ::2], lambda t: t[:, 5], lambda t: t[7:9], lambda t: t[:0]]
@@ -506,7 +588,9 @@ def test_version_counters_move_for_what_is_written(shim):
 def test_the_python_around_the_launches_of_a_models_moments(monkeypatch):
     """In units of what a look-up at each of the 672 tensors takes, as the machine is not known: 15.5,
     0.5 ms at 50 ns a look-up; 29 with checks tensor by tensor."""
-    nothing = types.SimpleNamespace(prune_workspace=lambda rows: 1, prune=lambda *arguments: None)
+    nothing = types.SimpleNamespace(
+        prune_workspace=lambda rows, device: 1, prune=lambda *arguments: None
+    )
     put_in_place(monkeypatch, launcher, nothing)
     monkeypatch.setattr(launcher, "why_no_device", lambda device: None)
     tensors, partners = ([torch.ones(3, 4) for _ in range(336)] for _ in range(2))
@@ -530,6 +614,12 @@ def test_a_failed_launch_names_op_and_shapes(shim, monkeypatch):
     says = r"prune_: tensors \(2, 3\), \(4,\).* on cpu: cudaErrorLaunchFailure"
     with pytest.raises(RuntimeError, match=says):
         launcher.prune_([torch.ones(2, 3), torch.ones(4)], 0.5, [])
+
+
+def rows_of(sizes, dtype, paired):
+    partner = (16, launcher.CODES[dtype]) if paired else (0, 0)
+    rows = [(16, partner[0], n, launcher.CODES[dtype], partner[1], 0, 0) for n in sizes]
+    return launcher.array("q", itertools.chain(*rows))
 
 
 # 24 layers of hidden 2048, ffn 5461 at r = 128: the 1.3B model's lora_A and lora_B.
@@ -556,14 +646,9 @@ LORA_1B = [s * 128 for s in ([2048] * 8 + [2048, 5461] * 3) * 24]
          "90 of 0.2 MB", "4 of 4 MB", "1 of 14 MB"],
 )  # fmt: skip
 def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype):
-    partner = (16, launcher.CODES[dtype]) if paired else (0, 0)
-    rows = [
-        value
-        for n in sizes
-        for value in (16, partner[0], n, launcher.CODES[dtype], partner[1], 0, 0)
-    ]
-    shim.prune_workspace(launcher.array("q", rows))
-    assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize * (1 + paired)
+    """Of the moments by whose magnitude it goes: their partners do not count."""
+    shim.prune_workspace(rows_of(sizes, dtype, paired))
+    assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize
 
 
 @pytest.mark.parametrize("sizes", [[SPAN + 1] * 3, [SPAN + 1], [10**6], [450_000]])
@@ -625,7 +710,7 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
     kernels = dict(
         re.findall(r"\.entry \w+?\d\d([a-z]+_kernel\w*?)E?v?N\w*\((.*?)\n}", ptx.read_text(), re.S)
     )
-    assert len(kernels) == 19, kernels.keys()
+    assert len(kernels) == 20, kernels.keys()
     for name, body in kernels.items():
         reads = not name.startswith("zero")
         assert bool(re.search(r"ld\.global(\.cs)?\.v4\.\w+", body)) == reads, name

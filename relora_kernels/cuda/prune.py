@@ -32,10 +32,9 @@ def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
 def prune_(tensors, ratio, paired_with) -> None:
     """Arguments as checked by ops/prune.py, on one device."""
     flat = _Flat(tensors, paired_with)
-    module = extension()[0]
-    workspace = torch.empty(
-        module.prune_workspace(flat.rows), dtype=torch.uint8, device=tensors[0].device
-    )
+    module, device = extension()[0], tensors[0].device
+    bytes_ = module.prune_workspace(flat.rows, device.index)
+    workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
     flat.run("prune_", module.prune, ratio, workspace.data_ptr())
 
 

@@ -8,7 +8,8 @@
 // lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
 // seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
 // taking turns after any warp: what one announces before all of its threads have written it, the
-// others miss. (Every write is seen at once: a missing __threadfence() does not show.)
+// others miss. (Every write is seen at once: a missing __threadfence() does not show.) A cluster's
+// blocks are under way together, and only they may look into each other's shared memory.
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
@@ -44,6 +45,8 @@
 #define __launch_bounds__(...)
 #define __shared__ thread_local  // that segment can be found and filled
 #define __syncthreads() simt::wait(simt::Wait::block, 0, __LINE__)
+#define __cluster_barrier_arrive() simt::arrive_in_cluster()
+#define __cluster_barrier_wait() simt::wait(simt::Wait::cluster, 0, __LINE__)
 
 using std::max;
 using std::min;
@@ -75,8 +78,9 @@ inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its
 inline size_t dynamic_capacity = 0;
 inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
 constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 99 << 10;  // sm_86, 89 and 120: 99 KB
+inline int most_cluster = 0;  // blocks; 0: a device without clusters
 
-enum class Wait { none, block, warp };
+enum class Wait { none, block, warp, cluster };
 
 struct Fiber {
   fibers::Fiber fiber;
@@ -86,12 +90,19 @@ struct Fiber {
   Wait waits;
   unsigned mask;  // lanes of a warp's barrier
   int line;       // of the barrier
+  unsigned cluster_barriers;  // of the cluster, at which it has arrived
 };
 
 struct Warp { uint64_t lanes[32]; };  // what a shuffle or a vote exchanges
 
+struct Cluster {
+  unsigned first, blocks;  // index of its first block
+  unsigned arrived, barriers;  // threads at the current barrier; barriers that all have come to
+};
+
 struct Block {
   dim3 index;
+  Cluster* cluster;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;  // its shared memory while another block is in
@@ -100,6 +111,8 @@ struct Block {
 
 inline Fiber* current = nullptr;
 inline Block* inside = nullptr;
+inline std::vector<Block> resident;
+inline bool moved;  // since somebody last looked: a thread has run or a barrier has opened
 inline std::mt19937 generator;
 inline std::function<void()> body;
 inline thread_local unsigned char anchor;  // so that there is a thread-local segment
@@ -118,6 +131,27 @@ inline void wait(Wait what, unsigned mask, int line) {
   me.mask = mask;
   me.line = line;
   fibers::leave(me.fiber);
+}
+
+inline void arrive_in_cluster() {
+  Fiber& me = *current;
+  Cluster& cluster = *inside->cluster;
+  if (me.cluster_barriers++ != cluster.barriers) die("arrives twice at a cluster's barrier", int(me.id), 0);
+  if (++cluster.arrived < cluster.blocks * blockDim.x) return;
+  cluster.arrived = 0;
+  ++cluster.barriers;
+}
+
+// Where `own` is in the cluster's block `rank`. Only until the block changes: not to be kept.
+inline void* map_in_cluster(const void* own, unsigned rank) {
+  auto* const at = static_cast<unsigned char*>(const_cast<void*>(own));
+  const Cluster& cluster = *inside->cluster;
+  if (at < shared_begin || at >= shared_begin + shared_size || rank >= cluster.blocks)
+    die("no such shared memory in the cluster, rank, blocks", int(rank), int(cluster.blocks));
+  for (Block& block : resident)
+    if (block.cluster == &cluster && block.live && block.index.x == cluster.first + rank)
+      return &block == inside ? at : block.shared.data() + (at - shared_begin);
+  die("looks into the shared memory of a block that has ended, rank", int(rank), 0);
 }
 
 inline void perhaps_change_over() {
@@ -183,21 +217,33 @@ inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
   return any;
 }
 
-// The same for the block's barrier. False where no thread is left.
-inline bool release_block(std::vector<Fiber>& fibers) {
+// The same for the block's barrier and for its cluster's. False where no thread is left.
+inline bool release_block(Block& block) {
   int line = 0;
-  for (Fiber& f : fibers) {
+  bool opened = false, waits = false;
+  for (Fiber& f : block.fibers) {
+    if (f.done || f.waits != Wait::cluster) continue;
+    const bool open = f.cluster_barriers <= block.cluster->barriers;
+    if (open) f.waits = Wait::none;
+    opened = opened || open;
+    waits = waits || !open;
+  }
+  moved = moved || opened;
+  if (opened || waits) return true;
+  for (Fiber& f : block.fibers) {
     if (f.done) continue;
     if (line && line != f.line) die("threads wait at different barriers", line, f.line);
     line = f.line;
     if (f.waits != Wait::block) die("lanes of a warp wait for others for ever, line", f.line, 0);
   }
-  for (Fiber& f : fibers) f.waits = Wait::none;
+  for (Fiber& f : block.fibers) f.waits = Wait::none;
+  moved = true;
   return line != 0;
 }
 
-inline void start(Block& block, unsigned id) {
+inline void start(Block& block, unsigned id, Cluster* cluster) {
   block.index = unflatten(id, gridDim);
+  block.cluster = cluster;
   block.live = true;
   block.shared.assign(shared_size, 0xFF);  // NaNs and wild indices
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
@@ -209,6 +255,7 @@ inline void start(Block& block, unsigned id) {
     f.id = i;
     f.done = false;
     f.waits = Wait::none;
+    f.cluster_barriers = 0;
     fibers::prepare(f.fiber, 1 << 16, fiber_main);
   }
 }
@@ -222,6 +269,7 @@ inline void enter(Block& block) {
 
 inline bool run_thread(Fiber& f) {
   if (f.done || f.waits != Wait::none) return false;
+  moved = true;
   current = &f;
   threadIdx = f.index;
   fibers::enter(f.fiber);
@@ -245,10 +293,10 @@ inline bool advance(Block& block) {
     } while (again);
     if (order > 1 && generator() % 8 == 0) return true;
   }
-  return any || release_block(block.fibers);
+  return any || release_block(block);
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster_blocks) {
   if (grid.y > 65535 || grid.z > 65535) die("grid too large in y or z", int(grid.y), int(grid.z));
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024) die("threads in a block", int(threads), 1024);
@@ -257,27 +305,45 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes) {
   generator.seed(order);
   anchor = 0;
   dl_iterate_phdr(find_own_segment, reinterpret_cast<void*>(&find_own_segment));
-  const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z);
-  static std::vector<Block> resident(3);
+  const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z / cluster_blocks);
+  const std::vector<unsigned> ranks = sequence(cluster_blocks);
+  std::vector<Cluster> clusters(order > 1 ? cluster_blocks > 1 ? 2 : 3 : 1);
+  resident.resize(max(resident.size(), clusters.size() * cluster_blocks));
+  for (Block& b : resident) b.live = false;
   size_t started = 0, ended = 0;
-  for (size_t i = 0; i < resident.size(); ++i) {
-    resident[i].live = i < (order > 1 ? resident.size() : 1) && started < queue.size();
-    if (resident[i].live) start(resident[i], queue[started++]);
-  }
-  while (ended < queue.size())
-    for (Block& b : resident) {
+  const auto start_cluster = [&](size_t at) {
+    if (started == queue.size()) return;
+    const unsigned first = queue[started++] * cluster_blocks;
+    clusters[at] = {first, cluster_blocks, 0, 0};
+    for (unsigned i = 0; i < cluster_blocks; ++i)
+      start(resident[at * cluster_blocks + i], first + ranks[i], &clusters[at]);
+  };
+  for (size_t at = 0; at < clusters.size(); ++at) start_cluster(at);
+  for (int idle = 0; ended < queue.size(); ++idle) {
+    if (idle > 1000) die("a cluster waits for ever", 0, 0);
+    for (size_t i = 0; i < clusters.size() * cluster_blocks; ++i) {
+      Block& b = resident[i];
       if (!b.live) continue;
       if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
       enter(b);
-      if (advance(b)) continue;
-      for (size_t i = dynamic_bytes; i < dynamic_capacity; ++i)
-        if (dynamic_shared[i] != 0xFF) die("write behind the dynamic shared memory", int(i), 0);
+      moved = false;
+      const bool goes_on = advance(b);
+      if (moved) idle = 0;
+      if (goes_on) continue;
+      for (size_t at = dynamic_bytes; at < dynamic_capacity; ++at)
+        if (dynamic_shared[at] != 0xFF) die("write behind the dynamic shared memory", int(at), 0);
       inside = nullptr;
       b.live = false;
+      idle = 0;
+      const size_t own = i / cluster_blocks, first = own * cluster_blocks;
+      bool live = false;
+      for (size_t at = first; at < first + cluster_blocks; ++at) live = live || resident[at].live;
+      if (live) continue;
       ++ended;
-      if (started < queue.size()) start(b, queue[started++]);
+      blocks_run += cluster_blocks;
+      start_cluster(own);
     }
-  blocks_run += long(ended);
+  }
 }
 
 // Every lane of `mask` gives `mine`; reduce(lanes) is called with what all have given.
@@ -307,6 +373,9 @@ T atomic(T* at, Change&& change) {
 // ---- Warps and atomics ---------------------------------------------------------------------------
 
 inline void __threadfence() {}
+inline unsigned __clusterRelativeBlockRank() { return blockIdx.x - simt::inside->cluster->first; }
+inline unsigned __clusterSizeInBlocks() { return simt::inside->cluster->blocks; }
+inline void* __cluster_map_shared_rank(const void* own, unsigned rank) { return simt::map_in_cluster(own, rank); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
   simt::wait(simt::Wait::warp, mask, line);
 }
@@ -380,17 +449,28 @@ enum cudaError_t {
   cudaErrorNotSupported = 801,
 };
 struct cudaFuncAttributes { int ptxVersion; };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization,  // launches are one behind the other here
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
-  struct { int programmaticStreamSerializationAllowed; } val;
+  struct {
+    struct { unsigned x, y, z; } clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;  // launches are one behind the other here
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -408,14 +488,22 @@ inline cudaError_t load(const void* kernel) {
 }
 }  // namespace simt
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+};
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 inline int multiprocessors = 1;  // few, so that a block goes through several tiles or spans
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  switch (what) {
+    case cudaDevAttrMultiProcessorCount: *value = multiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = simt::most_cluster ? 9 : 8; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kDynamicMost; break;
+  }
   return cudaSuccess;
 }
 
@@ -431,10 +519,23 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)
   return simt::load(reinterpret_cast<const void*>(kernel));
 }
 template <typename... Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute what, int bytes) {
   if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
+  if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (bytes > simt::kDynamicMost) return cudaErrorInvalidValue;
   simt::dynamic_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) return config.attrs[i].val.clusterDim.x;
+  return 1;
+}
+
+template <typename... Params>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...), const cudaLaunchConfig_t* config) {
+  *clusters = int(cluster_of(*config)) <= simt::most_cluster;
   return cudaSuccess;
 }
 
@@ -446,7 +547,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const size_t most = size_t(allowed == simt::dynamic_allowed.end() ? simt::kDynamicDefault
                                                                     : allowed->second);
   if (config->dynamicSmemBytes > min(most, simt::dynamic_capacity)) return cudaErrorInvalidValue;
+  const unsigned cluster = cluster_of(*config);
+  if (cluster > unsigned(max(simt::most_cluster, 1)) || config->gridDim.x % cluster) return cudaErrorInvalidValue;
   simt::body = [=] { kernel(args...); };
-  simt::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  simt::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster);
   return cudaSuccess;
 }

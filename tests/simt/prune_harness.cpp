@@ -32,10 +32,15 @@ bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
   return state.settled;
 }
 
-void simt_multiprocessors(int count) { multiprocessors = count; }
+// cluster: blocks of the largest that the device has room for; 0: no clusters.
+void simt_device(int multiprocessors_, int cluster) {
+  multiprocessors = multiprocessors_;
+  simt::most_cluster = cluster;
+}
 
 int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) {
-  return relora::prune_workspace(tensors, count);
+  int64_t bytes;
+  return relora::prune_workspace(tensors, count, &bytes) ? -1 : bytes;
 }
 int simt_prune(const relora::PruneTensor* tensors, int64_t count, double ratio, void* workspace,
                unsigned order, long* blocks) {

@@ -1,0 +1,268 @@
+// prune.cu's kernel for tensors that the shared memory of a cluster of blocks holds, or half of which it
+// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner too; three digits
+// of the threshold are found on the way:
+//
+//   first    13 bits, counted as the elements arrive from memory
+//   second   10 bits of those whose first 13 are the quantile's; from shared memory
+//   third     8 bits likewise, and the least key above them
+//
+// What is not held, up to as much again, is read three times more, from L2: all clusters' are some 20 MB.
+// While one block of a multiprocessor waits for its cluster, another is at its memory.
+#pragma once
+
+#include "prune.cuh"
+
+#ifndef RELORA_HELD_SWEEPS  // the tests lower it
+#define RELORA_HELD_SWEEPS 3
+#endif
+
+namespace relora {
+namespace {
+
+constexpr uint32_t kHeldStrips = RELORA_HELD_SWEEPS * kUnroll * kThreads;  // of 16 bytes, of a block
+constexpr uint32_t kMostShare = 2 * kHeldStrips * kPack<uint32_t>;         // elements of a block
+constexpr int kLeastCluster = 8, kMostCluster = 16;
+constexpr int kHeldHist = Format<uint32_t>::bins / 2;  // words: two counters each
+constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
+static_assert(kMostShare <= 65535, "16-bit counters");
+static_assert(kHeldHist <= kLeastCluster * kThreads, "a word a thread");
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+__global__ void held_kernel(const __grid_constant__ Table) {}  // never launched
+#else
+
+// ---- Other blocks' shared memory ----------------------------------------------------------------
+
+// What lies at `own` in the block `rank` of the cluster.
+template <typename T>
+__device__ __forceinline__ T& in_block(T* own, uint32_t rank) {
+  return *static_cast<T*>(__cluster_map_shared_rank(own, rank));
+}
+__device__ __forceinline__ void cluster_sync() {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// ---- A block's slice of the tensor --------------------------------------------------------------
+
+struct Slice {
+  uint32_t* data;
+  uint32_t* partner;  // null: none
+  uint32_t strips;    // whole ones
+  uint32_t rest;      // elements behind them
+  uint4* held;        // the first kHeldStrips, a thread's own for itself alone
+
+  __device__ __forceinline__ Slice(const Row& row, uint32_t rank, uint32_t blocks, uint4* held) : held(held) {
+    constexpr uint32_t kLine = 32;  // elements
+    const uint32_t size = uint32_t(row.size), share = (size + blocks * kLine - 1) / (blocks * kLine) * kLine;
+    const uint32_t begin = min(rank * share, size), count = min(share, size - begin);
+    data = static_cast<uint32_t*>(row.data) + begin;
+    partner = row.partner ? static_cast<uint32_t*>(row.partner) + begin : nullptr;
+    strips = count / kPack<uint32_t>;
+    rest = count % kPack<uint32_t>;
+  }
+
+  __device__ __forceinline__ Strip<uint32_t> held_strip(uint32_t i) const {
+    Strip<uint32_t> strip;
+    strip.set(held[i]);
+    return strip;
+  }
+
+  // visit(key) for every element; the first time, what can be held is.
+  template <bool kFirst, typename Visit>
+  __device__ __forceinline__ void each(Visit&& visit) const {
+    constexpr uint32_t kAhead = kUnroll * kThreads;
+    uint32_t at = threadIdx.x;
+    if (!kFirst) {
+#pragma unroll 4
+      for (; at < min(strips, kHeldStrips); at += kThreads) visit_strip(held_strip(at), visit);
+    }
+    const auto load = [&](Strip<uint32_t>& strip, uint32_t i) {
+      if (i >= strips) return;
+      if (i < kHeldStrips) strip.load_once(data + kPack<uint32_t> * i);
+      else strip.load(data + kPack<uint32_t> * i);
+    };
+    Strip<uint32_t> coming[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) load(coming[u], at + u * kThreads);
+#pragma unroll 1
+    for (; at < strips; at += kAhead)
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t i = at + u * kThreads;
+        const Strip<uint32_t> strip = coming[u];
+        load(coming[u], i + kAhead);
+        if (i >= strips) continue;
+        if (kFirst && i < kHeldStrips) held[i] = strip.get();
+        visit_strip(strip, visit);
+      }
+    if (threadIdx.x < rest) visit(magnitude_key(data[kPack<uint32_t> * strips + threadIdx.x]));
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ static void visit_strip(const Strip<uint32_t>& strip, Visit&& visit) {
+#pragma unroll
+    for (int i = 0; i < kPack<uint32_t>; ++i) visit(strip.key(i));
+  }
+
+  // Into L2, while the block asks memory for nothing else.
+  __device__ __forceinline__ void fetch_partner() const {
+#ifdef __CUDA_ARCH__
+    if (threadIdx.x == 0 && strips)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(partner), "r"(16 * strips) : "memory");
+#endif
+  }
+
+  template <bool kPaired>
+  __device__ __forceinline__ void clear_to(uint32_t threshold) const {
+    constexpr int kN = kPack<uint32_t>;
+#pragma unroll 1
+    for (uint32_t at = threadIdx.x; at < strips; at += kUnroll * kThreads) {
+      Strip<uint32_t> mine[kUnroll], other[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t i = at + u * kThreads;
+        if (i >= strips) continue;
+        if (kPaired) other[u].load_once(partner + kN * i);
+        if (i >= kHeldStrips) mine[u].load_once(data + kN * i);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const uint32_t i = at + u * kThreads;
+        if (i >= strips) continue;
+        if (i < kHeldStrips) mine[u] = held_strip(i);
+        const uint32_t mask = not_above(mine[u], threshold);
+        mine[u].clear(mask);
+        mine[u].store_once(data + kN * i);
+        if (!kPaired) continue;
+        other[u].clear(mask);
+        other[u].store_once(partner + kN * i);
+      }
+    }
+    const uint32_t last = kN * strips + threadIdx.x;
+    if (threadIdx.x >= rest || magnitude_key(data[last]) > threshold) return;
+    data[last] = 0;
+    if (kPaired) partner[last] = 0;
+  }
+};
+
+// ---- Ranks in a cluster's histograms ------------------------------------------------------------
+
+struct Digit {
+  uint32_t bin, left;  // left: the rank within it
+};
+
+// The bin that holds rank `rank` of all blocks' histograms of `bins` bins together. All threads of all
+// blocks; the histograms may be written again behind it.
+template <bool kPacked>
+__device__ __forceinline__ Digit pick_in_cluster(const SharedHist<kPacked>& hist, uint32_t bins, uint32_t rank,
+                                                 uint32_t own, uint32_t blocks) {
+  __shared__ uint32_t sums[kMostCluster];
+  __shared__ Digit digit;
+  constexpr uint32_t kEach = kPacked ? 2 : 1;
+  const uint32_t words = bins / kEach / blocks;  // of which this block finds the sums
+  const uint32_t word = own * words + threadIdx.x;
+  cluster_sync();  // all have counted
+  uint32_t low = 0, high = 0;
+  if (threadIdx.x < words)
+#pragma unroll 8
+    for (uint32_t other = 0; other < blocks; ++other) {
+      const uint32_t both = in_block(hist.words + word, other);
+      low += kPacked ? both & 0xFFFFu : both;
+      high += kPacked ? both >> 16 : 0;
+    }
+  const uint32_t upto = uint32_t(sum_upto(low + high));
+  if (threadIdx.x == kThreads - 1)
+    for (uint32_t other = 0; other < blocks; ++other) in_block(&sums[own], other) = upto;
+  cluster_sync();  // all have their sums, and have read
+  uint32_t before = 0;
+  for (uint32_t other = 0; other < own; ++other) before += sums[other];
+  const uint32_t left = rank - (before + upto - low - high);  // huge where rank is less
+  if (rank >= before + upto - low - high && left < low + high) {
+    const bool second = left >= low;
+    for (uint32_t other = 0; other < blocks; ++other)
+      in_block(&digit, other) = {word * kEach + second, second ? left - low : left};
+  }
+  cluster_sync();
+  return digit;
+}
+
+// ---- The kernel ---------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __grid_constant__ Table table) {
+  using F = Format<uint32_t>;
+  constexpr int kSecond = 1 << F::second, kThird = 1 << F::third;
+  __shared__ uint32_t extremes[2], whole_extremes[2];  // greatest key, ~(least key above the prefix)
+  __shared__ uint32_t threshold;
+  const uint32_t own = __clusterRelativeBlockRank(), blocks = __clusterSizeInBlocks();
+  const Row& row = table.rows[blockIdx.x / blocks];
+  const Slice slice(row, own, blocks, dynamic_shared);
+  uint32_t* const words = reinterpret_cast<uint32_t*>(dynamic_shared + kHeldStrips);
+
+  SharedHist<true> first{words};
+  first.zero(F::bins);
+  if (threadIdx.x < 2) extremes[threadIdx.x] = whole_extremes[threadIdx.x] = 0;
+  __syncthreads();
+  uint32_t greatest = 0;
+  {
+    Runs<SharedHist<true>> runs(first);
+    slice.each<true>([&](uint32_t key) {
+      greatest = max(greatest, key);
+      runs.add(key >> (F::second + F::third));
+    });
+    runs.flush();
+  }
+  if (slice.partner) slice.fetch_partner();
+  block_max(&extremes[0], greatest);
+  const uint32_t rank = uint32_t(quantile_rank(row.size, table.ratio).low);
+  Digit digit = pick_in_cluster(first, F::bins, rank, own, blocks);
+
+  SharedHist<false> second{words};
+  second.zero(kSecond);
+  __syncthreads();
+  {
+    Runs<SharedHist<false>> runs(second);
+    slice.each<false>([&](uint32_t key) {
+      if (key >> (F::second + F::third) == digit.bin) runs.add(key >> F::third & (kSecond - 1));
+    });
+    runs.flush();
+  }
+  uint32_t prefix = digit.bin << F::second;
+  digit = pick_in_cluster(second, kSecond, digit.left, own, blocks);
+  prefix |= digit.bin;
+
+  SharedHist<false> third{words}, whole{words + kThird};
+  third.zero(2 * kThird);
+  __syncthreads();
+  uint32_t not_above = 0;
+  {
+    Runs<SharedHist<false>> runs(third);
+    slice.each<false>([&](uint32_t key) {
+      if (key >> F::third == prefix) runs.add(key & (kThird - 1));
+      if (key >> F::third > prefix) not_above = max(not_above, ~key);
+    });
+    runs.flush();
+  }
+  block_max(&extremes[1], not_above);
+  cluster_sync();  // all have counted
+  // Every block for itself: few bins.
+  for (uint32_t i = threadIdx.x; i < kThird * blocks; i += kThreads)
+    if (const uint32_t count = in_block(third.words + i % kThird, i / kThird)) whole.add(i % kThird, count);
+  if (threadIdx.x < 2 * blocks)
+    atomicMax(&whole_extremes[threadIdx.x % 2], in_block(&extremes[threadIdx.x % 2], threadIdx.x / 2));
+  __syncthreads();
+  __cluster_barrier_arrive();  // this block has read
+  const Picked picked = pick(whole, kThird, digit.left);
+  if (threadIdx.x == 0)
+    threshold = holds_nan(DType(row.dtype), whole_extremes[0])
+                    ? kDropAll
+                    : find_threshold(row, table.ratio, picked, prefix << F::third, ~whole_extremes[1]);
+  __syncthreads();
+  if (slice.partner) slice.clear_to<true>(threshold);
+  else slice.clear_to<false>(threshold);
+  __cluster_barrier_wait();  // a block's shared memory is its own while others read it
+}
+#endif
+
+}  // namespace
+}  // namespace relora
