@@ -190,12 +190,13 @@ def arch_flags(names: list[str], newer: int | None = None) -> list[str]:
 
 def source_archs(source: Path, names: list[str]) -> list[str]:
     """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has, *_sm80.cu those
-    of sm_80 and newer. Where nothing is left the file is left out."""
+    of sm_80 and newer. Where nothing is left the file is left out. Of the other files, which memory
+    bounds, ptxas makes nearly the same for sm_86 as for sm_80, whose machine code runs there, too."""
     if source.stem.endswith("_sm90"):
         return ["90a"] if {"90", "90a"} & set(names) else []
     if source.stem.endswith("_sm80"):
         return [name for name in names if int(name.rstrip("af")) >= 80]
-    return names
+    return [name for name in names if name != "86" or "80" not in names]
 
 
 # ---- The build ----------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 // Prune a list of tensors in place: each to zero where |t| <= quantile(|t|, ratio), exactly
 // (contract: relora_kernels/reference/prune.py), or at random, keyed by logical element.
 //
-// A radix selection on magnitude keys (numerics.cuh), a few launches for up to kRows tensors, of huge
-// ones kHugeRows:
+// A radix selection on magnitude keys (numerics.cuh), a few launches for up to kChainRows tensors:
 //
 //   huge, 32-bit    zero       the histograms; in the other chains a memset does that
 //                   sample     of 512 K elements: a window of keys about the quantile
@@ -18,6 +17,8 @@
 //                   finish     zero the listed elements up to the threshold
 //   large, 16-bit   count      all 15 bits of the keys: the threshold itself           one read
 //                   finish     zero up to the threshold                        one read, one write
+//   held, 32-bit    held       all of it in a cluster of blocks, up to kMostShare elements each, from
+//                              sm_90 on (prune_held.cuh)                                    one write
 //   up to kSmall    small      all of it in one block, whose later reads come from L1 and L2
 //
 // From sm_90 on a launch's blocks take their places while the one before it ends: see follow().
@@ -26,7 +27,7 @@
 // lifts the threshold to an element above the bin, recount and finish go over the whole tensor: the
 // device decides, every launch is the same. A NaN makes `partition`, `finish` or `clear` zero everything.
 //
-// Bytes an element: 12 in 32 bits, 6 in 16, and 8 or 4 for the partner; without a window listed
+// Bytes an element: 12 in 32 bits, 8 where it is held, 6 in 16, and 8 or 4 for the partner; without a window listed
 // elements are fetched again, twice, by sectors of 32 bytes: of 10^8 elements that took 65 us of 412
 // on an H200 (ncu, 2026-11-27). A window that fails (ties, few distinct values) costs a read more, and
 // where a list takes its place another by `clear`, which asks for elements before it knows.
@@ -35,8 +36,8 @@
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one
 // standard deviation, 1.51 %, and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % holds that at any
 // scale and ratio, and costs 1.56 % of the tensor's memory. A launch takes as many tensors as have
-// room for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, and the
-// next launches reuse it. One tensor is always taken: its histogram may be more than that share, and
+// room for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, partners
+// not counted, and the next launches reuse it. One tensor is always taken: its histogram may be more than that share, and
 // of the list it gets what is left.
 #include "prune.cuh"
 #include "prune_held.cuh"
@@ -56,8 +57,8 @@ struct Range {
 };
 
 struct Sampling {
-  TableOf<kHugeRows> table;
-  uint32_t ends[kHugeRows][2];  // ranks in the sample, which the window is to hold
+  Chain table;
+  uint32_t ends[kChainRows][2];  // ranks in the sample, which the window is to hold
 };
 
 // A chain's histograms, 16 bytes a thread: a memset's node lets no launch begin before it has ended.
@@ -151,7 +152,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-window_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
+window_kernel(const __grid_constant__ Chain table) {
   constexpr int kBins = 1 << Format<uint32_t>::second;
   alignas(16) __shared__ uint32_t words[kBins];
   __shared__ uint32_t local[kLocal];
@@ -246,9 +247,9 @@ window_kernel(const __grid_constant__ TableOf<kHugeRows> table) {
   if (!state.settled) state.listed = 0;
 }
 
-template <typename Bits, int kMost>
+template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-count_kernel(const __grid_constant__ TableOf<kMost> table) {
+count_kernel(const __grid_constant__ Chain table) {
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
   SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
@@ -295,9 +296,8 @@ count_kernel(const __grid_constant__ TableOf<kMost> table) {
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
 }
 
-template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-partition_kernel(const __grid_constant__ TableOf<kMost> table) {
+partition_kernel(const __grid_constant__ Chain table) {
   using F = Format<uint32_t>;
   constexpr int kShift = 31 - F::first, kNextShift = F::third, kNextBins = 1 << F::second;
   alignas(16) __shared__ uint32_t words[kNextBins];
@@ -354,9 +354,8 @@ partition_kernel(const __grid_constant__ TableOf<kMost> table) {
   }
 }
 
-template <int kMost>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-recount_kernel(const __grid_constant__ TableOf<kMost> table) {
+recount_kernel(const __grid_constant__ Chain table) {
   using F = Format<uint32_t>;
   alignas(16) __shared__ uint32_t words[1 << kMostShift];
   follow();
@@ -419,7 +418,7 @@ recount_kernel(const __grid_constant__ TableOf<kMost> table) {
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __grid_constant__ Chain table) {
   wait_for_previous();
   const Part part = find_part(table);
   const Row& row = part.row;
@@ -664,7 +663,7 @@ void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
 
 // Blocks of the pass that lists a window: in whole waves of `slots` but for what rounding leaves, and none of
 // more than kMostSpans. Each tensor has its part of them.
-void lay_out_waves(TableOf<kHugeRows>& table, int slots) {
+void lay_out_waves(Chain& table, int slots) {
   constexpr int64_t kMost = kMostSpans<uint32_t> * kSpan<uint32_t>;
   int64_t least = 0, total = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
@@ -783,7 +782,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
     Group group{};
     Table& table = group.table;
     int64_t blocks = 0;
-    const uint32_t most_rows = of == Which::huge ? kHugeRows : kRows;
+    const uint32_t most_rows = large ? kChainRows : kRows;
     for (; i < count && table.count < most_rows; ++i) {
       const PruneTensor& t = tensors[i];
       if (bytes_of(t.dtype) != int(sizeof(Bits)) || t.size == 0) continue;
@@ -834,11 +833,15 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
 }
 
 // The launches for the tensors of `group`, of which `table` holds the rows.
-template <typename Bits, int kMost>
-cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, const Device& device, char* workspace,
-                      cudaStream_t stream) {
+template <typename Bits, bool kHuge>
+cudaError_t run_chain(const Group& group, const Device& device, char* workspace, cudaStream_t stream) {
   constexpr int kShared = Format<Bits>::shared_bytes;
-  [[maybe_unused]] constexpr bool kHuge = kMost == kHugeRows;
+  Chain table{};
+  std::copy_n(group.table.rows, group.table.count, table.rows);
+  table.count = group.table.count;
+  table.blocks = group.table.blocks;
+  table.share = group.table.share;
+  table.ratio = group.table.ratio;
   bool follow = false, follows = false;  // the first launch does not
   cudaError_t failed = cudaSuccess;
   if constexpr (kHuge) {
@@ -848,7 +851,7 @@ cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, const Dev
   } else {
     failed = cudaMemsetAsync(workspace, 0, group.hist_bytes, stream);
   }
-  if (!failed) failed = find_whether_they_follow(count_kernel<Bits, kMost>, &follow);
+  if (!failed) failed = find_whether_they_follow(count_kernel<Bits>, &follow);
   if (kHuge && !failed) follows = follow;
   const auto run = [&](auto* kernel, const auto& argument, uint32_t blocks, int shared_bytes = 0) {
     if (!failed) failed = launch(kernel, argument, {blocks, shared_bytes, follows}, stream);
@@ -857,15 +860,15 @@ cudaError_t run_chain(const Group& group, const TableOf<kMost>& table, const Dev
   if constexpr (kHuge) {
     Sampling sampling{table, {}};
     for (uint32_t r = 0; r < table.count; ++r) find_ends(table.rows[r], table.ratio, sampling.ends[r]);
-    TableOf<kHugeRows> waves = table;
+    Chain waves = table;
     lay_out_waves(waves, device.slots);
     run(sample_kernel, sampling, table.count * kSampleBlocks, kShared);
     run(window_kernel, waves, waves.blocks);
   }
-  run(count_kernel<Bits, kMost>, table, table.blocks, kShared);
+  run(count_kernel<Bits>, table, table.blocks, kShared);
   if constexpr (sizeof(Bits) == 4) {
-    run(partition_kernel<kMost>, table, table.blocks);
-    run(recount_kernel<kMost>, table, table.blocks);
+    run(partition_kernel, table, table.blocks);
+    run(recount_kernel, table, table.blocks);
   }
   if constexpr (kHuge)
     for (uint32_t r = 0; r < table.count; ++r)
@@ -889,30 +892,24 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
   const auto each = [&](Which of, auto&& run) {
     return for_each_group<Bits>(tensors, count, of, device, workspace, [&](Group& group) {
       group.table.ratio = ratio;
-      return run(group, group.table);
+      return run(group);
     });
   };
   cudaError_t error = cudaSuccess;
   if constexpr (sizeof(Bits) == 4) {
-    error = each(Which::huge, [&](const Group& group, const Table& rows) {
-      TableOf<kHugeRows> table{};
-      std::copy_n(rows.rows, rows.count, table.rows);
-      table.count = rows.count;
-      table.blocks = rows.blocks;
-      table.share = rows.share;
-      table.ratio = ratio;
-      return run_chain<Bits>(group, table, device, workspace, stream);
+    error = each(Which::huge, [&](const Group& group) {
+      return run_chain<Bits, true>(group, device, workspace, stream);
     });
     if (!error)
-      error = each(Which::held, [&](const Group&, Table& table) { return run_held(table, device.cluster, stream); });
+      error = each(Which::held, [&](Group& group) { return run_held(group.table, device.cluster, stream); });
   }
   if (!error)
-    error = each(Which::large, [&](const Group& group, const Table& table) {
-      return run_chain<Bits>(group, table, device, workspace, stream);
+    error = each(Which::large, [&](const Group& group) {
+      return run_chain<Bits, false>(group, device, workspace, stream);
     });
   if (!error)
-    error = each(Which::small, [&](const Group&, const Table& table) {
-      return launch(small_kernel<Bits>, table, {table.blocks, Format<Bits>::shared_bytes}, stream);
+    error = each(Which::small, [&](const Group& group) {
+      return launch(small_kernel<Bits>, group.table, {group.table.blocks, Format<Bits>::shared_bytes}, stream);
     });
   return error;
 }

@@ -23,13 +23,13 @@ constexpr int kLocal = 8192;    // listed elements that a block collects before 
 constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
 constexpr int kBlocksThatClear = 3;  // by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32
 // Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. These are 32,764 bytes from
-// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver.
+// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver. Of a chain of launches fewer, whose
+// lists and histograms need memory, too: parameters take time for every launch.
 #if CUDART_VERSION >= 13000
-constexpr int kRows = 400, kParameters = 32764;
+constexpr int kRows = 400, kChainRows = 128, kParameters = 32764;
 #else
-constexpr int kRows = 48, kParameters = 4096;
+constexpr int kRows = 48, kChainRows = 48, kParameters = 4096;
 #endif
-constexpr int kHugeRows = 8;  // of a launch for huge tensors: small arguments, which are sooner there
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 // From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
@@ -115,6 +115,7 @@ struct TableOf {
   int shift, bits;
 };
 using Table = TableOf<kRows>;
+using Chain = TableOf<kChainRows>;
 static_assert(sizeof(Table) <= kParameters, "a kernel's parameters");
 
 extern __shared__ uint4 dynamic_shared[];

@@ -113,24 +113,25 @@ struct Slice {
 #endif
   }
 
-  template <bool kPaired>
-  __device__ __forceinline__ void clear_to(uint32_t threshold) const {
-    constexpr int kN = kPack<uint32_t>;
+  // Strips from the thread's `at` up to `end`, all held or none.
+  template <bool kPaired, bool kHeld>
+  __device__ __forceinline__ void clear_strips(uint32_t at, uint32_t end, uint32_t threshold) const {
+    constexpr int kN = kPack<uint32_t>, kStrips = kPaired && !kHeld ? kUnroll / 2 : kUnroll;
 #pragma unroll 1
-    for (uint32_t at = threadIdx.x; at < strips; at += kUnroll * kThreads) {
-      Strip<uint32_t> mine[kUnroll], other[kUnroll];
+    for (; at < end; at += kStrips * kThreads) {
+      Strip<uint32_t> mine[kStrips], other[kStrips];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kStrips; ++u) {
         const uint32_t i = at + u * kThreads;
-        if (i >= strips) continue;
+        if (i >= end) continue;
         if (kPaired) other[u].load_once(partner + kN * i);
-        if (i >= kHeldStrips) mine[u].load_once(data + kN * i);
+        if (!kHeld) mine[u].load_once(data + kN * i);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kStrips; ++u) {
         const uint32_t i = at + u * kThreads;
-        if (i >= strips) continue;
-        if (i < kHeldStrips) mine[u] = held_strip(i);
+        if (i >= end) continue;
+        if (kHeld) mine[u] = held_strip(i);
         const uint32_t mask = not_above(mine[u], threshold);
         mine[u].clear(mask);
         mine[u].store_once(data + kN * i);
@@ -139,6 +140,12 @@ struct Slice {
         other[u].store_once(partner + kN * i);
       }
     }
+  }
+  template <bool kPaired>
+  __device__ __forceinline__ void clear_to(uint32_t threshold) const {
+    constexpr int kN = kPack<uint32_t>;
+    clear_strips<kPaired, true>(threadIdx.x, min(strips, kHeldStrips), threshold);
+    clear_strips<kPaired, false>(kHeldStrips + threadIdx.x, strips, threshold);
     const uint32_t last = kN * strips + threadIdx.x;
     if (threadIdx.x >= rest || magnitude_key(data[last]) > threshold) return;
     data[last] = 0;

@@ -24,8 +24,11 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402
 
-FROM_PTX = ("89",)  # no build makes it by default: assembled here from the module's PTX
-ARCHS = (*cuda_build.DEFAULT_ARCHS, *FROM_PTX, "90a")
+FROM_PTX = (
+    "86",
+    "89",
+)  # no build makes them of all sources by default: assembled here from the module's PTX
+ARCHS = (*sorted({*cuda_build.DEFAULT_ARCHS, *FROM_PTX}, key=int), "90a")
 
 
 def find_tools(nvcc: Path) -> Path | None:
@@ -88,7 +91,7 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
 
 
 def assemble(nvcc: Path, tools: Path, module: Path, folder: Path) -> None:
-    """The module's PTX for FROM_PTX, named as `cuobjdump -xelf` would name it."""
+    """The module's PTX for FROM_PTX, named much as `cuobjdump -xelf` would name it."""
     ptxas = cuda_build.toolkit_root(nvcc) / "bin" / "ptxas"
     subprocess.run(
         [tools / "cuobjdump", "-xptx", "all", module], cwd=folder, check=True, capture_output=True
@@ -104,7 +107,7 @@ def assemble(nvcc: Path, tools: Path, module: Path, folder: Path) -> None:
 
     def one(job):
         path, arch = job
-        cubin = path.with_name(f"{path.name.rsplit('.', 2)[0]}.sm_{arch}.cubin")
+        cubin = path.with_name(f"{path.stem}.sm_{arch}.cubin")
         cuda_build.run(ptxas, f"-arch=sm_{arch}", path, "-o", cubin)
 
     with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
@@ -125,8 +128,8 @@ def all_kernels() -> list[dict]:
         cubins.sort(key=lambda path: -path.stat().st_size)  # so that the workers end together
         with concurrent.futures.ThreadPoolExecutor(cuda_build.jobs()) as pool:
             found = list(pool.map(lambda cubin: kernels(tools, cubin), cubins))
-    rows = [row for each in found for row in each]
-    return sorted(rows, key=lambda row: (int(row["arch"].rstrip("af")), row["kernel"]))
+    rows = {(row["kernel"], row["arch"]): row for each in found for row in each}
+    return sorted(rows.values(), key=lambda row: (int(row["arch"].rstrip("af")), row["kernel"]))
 
 
 def widest(row: dict, kind: str) -> int:

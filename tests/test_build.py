@@ -127,6 +127,16 @@ def test_ptx_of_its_own_from_where_a_source_uses_more():
         assert cuda_build.arch_flags(names, 90) == cuda_build.arch_flags(names)
 
 
+def test_what_a_source_is_compiled_for():
+    names = ["80", "86", "90", "120"]
+    archs = cuda_build.source_archs
+    assert archs(Path("two_segment_sm80.cu"), names) == names
+    assert archs(Path("two_segment_sm90.cu"), names) == ["90a"]
+    assert archs(Path("prune.cu"), names) == ["80", "90", "120"]  # sm_80's code runs on 8.6
+    assert archs(Path("prune.cu"), ["86", "120"]) == ["86", "120"]  # and not the other way
+    assert archs(Path("merge_sm90.cu"), ["80"]) == []
+
+
 # ---- Finding nvcc -------------------------------------------------------------------------------
 
 

@@ -481,7 +481,7 @@ def test_both_neighbours_have_to_be_in_the_window(sampled):
 
 
 def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
-    n = 5 * SPAN - 8001  # most of the memory that is allowed is the histogram's
+    n = 10 * SPAN + 8001  # most of the memory that is allowed is the histogram's
     t = torch.randn(n, generator=torch.Generator().manual_seed(5))
     check_against_reference([Guarded(t, 0)], 0.9, [Guarded(torch.ones(n), 0)])
     assert sampled.window[1] and not sampled.settled
@@ -705,12 +705,12 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc on this machine")
     ptx = tmp_path / "prune.ptx"
-    flags = [*cuda_build.COMPILE_FLAGS, "-arch=compute_80"]
+    flags = [*cuda_build.COMPILE_FLAGS, "-arch=compute_90"]
     cuda_build.run(nvcc, *flags, "-ptx", CSRC / "prune.cu", "-o", ptx)
     kernels = dict(
         re.findall(r"\.entry \w+?\d\d([a-z]+_kernel\w*?)E?v?N\w*\((.*?)\n}", ptx.read_text(), re.S)
     )
-    assert len(kernels) == 20, kernels.keys()
+    assert len(kernels) == 17, kernels.keys()
     for name, body in kernels.items():
         reads = not name.startswith("zero")
         assert bool(re.search(r"ld\.global(\.cs)?\.v4\.\w+", body)) == reads, name
