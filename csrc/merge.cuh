@@ -48,19 +48,17 @@ __device__ __forceinline__ uint32_t& word(uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Two neighbours of W, and of the residual, with their update.
+// Two neighbours of W, and of the residual, with their update: the product times the scaling.
 template <Rounding kRounding, typename T>
 __device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
-                                           Neighbours<float> product, float scaling,
-                                           uint32_t rand) {
+                                           Neighbours<float> update, uint32_t rand) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
   Neighbours<float> v = widen(w);
   if (kCompensated) {
     const Neighbours<float> kept = widen(rest);
     v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
   }
-  v = {__fadd_rn(v.first, __fmul_rn(scaling, product.first)),
-       __fadd_rn(v.second, __fmul_rn(scaling, product.second))};
+  v = {__fadd_rn(v.first, update.first), __fadd_rn(v.second, update.second)};
   w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
   if (kCompensated) {
     const Neighbours<float> stored = widen(w);

@@ -37,8 +37,18 @@ using two_segment::Ring;
 using two_segment::swizzled;
 
 // A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
-// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more.
-constexpr float kShift = 0x1p15f;
+// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more. The scaling
+// is part of a row's unit, from 1 to 2, and of a column's, the power of two, as far as they hold it.
+constexpr float kShift = 0x1p16f;
+
+struct Scaling {
+  float of_row, of_col;
+  __device__ __forceinline__ explicit Scaling(float scaling) {
+    const int exponent = int(float_bits(scaling) >> 23 & 255) - 127, col = min(max(exponent, -16), 6);
+    of_col = bits_float(uint32_t(127 + col) << 23);
+    of_row = scaling * bits_float(uint32_t(127 - col) << 23);
+  }
+};
 
 // ---- What is done where -------------------------------------------------------------------------
 
@@ -73,7 +83,7 @@ struct Unit {
   int r;
   float scaling;
 
-  __device__ __forceinline__ int steps() const { return (rows + kStepRows - 1) / kStepRows; }
+  __device__ __forceinline__ int steps() const { return int(uint32_t(rows + kStepRows - 1) / kStepRows); }
 };
 
 // By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. Few layers
@@ -138,7 +148,7 @@ __device__ __forceinline__ uint32_t place_of(int row, int strip) {
 }
 
 constexpr int kColUnitsAt = kSlotAt + kSlotsBytes;
-constexpr int kLargestAt = kColUnitsAt + 2 * kUnitCols;  // of a column, of each half of r
+constexpr int kLargestAt = kColUnitsAt + 4 * kUnitCols;  // of a column, of each half of r
 constexpr int kRowUnitsAt = kLargestAt + 4 * kConsumers * 2 * kPartCols;
 constexpr int kUnitsAt = kRowUnitsAt + 4 * kStepRows, kUnits = 4;
 constexpr int kBarriersAt = kUnitsAt + kUnits * int(sizeof(Unit));
@@ -222,8 +232,8 @@ struct Rows {
     memcpy(pair, &bits, sizeof pair);
   }
 
-  // To shared memory, of fp32 their units, too.
-  __device__ __forceinline__ void store(uint32_t memory, int thread) const {
+  // To shared memory, of fp32 their units, too, times `of_row`.
+  __device__ __forceinline__ void store(uint32_t memory, int thread, float of_row) const {
     constexpr bool kScaled = sizeof(F) == 4;
     const int lane = thread % 32;
 #pragma unroll
@@ -243,7 +253,7 @@ struct Rows {
           scales[u] = half_scale(largest);
           if (lane % 8 == 0)
             ptx::store_shared_32(memory + kRowUnitsAt + 4 * (row + 8 * u),
-                                 float_bits(half_unit(scales[u]) * (1 / kShift)));
+                                 float_bits(half_unit(scales[u]) * (1 / kShift) * of_row));
         }
       const int of = thread / 32 * 32 + row % 8 * 4 + lane % 4;  // the thread that multiplies them
 #pragma unroll
@@ -281,7 +291,7 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
 #pragma unroll 1
     for (int step = 0;;) {
       ptx::wait(rows_empty(memory), ring.phase ^ 1);
-      rows.store(memory, thread);
+      rows.store(memory, thread, Scaling(unit.scaling).of_row);
       ptx::arrive(rows_full(memory));
       ring.advance();
       if (++step == unit.steps()) break;
@@ -320,8 +330,8 @@ __device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, in
                              bits_float(ptx::load_shared_32(both + 4 * kPartCols))));
     ptx::named_barrier(2 + warpgroup, 128);
     if (half == 0)
-      ptx::store_shared_16(memory + kColUnitsAt + 2 * own,
-                           uint16_t(float_bits(half_unit(scale) * kShift) >> 16));
+      ptx::store_shared_32(memory + kColUnitsAt + 4 * own,
+                           float_bits(half_unit(scale) * kShift * Scaling(unit.scaling).of_col));
   }
   const uint32_t to = memory + panel * kPanelBytes + half * kPanelSpan;
 #pragma unroll
@@ -484,8 +494,8 @@ struct Piece {
 // A lane's strips of a unit of W whose rows begin and end at multiples of 16 bytes, from step to step.
 struct Whole {
   static constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
-  bf16* at;   // the lane's first strip in the step
-  int pitch;
+  char* at;        // the lane's first strip in the step
+  int pitch;       // bytes
   int rows, cols;  // that there are from there on: may be none
   bool is;
 
@@ -494,17 +504,20 @@ struct Whole {
     const int col = unit.col0 + warpgroup * kOwnCols + lane % kRowStrips * kStrip;
     is = ((offset_of(unit.weight.at) | int(unit.weight.pitch) | unit.cols) & 7) == 0 &&
          unit.weight.pitch <= kMostPitch;
-    pitch = int(unit.weight.pitch);
-    at = global_memory<bf16>(unit.weight.at) + int64_t(row) * pitch + col;
+    pitch = 2 * int(unit.weight.pitch);
+    at = ptx::rows_further(reinterpret_cast<char*>(unit.weight.at + col), row, pitch);
     rows = unit.rows - row, cols = unit.cols - col;
   }
-  // `chunk` of the step, strip i of the lane's: whether it is there, and where, `further` rows on.
-  __device__ __forceinline__ bool has(int chunk, int i, int further) const {
-    return further + chunk % 2 * kChunkRows + i * kRowsAtOnce < rows && chunk / 2 * kChunkCols < cols;
-  }
-  __device__ __forceinline__ bf16* of(int chunk, int i, int further) const {
-    return global_memory<bf16>(at + (further + chunk % 2 * kChunkRows + i * kRowsAtOnce) * pitch +
-                               chunk / 2 * kChunkCols);
+  // visit(strip, where it is, whether it is there) for the lane's strips of `chunk`, `further` rows on.
+  template <typename Visit>
+  __device__ __forceinline__ void each(int chunk, int further, Visit&& visit) const {
+    const bool inside = chunk / 2 * kChunkCols < cols;
+    char* to = ptx::rows_further(at + chunk / 2 * kPitch, further + chunk % 2 * kChunkRows, pitch);
+#pragma unroll
+    for (int i = 0; i < Piece::kCount; ++i) {
+      visit(i, global_memory<bf16>(to), inside && further + chunk % 2 * kChunkRows + i * kRowsAtOnce < rows);
+      to = ptx::rows_further(to, kRowsAtOnce, pitch);
+    }
   }
 
   // As Piece's. `place`: the lane's first strip in the slot.
@@ -512,19 +525,20 @@ struct Whole {
     uint4 strips[Piece::kCount];
 #pragma unroll
     for (int i = 0; i < Piece::kCount; ++i) strips[i] = ptx::load_shared_128(place + Piece::further(i));
-#pragma unroll
-    for (int i = 0; i < Piece::kCount; ++i)
-      if (has(chunk, i, 0)) Piece::store_16(of(chunk, i, 0), strips[i]);
+    each(chunk, 0, [&](int i, bf16* to, bool there) {
+      if (there) Piece::store_16(to, strips[i]);
+    });
   }
   // Of the step that comes.
   __device__ __forceinline__ void copy_next(int chunk, uint32_t place) const {
-#pragma unroll
-    for (int i = 0; i < Piece::kCount; ++i)
-      ptx::copy_16<true>(place + Piece::further(i), of(chunk, i, kStepRows),
-                         has(chunk, i, kStepRows) ? 16 : 0);
+    each(chunk, kStepRows, [&](int i, const bf16* from, bool there) {
+      ptx::copy_16<true>(place + Piece::further(i), from, there ? 16 : 0);
+    });
     ptx::copy_commit();
   }
-  __device__ __forceinline__ void advance() { at += kStepRows * pitch, rows -= kStepRows; }
+  __device__ __forceinline__ void advance() {
+    at = ptx::rows_further(at, kStepRows, pitch), rows -= kStepRows;
+  }
 };
 
 // A chunk of W, and of the residual: a group of copies, of no unit an empty one.
@@ -548,21 +562,19 @@ constexpr int kSums = kPartCols / 2;
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&left)[kSixteens][4],
                                          uint32_t panel) {
+  constexpr uint64_t kConstant = operand_descriptor<true>(0, 0);
+  const uint32_t first = uint32_t(operand_descriptor<true>(panel, 0));  // units of 16 bytes: further ones add up
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kMostRank; k += 16)
     ptx::wgmma<T, true>(sums, left[k / 16],
-                        operand_descriptor<true>(panel + k / kSpanR * kPanelSpan, k % kSpanR), k > 0);
+                        kConstant | (first + (k / kSpanR * kPanelSpan + k % kSpanR * 2) / 16), k > 0);
   ptx::wgmma_commit();
-}
-
-__device__ __forceinline__ float unit_of_pair(uint32_t pair, int i) {
-  return bits_float(i ? pair & 0xFFFF0000u : pair << 16);
 }
 
 struct Update {
   const Unit& unit;
-  float row_unit;
+  float row_unit;          // with the scaling's part
   int row;                 // the lane's, from the unit's first on
   int weight_by, rest_by;  // by how many elements its row begins late in shared memory
   bool late;               // whether any lane's does
@@ -576,14 +588,18 @@ template <Rounding kRounding, bool kScaled>
 __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, const Update& update, int col,
                                          uint32_t slot, uint32_t first, int p, uint32_t col_units) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  const float scaling = update.unit.scaling;
-  uint4 units[2] = {}, w[2], kept[2] = {};  // all on their way together
+  constexpr bool kUnitsLater = kRounding == Rounding::stochastic;  // its random bits need their registers
+  uint4 units[2][2] = {}, w[2], kept[2] = {};  // all on their way together
+  const auto load_units = [&](int g) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) units[g][i] = ptx::load_shared_128(col_units + 128 * g + 16 * i);
+  };
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
     const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
     w[g] = ptx::load_shared_128(place);
     if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
-    if (kScaled) units[g] = ptx::load_shared_128(col_units + 64 * g);
+    if (kScaled && !kUnitsLater) load_units(g);
   }
   if (update.late) {
     const int lane = lane_id();
@@ -602,17 +618,16 @@ __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, cons
     if (kRounding == Rounding::stochastic)
       words = draw(update.unit.seed, kStreamRound, update.unit.drawn_row + update.row,
                    (col + 32 * g) >> 3);
+    if (kScaled && kUnitsLater) load_units(g);
     const auto scaled = [&](int i) {
       const float sum = sums[16 * g + 4 * (i / 2) + 2 * v + i % 2];
-      return kScaled ? __fmul_rn(__fmul_rn(sum, update.row_unit),
-                                 unit_of_pair(word(units[g], i / 2), i % 2))
-                     : sum;
+      return kScaled ? __fmul_rn(__fmul_rn(sum, update.row_unit), bits_float(word(units[g][i / 4], i % 4)))
+                     : __fmul_rn(sum, update.unit.scaling);
     };
 #pragma unroll
     for (int i = 0; i < kStrip / 2; ++i) {
       Neighbours<bf16> pair{word(w[g], i)}, rest{word(kept[g], i)};
-      merge_pair<kRounding>(pair, rest, {scaled(2 * i), scaled(2 * i + 1)}, scaling,
-                            words.w[i]);
+      merge_pair<kRounding>(pair, rest, {scaled(2 * i), scaled(2 * i + 1)}, words.w[i]);
       word(w[g], i) = pair.bits;
       if (kCompensated) word(kept[g], i) = rest.bits;
     }
@@ -668,7 +683,8 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
       // Two parts at a time. Sums that were added make room for the next two parts', of the next step's in
       // the end; behind a unit's last step these are products that nobody wants.
 #pragma unroll 1
-      for (int pair = 0; pair < kParts; pair += 2) {
+      for (int half = 0; half < kParts / 2; ++half) {
+        const int pair = 2 * half;
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           const int chunk = pair + v, lane = lane_id();  // anew: what follows from it is not kept
@@ -698,7 +714,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
             }
             add_sums<kRounding, kScaled>(
                 sums[p], v, update, col + p * kPartCols, slot, slot + place_of(lane / 4, lane % 4), p,
-                memory + kColUnitsAt + 2 * (own_col + p * kPartCols + lane % 4 * kStrip));
+                memory + kColUnitsAt + 4 * (own_col + p * kPartCols + lane % 4 * kStrip));
             if (v == 1) start((pair + 2) % kParts, p);
           }
           if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();

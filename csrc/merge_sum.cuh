@@ -175,8 +175,9 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4],
         Neighbours<T> pair = get_pair(w, i), rest_pair{};
         if (kCompensated) rest_pair = get_pair(rest, i);
         merge_pair<kRounding>(pair, rest_pair,
-                              {strip_value(acc, s, 2 * i), strip_value(acc, s, 2 * i + 1)},
-                              layer.scaling, words.w[i]);
+                              {__fmul_rn(layer.scaling, strip_value(acc, s, 2 * i)),
+                               __fmul_rn(layer.scaling, strip_value(acc, s, 2 * i + 1))},
+                              words.w[i]);
         set_pair(w, i, pair);
         if (kCompensated) set_pair(rest, i, rest_pair);
       }
@@ -250,7 +251,9 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
     }
     const float* const product =
         scratch + (first + i) * kWarp + (lane ^ scratch_turn(first + i) * 4);
-    merge_pair<kRounding>(w[i], rest[i], {product[0], product[32]}, layer.scaling, rand);
+    merge_pair<kRounding>(
+        w[i], rest[i],
+        {__fmul_rn(layer.scaling, product[0]), __fmul_rn(layer.scaling, product[32])}, rand);
   }
 #pragma unroll
   for (int i = 0; i < 2 * kRowsAtOnce; ++i) {

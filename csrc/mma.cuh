@@ -24,6 +24,7 @@ __device__ __forceinline__ T* global_memory(void* p) {
 __device__ __forceinline__ int lane_id() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  __builtin_assume(lane >= 0 && lane < 32);
   return lane;
 }
 

@@ -257,6 +257,20 @@ def test_units_whose_product_is_no_float32_are_never_multiplied(model, col, row)
     assert model.calls == 1
 
 
+SCALINGS = (0.0, -0.73, 1.0, 63.9, 130.7, -3.1e4, 1.7e19, 2.0**-16, 1.1e-6, -9.3e-21, 2.0**-149)
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rounding", CODES["rounding"])
+def test_scalings_of_any_size(model, rounding, factor_dtype):
+    """Part of it is a row's unit's, part of it a column's: it is multiplied with once, and rounded once."""
+    layers = [drawn_layer((70, 65, 6), "aligned", rounding, factor_dtype, i) for i in range(11)]
+    for layer, scaling in zip(layers, SCALINGS, strict=True):
+        layer[3] = scaling
+    merges_as_the_reference(layers)
+    assert model.calls == 1
+
+
 @pytest.mark.parametrize("r", [4, 128])
 @pytest.mark.parametrize("of_A, of_B", ENDS)
 def test_factors_up_to_the_end_of_the_checked_range(model, r, of_A, of_B):
