@@ -85,7 +85,7 @@ def lists(device):
 
 def moments(device, dtype):
     """Tensors of one block and of many, with ties, and one that is not contiguous."""
-    tensors = [torch.randn(size) for size in (1, 2, 77, 5003, 70_000, 300_001)]
+    tensors = [torch.randn(size) for size in (1, 2, 77, 5003, 70_000, 300_001, 450_003)]
     tensors += [torch.randint(-3, 4, (size,)) for size in (900, 40_000)]
     tensors = [t.to(dtype).to(device) for t in (*tensors, torch.randn(60, 70))]
     return [*tensors[:-1], tensors[-1].T[1:, ::2]]
@@ -94,11 +94,17 @@ def moments(device, dtype):
 def prunes(device):
     found = []
     for dtype, ratio in itertools.product(DTYPES, (0.0, 0.9, 0.999, 1.0)):
-        alone, tensors = (moments(device, dtype) for _ in range(2))
-        partners = [torch.ones_like(t, dtype=torch.bfloat16) for t in tensors]
+        alone = moments(device, dtype)
         prune_(alone, ratio)
-        prune_(tensors, ratio, partners)
-        found += [*alone, *tensors, *partners]
+        found += alone
+        for partner_dtype in (
+            torch.bfloat16,
+            torch.float32,
+        ):  # of Hopper's clusters the latter alone
+            tensors = moments(device, dtype)
+            partners = [torch.ones_like(t, dtype=partner_dtype) for t in tensors]
+            prune_(tensors, ratio, partners)
+            found += [*tensors, *partners]
     return found
 
 

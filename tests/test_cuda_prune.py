@@ -761,6 +761,19 @@ def test_gpu_hundreds_of_tensors(gpu):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("paired", [False, True])
+def test_gpu_tensors_that_a_cluster_holds(gpu, ratio, paired):
+    """On Hopper; by clusters of 16 up to 786432 elements, the half of them from shared memory."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = [SPAN + 1, 262_144, 393_216, 393_221, 699_008, 786_301, 786_432, 786_433]
+    for first in range(0, len(KINDS), 4):
+        kinds = [KINDS[(first + i) % len(KINDS)] for i in range(len(sizes))]
+        lists = [Guarded(values_of(k, n, generator), 0, gpu) for k, n in zip(kinds, sizes)]
+        others = [Guarded(torch.rand(n, generator=generator) + 1, 0, gpu) for n in sizes if paired]
+        check_against_reference(lists, ratio, others, run=prune_or_none)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_a_hundred_million_elements_in_little_memory(gpu, dtype):
     skip_unless_free(6)
