@@ -73,7 +73,7 @@ void merge(const py::buffer& layers, const std::string& weight_dtype,
       throw py::value_error(call + ": rounding='compensated': expected a residual, got none");
   if ((last - first > relora::kInlineLayers || kind == "sm90") && !table)
     throw py::value_error(call + ": expected a table in device memory, got none");
-  // The static runtime keeps a current device of its own, apart from torch's.
+  // The caller's guard brings back the thread's current device.
   check(cudaSetDevice(device), call);
   check(relora::merge(first, int(last - first),
                       code(kDTypes, "merge: dtype of weight", weight_dtype),
@@ -112,12 +112,12 @@ int64_t prune_workspace(const py::buffer& rows, int device) {
   return bytes;
 }
 
-void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int device,
+void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int64_t bytes, int device,
            uintptr_t stream) {
   const py::buffer_info info = rows.request();
   const auto [tensors, count] = prune_tensors(info);
   on_device("prune", device, [&, tensors = tensors, count = count] {
-    return relora::prune(tensors, count, ratio, reinterpret_cast<void*>(workspace),
+    return relora::prune(tensors, count, ratio, reinterpret_cast<void*>(workspace), bytes,
                          reinterpret_cast<cudaStream_t>(stream));
   });
 }
@@ -270,7 +270,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"), py::arg("kind") = "streamed");
   m.def("prune_workspace", &prune_workspace, py::arg("rows"), py::arg("device"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
-        py::arg("device"), py::arg("stream"));
+        py::arg("bytes"), py::arg("device"), py::arg("stream"));
   m.def("prune_random", &prune_random, py::arg("rows"), py::arg("threshold"), py::arg("device"),
         py::arg("stream"));
   m.def("magnitude_counts", &magnitude_counts, py::arg("rows"), py::arg("prefixes"),

@@ -45,9 +45,9 @@ constexpr int kInlineLayers = 16;
 // caller has made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for
 // `count` MergeLayers and kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That
 // one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
-// other, and r <= kMostRank, else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported
-// where the module was built without it. Enqueues on `stream`, never synchronises, copies nothing from
-// host memory; launches nothing where there is nothing to do.
+// other, r <= kMostRank and a scaling of 0 or of a magnitude in [2^-16, 2^7), else cudaErrorInvalidValue,
+// as for other dtypes; cudaErrorNotSupported where the module was built without it. Enqueues on `stream`,
+// never synchronises, copies nothing from host memory; launches nothing where there is nothing to do.
 constexpr int kMostRank = 128, kCounterBytes = 8;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,
@@ -70,9 +70,10 @@ static_assert(sizeof(PruneTensor) == 7 * sizeof(int64_t), "built as an array of 
 // Bytes that prune() needs at `workspace` on the current device, 16-byte aligned, uninitialised.
 cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* bytes);
 
-// Each tensor: zero what is at most the `ratio`-quantile of its magnitudes.
+// Each tensor: zero what is at most the `ratio`-quantile of its magnitudes. cudaErrorInvalidValue where
+// `workspace`, of `bytes`, is less than it needs.
 cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
-                  cudaStream_t stream);
+                  int64_t bytes, cudaStream_t stream);
 
 // Zero the elements whose 32 random bits are below `threshold`, in [0, 2^32].
 cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t threshold,

@@ -21,6 +21,7 @@
 // its first element on. All accesses to W then are of 16 bytes, but for those of up to seven elements at
 // both ends of the 128 columns of a chunk, and at the matrix's end.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "merge.cuh"
@@ -37,18 +38,10 @@ using two_segment::Ring;
 using two_segment::swizzled;
 
 // A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
-// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more. The scaling
-// is part of a row's unit, from 1 to 2, and of a column's, the power of two, as far as they hold it.
-constexpr float kShift = 0x1p16f;
-
-struct Scaling {
-  float of_row, of_col;
-  __device__ __forceinline__ explicit Scaling(float scaling) {
-    const int exponent = int(float_bits(scaling) >> 23 & 255) - 127, col = min(max(exponent, -16), 6);
-    of_col = bits_float(uint32_t(127 + col) << 23);
-    of_row = scaling * bits_float(uint32_t(127 - col) << 23);
-  }
-};
+// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more; and as much
+// as the scaling says, which leaves a unit of up to 2^105 in float32, and of 2^-126 nearly all of it.
+constexpr float kShift = 0x1p15f;
+constexpr float kLeastScaling = 0x1p-16f, kMostScaling = 0x1p7f;
 
 // ---- What is done where -------------------------------------------------------------------------
 
@@ -232,8 +225,8 @@ struct Rows {
     memcpy(pair, &bits, sizeof pair);
   }
 
-  // To shared memory, of fp32 their units, too, times `of_row`.
-  __device__ __forceinline__ void store(uint32_t memory, int thread, float of_row) const {
+  // To shared memory, of fp32 their units, too.
+  __device__ __forceinline__ void store(uint32_t memory, int thread) const {
     constexpr bool kScaled = sizeof(F) == 4;
     const int lane = thread % 32;
 #pragma unroll
@@ -253,7 +246,7 @@ struct Rows {
           scales[u] = half_scale(largest);
           if (lane % 8 == 0)
             ptx::store_shared_32(memory + kRowUnitsAt + 4 * (row + 8 * u),
-                                 float_bits(half_unit(scales[u]) * (1 / kShift) * of_row));
+                                 float_bits(half_unit(scales[u]) * (1 / kShift)));
         }
       const int of = thread / 32 * 32 + row % 8 * 4 + lane % 4;  // the thread that multiplies them
 #pragma unroll
@@ -291,7 +284,7 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
 #pragma unroll 1
     for (int step = 0;;) {
       ptx::wait(rows_empty(memory), ring.phase ^ 1);
-      rows.store(memory, thread, Scaling(unit.scaling).of_row);
+      rows.store(memory, thread);
       ptx::arrive(rows_full(memory));
       ring.advance();
       if (++step == unit.steps()) break;
@@ -331,7 +324,7 @@ __device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, in
     ptx::named_barrier(2 + warpgroup, 128);
     if (half == 0)
       ptx::store_shared_32(memory + kColUnitsAt + 4 * own,
-                           float_bits(half_unit(scale) * kShift * Scaling(unit.scaling).of_col));
+                           float_bits(half_unit(scale) * kShift * unit.scaling));
   }
   const uint32_t to = memory + panel * kPanelBytes + half * kPanelSpan;
 #pragma unroll
@@ -491,53 +484,71 @@ struct Piece {
   }
 };
 
-// A lane's strips of a unit of W whose rows begin and end at multiples of 16 bytes, from step to step.
+// A lane's strips of a unit, step by step, where every row of W, and of the residual, begins and ends at a
+// multiple of 16 bytes.
+template <bool kCompensated>
 struct Whole {
   static constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
-  char* at;        // the lane's first strip in the step
-  int pitch;       // bytes
-  int rows, cols;  // that there are from there on: may be none
+  static constexpr int kSheets = kCompensated ? 2 : 1;
+  const Unit& unit;
+  char* at[kSheets];  // the lane's first strip in the step
+  int rows, cols;     // that there are from there on: may be none
   bool is;
 
-  __device__ __forceinline__ Whole(const Unit& unit, int warpgroup, int warp, int lane) {
+  __device__ __forceinline__ Whole(const Unit& unit, int warpgroup, int warp, int lane) : unit(unit) {
     const int row = warp * kWarpRows + lane / kRowStrips;
     const int col = unit.col0 + warpgroup * kOwnCols + lane % kRowStrips * kStrip;
-    is = ((offset_of(unit.weight.at) | int(unit.weight.pitch) | unit.cols) & 7) == 0 &&
-         unit.weight.pitch <= kMostPitch;
-    pitch = 2 * int(unit.weight.pitch);
-    at = ptx::rows_further(reinterpret_cast<char*>(unit.weight.at + col), row, pitch);
+    is = true;
+#pragma unroll
+    for (int i = 0; i < kSheets; ++i) {
+      const Sheet& m = sheet(i);
+      is = is && ((offset_of(m.at) | int(m.pitch) | unit.cols) & 7) == 0 && m.pitch <= kMostPitch;
+      at[i] = ptx::rows_further(reinterpret_cast<char*>(m.at + col), row, pitch(i));
+    }
     rows = unit.rows - row, cols = unit.cols - col;
   }
+  __device__ __forceinline__ const Sheet& sheet(int i) const { return i ? unit.residual : unit.weight; }
+  __device__ __forceinline__ int pitch(int i) const { return 2 * int(sheet(i).pitch); }  // bytes
+
   // visit(strip, where it is, whether it is there) for the lane's strips of `chunk`, `further` rows on.
   template <typename Visit>
-  __device__ __forceinline__ void each(int chunk, int further, Visit&& visit) const {
+  __device__ __forceinline__ void each(int of, int chunk, int further, Visit&& visit) const {
     const bool inside = chunk / 2 * kChunkCols < cols;
-    char* to = ptx::rows_further(at + chunk / 2 * kPitch, further + chunk % 2 * kChunkRows, pitch);
+    const int row = further + chunk % 2 * kChunkRows;
+    char* to = ptx::rows_further(at[of] + chunk / 2 * kPitch, row, pitch(of));
 #pragma unroll
     for (int i = 0; i < Piece::kCount; ++i) {
-      visit(i, global_memory<bf16>(to), inside && further + chunk % 2 * kChunkRows + i * kRowsAtOnce < rows);
-      to = ptx::rows_further(to, kRowsAtOnce, pitch);
+      visit(i, global_memory<bf16>(to), inside && row + i * kRowsAtOnce < rows);
+      to = ptx::rows_further(to, kRowsAtOnce, pitch(of));
     }
   }
 
   // As Piece's. `place`: the lane's first strip in the slot.
   __device__ __forceinline__ void store(int chunk, uint32_t place) const {
-    uint4 strips[Piece::kCount];
 #pragma unroll
-    for (int i = 0; i < Piece::kCount; ++i) strips[i] = ptx::load_shared_128(place + Piece::further(i));
-    each(chunk, 0, [&](int i, bf16* to, bool there) {
-      if (there) Piece::store_16(to, strips[i]);
-    });
+    for (int of = 0; of < kSheets; ++of) {
+      uint4 strips[Piece::kCount];
+#pragma unroll
+      for (int i = 0; i < Piece::kCount; ++i)
+        strips[i] = ptx::load_shared_128(place + of * kChunkBytes + Piece::further(i));
+      each(of, chunk, 0, [&](int i, bf16* to, bool there) {
+        if (there) Piece::store_16(to, strips[i]);
+      });
+    }
   }
-  // Of the step that comes.
-  __device__ __forceinline__ void copy_next(int chunk, uint32_t place) const {
-    each(chunk, kStepRows, [&](int i, const bf16* from, bool there) {
-      ptx::copy_16<true>(place + Piece::further(i), from, there ? 16 : 0);
-    });
+  // Of the unit: `chunk` of the step that is `further` rows on.
+  __device__ __forceinline__ void copy(int chunk, int further, uint32_t place) const {
+#pragma unroll
+    for (int of = 0; of < kSheets; ++of)
+      each(of, chunk, further, [&](int i, const bf16* from, bool there) {
+        ptx::copy_16<true>(place + of * kChunkBytes + Piece::further(i), from, there ? 16 : 0);
+      });
     ptx::copy_commit();
   }
   __device__ __forceinline__ void advance() {
-    at = ptx::rows_further(at, kStepRows, pitch), rows -= kStepRows;
+#pragma unroll
+    for (int of = 0; of < kSheets; ++of) at[of] = ptx::rows_further(at[of], kStepRows, pitch(of));
+    rows -= kStepRows;
   }
 };
 
@@ -574,7 +585,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&
 
 struct Update {
   const Unit& unit;
-  float row_unit;          // with the scaling's part
+  float row_unit;
   int row;                 // the lane's, from the unit's first on
   int weight_by, rest_by;  // by how many elements its row begins late in shared memory
   bool late;               // whether any lane's does
@@ -672,8 +683,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   };
   for (uint32_t i = 0; unit_at(memory, i).rows > 0; ++i) {
     fill_panels<F>(unit_at(memory, i), memory, warpgroup, warp);
-    Whole whole(unit_at(memory, i), warpgroup, warp, lane_id());
-    whole.is = whole.is && !kCompensated;
+    Whole<kCompensated> whole(unit_at(memory, i), warpgroup, warp, lane_id());
     take_rows();
     start(0, 0);
     start(0, 1);
@@ -727,13 +737,13 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
             if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
           }
           // The chunk that is kSlots further follows.
-          const int steps = (chunk + kSlots) / kChunks;
+          const int next = (chunk + kSlots) % kChunks, steps = (chunk + kSlots) / kChunks;
           const bool same = step + steps < unit_at(memory, i).steps();
           if (whole.is && same)
-            whole.copy_next(chunk, own);
+            whole.copy(next, steps * kStepRows, own);
           else
-            copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0,
-                                     (chunk + kSlots) % kChunks, slot, warpgroup, warp);
+            copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0, next, slot,
+                                     warpgroup, warp);
         }
       }
       whole.advance();
@@ -774,7 +784,9 @@ constexpr void (*kKernels[3])(MergeTable) = {merge_sm90_kernel<Rounding::nearest
 
 bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
   const int64_t most = INT32_MAX - kUnitCols;  // columns are 32-bit, past a row's end too
-  return layer.weight.col == 1 && layer.r <= kMostRank && layer.k <= most &&
+  const float scaling = std::fabs(layer.scaling);
+  const bool scaled = scaling == 0 || (kLeastScaling <= scaling && scaling < kMostScaling);
+  return layer.weight.col == 1 && layer.r <= kMostRank && layer.k <= most && scaled &&
          layer.n <= int64_t(INT32_MAX) * kStepRows &&
          (rounding != Rounding::compensated || layer.residual.col == 1);
 }

@@ -6,7 +6,7 @@
 //   second   10 bits of those whose first 13 are the quantile's; from shared memory
 //   third     8 bits likewise, and the least key above them
 //
-// What is not held, up to as much again, is read three times more, from L2: all clusters' are some 20 MB.
+// What is not held, up to as much again, is read three times more, from L2: all clusters' are 25 MB at most.
 // While one block of a multiprocessor waits for its cluster, another is at its memory.
 #pragma once
 
@@ -105,10 +105,10 @@ struct Slice {
     for (int i = 0; i < kPack<uint32_t>; ++i) visit(strip.key(i));
   }
 
-  // Into L2, while the block asks memory for nothing else.
+  // Into L2, while the block asks memory for nothing else; if L2 need not keep a part of the tensor.
   __device__ __forceinline__ void fetch_partner() const {
 #ifdef __CUDA_ARCH__
-    if (threadIdx.x == 0 && strips)
+    if (threadIdx.x == 0 && 0 < strips && strips <= kHeldStrips)
       asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(partner), "r"(16 * strips) : "memory");
 #endif
   }

@@ -24,10 +24,8 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402
 
-FROM_PTX = (
-    "86",
-    "89",
-)  # no build makes them of all sources by default: assembled here from the module's PTX
+# No build makes them of all sources by default: assembled here from the module's PTX.
+FROM_PTX = ("86", "89")
 ARCHS = (*sorted({*cuda_build.DEFAULT_ARCHS, *FROM_PTX}, key=int), "90a")
 
 

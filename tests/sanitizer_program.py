@@ -97,10 +97,7 @@ def prunes(device):
         alone = moments(device, dtype)
         prune_(alone, ratio)
         found += alone
-        for partner_dtype in (
-            torch.bfloat16,
-            torch.float32,
-        ):  # of Hopper's clusters the latter alone
+        for partner_dtype in (torch.bfloat16, torch.float32):  # the latter by Hopper's clusters
             tensors = moments(device, dtype)
             partners = [torch.ones_like(t, dtype=partner_dtype) for t in tensors]
             prune_(tensors, ratio, partners)

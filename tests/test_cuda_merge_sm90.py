@@ -257,14 +257,14 @@ def test_units_whose_product_is_no_float32_are_never_multiplied(model, col, row)
     assert model.calls == 1
 
 
-SCALINGS = (0.0, -0.73, 1.0, 63.9, 130.7, -3.1e4, 1.7e19, 2.0**-16, 1.1e-6, -9.3e-21, 2.0**-149)
+SCALINGS = (0.0, -0.73, 1.0, 1.999999, 63.9, -127.99999, 2.0**-16, -1.9e-5, 0.1)
 
 
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 def test_scalings_of_any_size(model, rounding, factor_dtype):
     """Part of it is a row's unit's, part of it a column's: it is multiplied with once, and rounded once."""
-    layers = [drawn_layer((70, 65, 6), "aligned", rounding, factor_dtype, i) for i in range(11)]
+    layers = [drawn_layer((70, 65, 6), "aligned", rounding, factor_dtype, i) for i in range(9)]
     for layer, scaling in zip(layers, SCALINGS, strict=True):
         layer[3] = scaling
     merges_as_the_reference(layers)
@@ -273,9 +273,10 @@ def test_scalings_of_any_size(model, rounding, factor_dtype):
 
 @pytest.mark.parametrize("r", [4, 128])
 @pytest.mark.parametrize("of_A, of_B", ENDS)
-def test_factors_up_to_the_end_of_the_checked_range(model, r, of_A, of_B):
+@pytest.mark.parametrize("scaling", [1.0, 127.99, 2.0**-16 * 1.01])
+def test_factors_up_to_the_end_of_the_checked_range(model, r, of_A, of_B, scaling):
     """A sum times its row's unit alone may leave float32's range, above or below."""
-    factors_up_to_the_end_of_the_checked_range(r, of_A, of_B)
+    factors_up_to_the_end_of_the_checked_range(r, of_A, of_B, scaling)
     assert model.calls == 1
 
 
@@ -292,8 +293,12 @@ def test_other_layers_go_to_other_kernels(model):
     """By the layer: what the kernel cannot take is asked for by another one's name."""
     weight = torch.zeros(24, 48).bfloat16()
 
-    def kind(weight=weight, r=8, residual=None):
-        return launcher._kernel(weight, r, residual, model)
+    def kind(weight=weight, r=8, residual=None, scaling=0.25):
+        return launcher._kernel(weight, r, scaling, residual, model)
+
+    assert kind(scaling=0.0) == kind(scaling=-127.9) == kind(scaling=2.0**-16) == "sm90"
+    for scaling in (128.0, -127.999999, 1e30, 1.5e-5, -1e-45):  # the second is 128 in float32
+        assert kind(scaling=scaling) == "streamed"
 
     assert kind() == kind(r=128) == kind(weight[1:, 3:]) == kind(r=5) == "sm90"
     assert kind(r=132) == kind(weight.float()) == "streamed"

@@ -143,9 +143,11 @@ class Shim:
         self.bytes = self.library.simt_prune_workspace(*self._list(rows))
         return self.bytes + 256
 
-    def prune(self, rows, ratio, workspace, device, stream):
-        ctypes.memset(workspace, GARBAGE, self.bytes + 256)
-        self._call("prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace))
+    def prune(self, rows, ratio, workspace, bytes_, device, stream):
+        assert bytes_ == self.bytes + 256
+        ctypes.memset(workspace, GARBAGE, bytes_)
+        needed = ctypes.c_int64(self.bytes)
+        self._call("prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace), needed)
         self.window = (ctypes.c_uint32 * 2)()
         self.settled = self.bytes > 0 and self.library.simt_prune_settled(
             ctypes.c_void_p(workspace), self.window
@@ -524,9 +526,6 @@ def test_tensors_that_a_cluster_holds(held, ratio, paired):
     ]
     partners = [Guarded(torch.rand(n, generator=generator) + 1, 0) for n in sizes if paired]
     check_against_reference(tensors, ratio, partners)
-    clusters = len(sizes) - 1
-    assert held.blocks > held.cluster * clusters  # and the chain's
-
     held.prune_workspace(rows_of(sizes[:-1], torch.float32, paired))
     assert held.bytes == 0
     held.prune_workspace(rows_of(sizes, torch.float32, paired))
@@ -557,11 +556,25 @@ def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
     keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
     keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
     keys[-9:] = 0x3FC00001
+    t, decided_above = keys.view(torch.float32), 0
     for step in range(-12, 13, 3):
         ratio = (n // 2 - 1 + step / 10) / (n - 1)
-        check_against_reference(
-            [Guarded(keys.view(torch.float32), 0)], ratio, [Guarded(torch.ones(n), 0)]
-        )
+        decided_above += reference.magnitude_quantile(t, ratio).item() == 1.5
+        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
+    assert decided_above > 1
+
+
+def test_a_workspace_that_is_too_small_is_refused(shim, monkeypatch):
+    called = shim.prune_workspace
+    monkeypatch.setattr(shim, "prune_workspace", lambda *arguments: called(*arguments) - 256)
+    monkeypatch.setattr(shim, "prune", lambda rows, ratio, workspace, bytes_, *rest: shim._call(
+        "prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace), ctypes.c_int64(bytes_ - 1)
+    ))  # fmt: skip
+    t = torch.randn(10**6)
+    before = t.clone()
+    with pytest.raises(RuntimeError, match="cudaError 1"):
+        launcher.prune_([t], 0.9, [])
+    assert torch.equal(t, before)
 
 
 def test_strided_and_empty_tensors(shim):
@@ -765,6 +778,9 @@ def test_gpu_hundreds_of_tensors(gpu):
 @pytest.mark.parametrize("paired", [False, True])
 def test_gpu_tensors_that_a_cluster_holds(gpu, ratio, paired):
     """On Hopper; by clusters of 16 up to 786432 elements, the half of them from shared memory."""
+    if torch.cuda.get_device_capability() == (9, 0):
+        rows = rows_of([SPAN + 1, 8 * 49152], torch.float32, paired)
+        assert cuda.extension()[0].prune_workspace(rows, 0) == 0
     generator = torch.Generator().manual_seed(9)
     sizes = [SPAN + 1, 262_144, 393_216, 393_221, 699_008, 786_301, 786_432, 786_433]
     for first in range(0, len(KINDS), 4):
@@ -903,9 +919,10 @@ def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled):
 @pytest.mark.parametrize("mode", ["magnitude", "random"])
 def test_gpu_graph_capture_and_replay(gpu, mode):
     """A replay prunes what the tensors hold then: nothing of the host's was kept, nothing waited for."""
-    sizes = [5, 3000, SPAN + 1, 400_003] * 20
+    sizes = [5, 3000, SPAN + 1, 400_003, 70_001, 900_000] * 20
     tensors = [torch.randn(n, device=gpu) for n in sizes]
-    partners = [torch.rand(n, device=gpu).bfloat16() + 1 for n in sizes]
+    partners = [torch.rand(n, device=gpu) + 1 for n in sizes]
+    partners = [p if i % 4 else p.bfloat16() for i, p in enumerate(partners)]
     seeds, first = list(range(len(sizes))), [0] * len(sizes)
 
     def prune(backend, tensors, partners):
@@ -932,6 +949,15 @@ def test_gpu_graph_capture_and_replay(gpu, mode):
         graph.replay()
         for ours, theirs in zip((*tensors, *partners), (*expected[0], *expected[1])):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_another_device_than_the_current_one(gpu):
+    t = torch.randn(10**6, device="cuda:1")
+    expected = t.clone()
+    reference.prune_([expected], 0.9, [])
+    prune_(t, 0.9)
+    assert torch.equal(t, expected) and torch.cuda.current_device() == 0
 
 
 def test_gpu_prunes_on_the_current_stream_without_waiting(gpu):

@@ -443,11 +443,11 @@ def test_merge_of_any_factors_is_as_exact_as_float32_sums(shim, factor_dtype):
     assert ((weight.double() - exact).abs() <= r * 2.0**-24 * magnitude).all()
 
 
-def update_of(A, B, dtype):
-    """B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
+def update_of(A, B, dtype, scaling=1.0):
+    """scaling B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
     weight = torch.zeros(len(B), A.shape[1], dtype=dtype, device=A.device)
     residual = torch.zeros_like(weight)
-    launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
+    launcher.merge_(weight, A, B, scaling, "compensated", residual, 0, 0)
     return weight.double() + residual.double()
 
 
@@ -470,11 +470,11 @@ def test_float32_factors_keep_tf32s_precision(shim, r):
     assert shim.calls == 1
 
 
-def factors_up_to_the_end_of_the_checked_range(r, of_A, of_B):
+def factors_up_to_the_end_of_the_checked_range(r, of_A, of_B, scaling=1.0):
     A, B = (torch.rand(s) * 0.99 + 1 for s in ((r, 20), (12, r)))
     A, B = A * of_A, B * of_B
-    exact = B.double() @ A.double()
-    found = update_of(A, B, torch.bfloat16)
+    exact = torch.tensor(scaling).double() * (B.double() @ A.double())
+    found = update_of(A, B, torch.bfloat16, scaling)
     assert ((found - exact).abs() <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * exact).all()
 
 

@@ -62,7 +62,7 @@ def merge_many_(merges, restarts=None) -> None:
             rounding = "nearest"
         # By the layer alone: what a list is made of decides no bit of a result.
         kept = residual if rounding == "compensated" else None
-        kind = _kernel(weight, lora_A.shape[0], kept, module)
+        kind = _kernel(weight, lora_A.shape[0], scaling, kept, module)
         # Factors that the kernel does not know become float32, which is exact.
         narrow = kind == "sm90" and lora_A.dtype == torch.bfloat16
         wanted = torch.bfloat16 if narrow else torch.float32
@@ -76,11 +76,12 @@ def merge_many_(merges, restarts=None) -> None:
         _launch(module, *key, group)
 
 
-def _kernel(weight, r, residual, module) -> str:
+def _kernel(weight, r, scaling, residual, module) -> str:
     """Of this layer alone: launch.h says what the one for sm_90 can take."""
     if KERNEL != "sm90" or not module.merge_has_sm90 or not _is_hopper(weight.device):
         return "streamed"
     fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_COLUMNS
+    fits = fits and (scaling == 0 or 2.0**-16 <= abs(scaling) < 2.0**7 - 2.0**-17)  # as float32
     rows = all(t.stride(1) == 1 for t in (weight, residual) if t is not None)
     return "sm90" if weight.dtype == torch.bfloat16 and rows and fits else "streamed"
 

@@ -33,9 +33,10 @@ def prune_(tensors, ratio, paired_with) -> None:
     """Arguments as checked by ops/prune.py, on one device."""
     flat = _Flat(tensors, paired_with)
     module, device = extension()[0], tensors[0].device
-    bytes_ = module.prune_workspace(flat.rows, device.index)
-    workspace = torch.empty(bytes_, dtype=torch.uint8, device=device)
-    flat.run("prune_", module.prune, ratio, workspace.data_ptr())
+    with torch.cuda.device(device):
+        needed = module.prune_workspace(flat.rows, device.index)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    flat.run("prune_", module.prune, ratio, workspace.data_ptr(), needed)
 
 
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:

@@ -43,9 +43,9 @@ int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) 
   return relora::prune_workspace(tensors, count, &bytes) ? -1 : bytes;
 }
 int simt_prune(const relora::PruneTensor* tensors, int64_t count, double ratio, void* workspace,
-               unsigned order, long* blocks) {
+               int64_t bytes, unsigned order, long* blocks) {
   return in_order(order, blocks,
-                  [&] { return relora::prune(tensors, count, ratio, workspace, nullptr); });
+                  [&] { return relora::prune(tensors, count, ratio, workspace, bytes, nullptr); });
 }
 int simt_prune_random(const relora::PruneTensor* tensors, int64_t count, uint64_t threshold,
                       unsigned order, long* blocks) {

@@ -1,0 +1,442 @@
+// The kernels of prune.cu's chains of launches, in their order there.
+#pragma once
+
+#include "prune.cuh"
+
+namespace relora {
+namespace {
+
+struct Range {
+  uint4* fours;
+  uint32_t count;
+};
+
+struct Sampling {
+  Chain table;
+  uint32_t ends[kChainRows][2];  // ranks in the sample, which the window is to hold
+};
+static_assert(sizeof(Sampling) <= kParameters, "a kernel's parameters");
+
+// A chain's histograms, 16 bytes a thread: a memset's node lets no launch begin before it has ended.
+__global__ void __launch_bounds__(kThreads, kBlocksThatClear) zero_kernel(const Range range) {
+  let_next_in();
+  const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
+  if (i < range.count) range.fours[i] = {0, 0, 0, 0};
+}
+
+// kSampleBlocks for every tensor. The window: six standard deviations of the sample's quantile, and a
+// fiftieth of a bin for keys that do not lie evenly in it. Neighbours may be alike; a window that is too
+// narrow is found out.
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+sample_kernel(const __grid_constant__ Sampling sampling) {
+  using F = Format<uint32_t>;
+  constexpr int kShift = 31 - F::first, kN = kPack<uint32_t>, kEach = F::bins / kThreads;
+  constexpr uint32_t kSlack = (1u << kShift) / 50;
+  constexpr int64_t kMost = int64_t(kSampleBlocks) * kThreads * kSampleStrips;
+  __shared__ uint32_t ends[2];  // keys
+  SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  let_next_in();
+  const Row& row = sampling.table.rows[blockIdx.x / kSampleBlocks];
+  const uint32_t* const ranks = sampling.ends[blockIdx.x / kSampleBlocks];
+  if (!row.sampled) return wait_for_previous();
+  State& state = row.slot->state;
+  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
+  const int64_t strips = row.size / kN, taken = min(strips, kMost);
+  const uint32_t share = max(uint32_t(strips / kMost), 1u);
+
+  Strip<uint32_t> sample[kSampleStrips];
+  int64_t ids[kSampleStrips];
+#pragma unroll
+  for (int u = 0; u < kSampleStrips; ++u) {
+    ids[u] = (int64_t(blockIdx.x % kSampleBlocks) * kSampleStrips + u) * kThreads + threadIdx.x;
+    // Somewhere in its share of the tensor: columns of a matrix are not always the same ones.
+    const uint32_t drawn = uint32_t(ids[u]) * 2654435761u >> 8;
+    const int64_t first = strips < kMost ? ids[u] : ids[u] * strips / kMost;
+    if (ids[u] < taken) sample[u].load(data + (first + drawn % share) * kN);
+  }
+  hist.zero(F::bins);
+  __syncthreads();
+#pragma unroll
+  for (int u = 0; u < kSampleStrips; ++u)
+#pragma unroll
+    for (int i = 0; i < kN; ++i)
+      if (ids[u] < taken) hist.add(sample[u].key(i) >> kShift, 1);
+  __syncthreads();
+  wait_for_previous();
+  GlobalHist whole(row, false);
+  whole.add_dense(hist, F::bins);
+  if (!is_last_block(&state.arrived, kSampleBlocks)) return;
+
+  // Both ends at once, of bins in registers.
+  uint4* const bins = reinterpret_cast<uint4*>(whole.words) + threadIdx.x * (kEach / 4);
+  uint32_t count[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach / 4; ++i) {
+    const uint4 four = bins[i];
+    count[4 * i] = four.x, count[4 * i + 1] = four.y, count[4 * i + 2] = four.z, count[4 * i + 3] = four.w;
+  }
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += count[i];
+  const uint32_t before = uint32_t(sum_upto(sum)) - sum;
+#pragma unroll
+  for (int end = 0; end < 2; ++end) {
+    uint32_t left = ranks[end] - before, bin = 0, here = 0;
+    if (left >= sum) continue;  // another thread's: where rank < before it is huge
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (here) continue;
+      if (left < count[i]) here = count[i], bin = i;
+      else left -= count[i];
+    }
+    // As if the bin's keys lay evenly in it.
+    const float part = float(left + end) / float(here);
+    ends[end] = ((threadIdx.x * kEach + bin) << kShift) + uint32_t(part * float(1 << kShift));
+  }
+#pragma unroll
+  for (int i = 0; i < kEach / 4; ++i) bins[i] = {0, 0, 0, 0};
+  __syncthreads();
+  if (threadIdx.x) return;
+  const uint32_t from = ends[0], to = ends[1];
+  state.origin = ranks[0] ? max(from, kSlack) - kSlack : 0;
+  state.width = to + kSlack - state.origin;
+  // So that the histogram's bins cover it, and are four at least where recount counts keys.
+  state.shift = max(32 - __clz(state.width - 1) - F::second, 2);
+  // Too wide; zeros, of which the bin's keys are not spread; no neighbour above.
+  const bool fails = state.shift > kMostShift || to <= 1u << kShift || sampling.table.ratio == 1;
+  if (fails) state.width = 0;
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+window_kernel(const __grid_constant__ Chain table) {
+  constexpr int kBins = 1 << Format<uint32_t>::second;
+  alignas(16) __shared__ uint32_t words[kBins];
+  __shared__ uint32_t local[kLocal];
+  __shared__ uint32_t found, below;
+  let_next_in();
+  const Part part = find_part(table);
+  const Row& row = part.row;
+  State& state = row.slot->state;
+  if (!row.sampled) return wait_for_previous();
+  SharedHist<false> hist{words};
+
+  // The blocks side by side from the tensor's start to its end, which L2 then holds for the last pass: it
+  // is to forget the rest. The first loads are under way while the sample is not yet.
+  constexpr int kN = kPack<uint32_t>, kAhead = kThreads * kN;
+  constexpr uint32_t kKeptSweeps = kKept / (4 * kSweep<uint32_t>);
+  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
+  const uint32_t sweeps = uint32_t(row.size / kSweep<uint32_t>);
+  const uint32_t* mine = data + int64_t(part.block) * kSweep<uint32_t> + threadIdx.x * kN;
+  const int64_t step = int64_t(part.blocks) * kSweep<uint32_t>;
+  Strip<uint32_t> strips[kUnroll];
+  if (part.block < sweeps)
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) strips[u].load_once(mine + u * kAhead);
+  hist.zero(kBins);
+  if (threadIdx.x == 0) found = below = 0;
+  __syncthreads();
+  wait_for_previous();
+  if (state.width == 0) return;
+  const uint32_t origin = state.origin, width = state.width, shift = state.shift;
+  uint32_t greatest = 0, mine_below = 0, wanted = width;
+  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
+  const auto look_at = [&](const auto& strip, int64_t, int count) {
+#pragma unroll
+    for (int i = 0; i < kPack<uint32_t>; ++i) {
+      if (i >= count) continue;
+      const uint32_t key = strip.key(i);
+      greatest = max(greatest, key);
+      mine_below += (key - origin) >> 31;  // both are of 31 bits
+      if (key - origin >= wanted) continue;
+      const uint32_t place = atomicAdd(&found, one);
+      if (place < kLocal) local[place] = key;
+      else wanted = 0;  // the window fails: equal elements need not all queue up
+      hist.add((key - origin) >> shift, 1);
+    }
+  };
+  const L2Policy once = leave_first(), kept = stay();
+#pragma unroll 1
+  for (uint32_t sweep = part.block; sweep < sweeps;) {
+    sweep += part.blocks;
+    mine += step;
+    const L2Policy policy = sweep + kKeptSweeps < sweeps ? once : kept;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const Strip<uint32_t> strip = strips[u];
+      if (sweep < sweeps) strips[u].load(mine + u * kAhead, policy);
+      look_at(strip, 0, kN);
+    }
+  }
+  if (part.block == sweeps % part.blocks)  // whose turn the rest would be
+#pragma unroll 1
+    for (int64_t at = int64_t(sweeps) * kSweep<uint32_t> + threadIdx.x * kN; at < row.size; at += kAhead) {
+      const int count = int(min(row.size - at, int64_t(kN)));
+      strips[0].load_some(data + at, count);
+      look_at(strips[0], at, count);
+    }
+  atomicAdd(&below, mine_below);
+  grid_max(&state.greatest, greatest);
+  if (threadIdx.x == 0) {
+    atomicAdd(&state.below, (unsigned long long)below);
+    if (found > kLocal) atomicMax(&state.overflowed, 1u);
+  }
+  GlobalHist whole(row, false);
+  whole.add_dense(hist, kBins);
+  hand_over(row, local, found > kLocal ? 0 : found);
+  if (!is_last_block(&state.arrived, part.blocks)) return;
+
+  const unsigned long long rank = quantile_rank(row.size, table.ratio).low, first = state.below;
+  const bool all = holds_nan(DType(row.dtype), state.greatest);
+  const bool holds = first <= rank && rank + 1 < first + state.listed && state.listed <= row.room &&
+                     !state.overflowed;
+  Picked picked{};
+  if (holds) picked = pick(whole, kBins, rank - first);
+  else whole.zero(kBins);
+  __syncthreads();
+  if (threadIdx.x) return;
+  state.settled = all || holds;
+  state.finish = Source::whole;
+  state.source = all ? Source::nothing : Source::list;
+  state.threshold = kDropAll;  // with a NaN; else recount's
+  state.prefix = picked.bin;
+  state.left = picked.left;
+  if (!state.settled) state.listed = 0;
+}
+
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+count_kernel(const __grid_constant__ Chain table) {
+  using F = Format<Bits>;
+  constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
+  SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  follow();
+  const Part part = find_part(table);
+  const Row& row = part.row;
+  State& state = row.slot->state;
+  if (state.settled) return;
+
+  hist.zero(F::bins);
+  __syncthreads();
+  Runs<SharedHist<F::packed>> runs(hist);
+  uint32_t greatest = 0;
+  read<Bits>(row, part.begin, part.end, [&](const auto& strip, int64_t, int count) {
+#pragma unroll
+    for (int i = 0; i < kPack<Bits>; ++i)
+      if (i < count) {
+        greatest = max(greatest, strip.key(i));
+        runs.add(strip.key(i) >> kShift);
+      }
+  });
+  runs.flush();
+  grid_max(&state.greatest, greatest);
+  GlobalHist whole(row);
+  whole.add(hist, F::bins);
+  if (!is_last_block(&state.arrived, part.blocks)) return;
+
+  const Picked picked = pick(whole, F::bins, quantile_rank(row.size, table.ratio).low);
+  if (threadIdx.x == 0) {
+    const bool all = holds_nan(DType(row.dtype), state.greatest);
+    if (kShift == 0) {
+      state.threshold = all ? kDropAll : find_threshold(row, table.ratio, picked, 0, kAll);
+      state.finish = Source::whole;
+    } else {
+      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all lie below: partition zeroes them
+      state.left = picked.left;
+      state.origin = 0;
+      state.shift = Format<uint32_t>::third;
+      state.source = all ? Source::nothing
+                         : picked.here <= row.room ? Source::list : Source::whole;
+      state.finish = state.source;
+    }
+  }
+  if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+partition_kernel(const __grid_constant__ Chain table) {
+  using F = Format<uint32_t>;
+  constexpr int kShift = 31 - F::first, kNextShift = F::third, kNextBins = 1 << F::second;
+  alignas(16) __shared__ uint32_t words[kNextBins];
+  __shared__ uint32_t local[kLocal];
+  __shared__ uint32_t found;
+  follow();
+  const Part part = find_part(table);
+  const Row& row = part.row;
+  State& state = row.slot->state;
+  if (state.settled) return;
+  SharedHist<false> hist{words};
+
+  hist.zero(kNextBins);
+  if (threadIdx.x == 0) found = 0;
+  __syncthreads();
+  const uint32_t prefix = state.prefix;
+  const bool listing = state.source == Source::list;
+  uint32_t not_above = 0;
+  Runs<SharedHist<false>> runs(hist);
+  const auto sort_in = [&](const auto& strip, int64_t first, int count) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kPack<uint32_t>; ++i) {
+      const uint32_t key = strip.key(i), digit = key >> kShift;
+      mask |= uint32_t(digit < prefix) << i;
+      if (i >= count) continue;
+      if (digit > prefix) not_above = max(not_above, ~key);
+      if (digit == prefix) {
+        runs.add(key >> kNextShift & (kNextBins - 1));
+        if (!listing) continue;
+        const uint32_t place = atomicAdd(&found, 1u);
+        if (place < kLocal) {
+          local[place] = uint32_t(first + i);
+        } else {
+          const uint32_t at = atomicAdd(&state.listed, 1u);
+          if (at < row.room) row.list[at] = uint32_t(first + i);
+        }
+      }
+    }
+    return mask;
+  };
+  clear<uint32_t, kUnroll>(row, part.begin, part.end, sort_in);
+  runs.flush();
+  grid_max(&state.not_above_bin, not_above);
+  hand_over(row, local, min(found, uint32_t(kLocal)));
+  GlobalHist whole(row);
+  whole.add(hist, kNextBins);
+  if (!is_last_block(&state.arrived, part.blocks) || state.source == Source::nothing) return;
+
+  const Picked picked = pick(whole, kNextBins, state.left);
+  if (threadIdx.x == 0) {
+    state.prefix = prefix << F::second | picked.bin;
+    state.left = picked.left;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+recount_kernel(const __grid_constant__ Chain table) {
+  using F = Format<uint32_t>;
+  alignas(16) __shared__ uint32_t words[1 << kMostShift];
+  follow();
+  const Part part = find_part(table);
+  const Row& row = part.row;
+  State& state = row.slot->state;
+  SharedHist<false> hist{words};
+
+  if (state.source == Source::nothing) return;
+  const bool listing = state.source == Source::list;
+  const uint32_t listed = state.listed;
+  const uint32_t blocks =
+      listing ? min(part.blocks, (listed + kThreads - 1) / kThreads) : part.blocks;
+  if (part.block >= blocks) return;
+  const uint32_t prefix = state.prefix, origin = state.origin, shift = state.shift;
+  const uint32_t bins = 1u << shift;
+  hist.zero(bins);
+  __syncthreads();
+  uint32_t not_above = 0;
+  Runs<SharedHist<false>> runs(hist);
+  const auto count_key = [&](uint32_t key) {
+    const uint32_t above = (key - origin) >> shift;
+    if (above == prefix) runs.add((key - origin) & (bins - 1));
+    if (above > prefix) not_above = max(not_above, ~key);
+  };
+  if (state.settled) {
+    const uint32_t step = blocks * kThreads;
+#pragma unroll 1
+    for (uint32_t i = part.block * kThreads + threadIdx.x; i < listed; i += 8 * step) {
+      uint32_t keys[8];
+#pragma unroll
+      for (int u = 0; u < 8; ++u) keys[u] = i + u * step < listed ? row.list[i + u * step] : origin;
+#pragma unroll
+      for (int u = 0; u < 8; ++u)
+        if (i + u * step < listed) count_key(keys[u]);
+    }
+  } else if (listing) {
+    each_listed<uint32_t>(row, listed, part.block * kThreads + threadIdx.x, blocks * kThreads,
+                          [&](uint32_t, uint32_t bits) { count_key(magnitude_key(bits)); });
+  } else {
+    read<uint32_t>(row, part.begin, part.end, [&](const auto& strip, int64_t, int count) {
+#pragma unroll
+      for (int i = 0; i < kPack<uint32_t>; ++i)
+        if (i < count) count_key(strip.key(i));
+    });
+  }
+  runs.flush();
+  grid_max(&state.not_above, not_above);
+  GlobalHist whole(row);
+  whole.words += (1 << F::second) * (whole.wide ? 2 : 1);
+  whole.add(hist, int(bins));
+  if (!is_last_block(&state.arrived, blocks)) return;
+
+  const uint32_t above = min(~state.not_above, ~state.not_above_bin);
+  const Picked picked = pick(whole, int(bins), state.left);
+  if (threadIdx.x == 0) {
+    state.threshold = find_threshold(row, table.ratio, picked, origin + (prefix << shift), above);
+    if (state.threshold >= ~state.not_above_bin) state.finish = Source::whole;
+  }
+}
+
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __grid_constant__ Chain table) {
+  wait_for_previous();
+  const Part part = find_part(table);
+  const Row& row = part.row;
+  const State& state = row.slot->state;
+  const uint32_t threshold = state.threshold, listed = state.listed;
+  // From the end, which L2 may still hold of the pass before.
+  if (state.finish == Source::whole)
+#pragma unroll 1
+    for (int64_t end = part.end; end > part.begin;) {
+      const int64_t begin = part.begin + (end - 1 - part.begin) / kSpan<Bits> * kSpan<Bits>;
+      clear_to<Bits>(row, begin, end, threshold);
+      end = begin;
+    }
+  if (state.finish != Source::list) return;
+  each_listed<Bits>(row, listed, part.block * kThreads + threadIdx.x, part.blocks * kThreads,
+                    [&](uint32_t at, Bits bits) {
+                      if (magnitude_key(bits) > threshold) return;
+                      static_cast<Bits*>(row.data)[at] = 0;
+                      clear_partner(row, at);
+                    });
+}
+
+// The same of one huge tensor, from its end: a strip a thread, so that what is under way at a time lies
+// together in memory. An in-place pass of 2.4 GB runs so at 4.21 TB/s on an H200, and at 3.9 in blocks that
+// stay and go through many (2026-11-27). What comes before the loads adds to every block's time: few
+// instructions, and the elements are asked for before it is known what to do with them.
+__global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const __grid_constant__ Row row) {
+  constexpr int kN = kPack<uint32_t>;
+  wait_for_previous();
+  const uint32_t strip = (gridDim.x - 1 - blockIdx.x) * kThreads + threadIdx.x;
+  uint32_t* const data = static_cast<uint32_t*>(row.data) + int64_t(strip) * kN;
+  const bool full = strip < uint32_t(row.size / kN);
+  Strip<uint32_t> mine, other;
+  if (full) mine.load_once(data);
+  const State& state = row.slot->state;
+  const uint32_t threshold = state.threshold;
+  const Source source = state.finish;
+  uint32_t* const partner = static_cast<uint32_t*>(row.partner) + int64_t(strip) * kN;
+  const bool pair = row.partner_bytes == 4 && is_wide(row.partner);
+  if (full && pair) other.load(partner);
+  if (source == Source::whole) {
+    if (full && (pair || row.partner_bytes == 0)) {
+      const uint32_t mask = not_above(mine, threshold);
+      mine.clear(mask);
+      mine.store_once(data);
+      if (!pair) return;
+      other.clear(mask);
+      other.store_once(partner);
+    } else if (int64_t(strip) * kN < row.size) {
+      clear_some<uint32_t>(row, int64_t(strip) * kN, full ? kN : int(row.size % kN),
+                           [=](const auto& strip, int64_t, int) { return not_above(strip, threshold); });
+    }
+    return;
+  }
+  static_assert(kRoomShare > kN, "a thread for every listed element");
+  if (source != Source::list || strip >= state.listed) return;
+  const uint32_t listed = row.list[strip];
+  uint32_t* const there = static_cast<uint32_t*>(row.data) + listed;
+  if (magnitude_key(*there) > threshold) return;
+  *there = 0;
+  clear_partner(row, listed);
+}
+
+}  // namespace
+}  // namespace relora
