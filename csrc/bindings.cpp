@@ -3,10 +3,10 @@
 // Importing it needs neither a GPU nor a driver; the first launch without one raises.
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <initializer_list>
 #include <map>
 #include <string>
-#include <tuple>
 #include <utility>
 
 #include "build_info.h"  // written by cuda_build.py
@@ -145,10 +145,22 @@ void magnitude_counts(const py::buffer& rows, uintptr_t prefixes, int shift, int
 
 // ---- The two-segment product -------------------------------------------------------------------
 
-using Tensor = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, strides in elements
+// A tuple's integers. Casters of tuples of every kind would take two seconds more to compile.
+template <int kCount>
+std::array<int64_t, kCount> integers(const py::tuple& t) {
+  if (t.size() != kCount)
+    throw py::value_error("expected a tuple of " + std::to_string(kCount) + " integers, got " +
+                          std::to_string(t.size()));
+  std::array<int64_t, kCount> found;
+  for (int i = 0; i < kCount; ++i) found[size_t(i)] = t[size_t(i)].cast<int64_t>();
+  return found;
+}
+
+using Tensor = py::tuple;  // pointer, strides in elements
 
 relora::Matrix matrix(const Tensor& t) {
-  return {reinterpret_cast<void*>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+  const auto [pointer, row, col] = integers<3>(t);
+  return {reinterpret_cast<void*>(pointer), row, col};
 }
 
 const std::map<std::string, relora::Form> kForms = {
@@ -168,20 +180,21 @@ const std::map<std::string, Launcher> kTwoSegment = {
 };
 
 // (pointer to an int64 on the device or 0, threshold of 65536, scale of what is kept)
-using Dropout = std::tuple<uintptr_t, uint32_t, double>;
+using Dropout = py::tuple;
 
 relora::Dropout dropout_of(const Dropout& d) {
-  const auto [seed, threshold, keep_scale] = d;
-  return {reinterpret_cast<const int64_t*>(seed), threshold, float(keep_scale)};
+  if (d.size() != 3) throw py::value_error("dropout: expected (seed, threshold, scale)");
+  return {reinterpret_cast<const int64_t*>(d[0].cast<int64_t>()), d[1].cast<uint32_t>(),
+          float(d[2].cast<double>())};
 }
 
 void two_segment(const std::string& kernel, const std::string& form, const Tensor& out,
                  const Tensor& p, const Tensor& b, const Tensor& x, const Tensor& w, uintptr_t bias,
-                 std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, const std::string& dtype,
+                 const py::tuple& sizes, const std::string& dtype,
                  const std::string& bias_dtype, double scale, const Dropout& dropout,
                  int slab_steps, int block_n, int cluster, const Tensor& sums, int device,
                  uintptr_t stream) {
-  const auto [m, n, k, r] = sizes;
+  const auto [m, n, k, r] = integers<4>(sizes);
   const relora::TwoSegmentArgs args{code(kForms, "two_segment: form", form),
                                     matrix(out),
                                     matrix(p),
@@ -213,9 +226,9 @@ void two_segment(const std::string& kernel, const std::string& form, const Tenso
   check(launcher(args, reinterpret_cast<cudaStream_t>(stream)), call);
 }
 
-void mask_rows(const Tensor& out, const Tensor& x, std::tuple<int64_t, int64_t> sizes,
+void mask_rows(const Tensor& out, const Tensor& x, const py::tuple& sizes,
                const Dropout& dropout, int device, uintptr_t stream) {
-  const auto [m, k] = sizes;
+  const auto [m, k] = integers<2>(sizes);
   const std::string call = "mask_rows: x (" + std::to_string(m) + ", " + std::to_string(k) +
                            "), device " + std::to_string(device);
   check(cudaSetDevice(device), call);
@@ -224,9 +237,9 @@ void mask_rows(const Tensor& out, const Tensor& x, std::tuple<int64_t, int64_t> 
         call);
 }
 
-void sum_slabs(const Tensor& out, const Tensor& in, std::tuple<int64_t, int64_t, int64_t> sizes,
+void sum_slabs(const Tensor& out, const Tensor& in, const py::tuple& sizes,
                double scale, const std::string& dtype, int device, uintptr_t stream) {
-  const auto [slabs, m, n] = sizes;
+  const auto [slabs, m, n] = integers<3>(sizes);
   const std::string call = "sum_slabs: (" + std::to_string(slabs) + ", " + std::to_string(m) +
                            ", " + std::to_string(n) + ") to " + dtype + ", device " +
                            std::to_string(device);
