@@ -574,7 +574,8 @@ template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&left)[kSixteens][4],
                                          uint32_t panel) {
   constexpr uint64_t kConstant = operand_descriptor<true>(0, 0);
-  const uint32_t first = uint32_t(operand_descriptor<true>(panel, 0));  // units of 16 bytes: further ones add up
+  // In units of 16 bytes; what is further adds up.
+  const uint32_t first = uint32_t(operand_descriptor<true>(panel, 0));
   ptx::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kMostRank; k += 16)

@@ -382,7 +382,9 @@ T atomic(T* at, Change&& change) {
 inline void __threadfence() {}
 inline unsigned __clusterRelativeBlockRank() { return blockIdx.x - simt::inside->cluster->first; }
 inline unsigned __clusterSizeInBlocks() { return simt::inside->cluster->blocks; }
-inline void* __cluster_map_shared_rank(const void* own, unsigned rank) { return simt::map_in_cluster(own, rank); }
+inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
+  return simt::map_in_cluster(own, rank);
+}
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
   simt::wait(simt::Wait::warp, mask, line);
 }
@@ -542,7 +544,8 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
 }
 
 template <typename... Params>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...), const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...),
+                                           const cudaLaunchConfig_t* config) {
   *clusters = int(cluster_of(*config)) <= simt::most_cluster;
   return *clusters ? cudaSuccess : cudaErrorInvalidValue;  // a device may say so, or none fits
 }
@@ -556,7 +559,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                                                     : allowed->second);
   if (config->dynamicSmemBytes > min(most, simt::dynamic_capacity)) return cudaErrorInvalidValue;
   const unsigned cluster = cluster_of(*config);
-  if (cluster > unsigned(max(simt::most_cluster, 1)) || config->gridDim.x % cluster) return cudaErrorInvalidValue;
+  if (cluster > unsigned(max(simt::most_cluster, 1)) || config->gridDim.x % cluster)
+    return cudaErrorInvalidValue;
   simt::body = [=] { kernel(args...); };
   simt::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster);
   return cudaSuccess;
