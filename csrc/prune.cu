@@ -320,13 +320,13 @@ cudaError_t find_cluster(int* cluster) {
   if (error || major < 9) return error;
   error = cudaFuncGetAttributes(&attributes, held_kernel);
   if (error || attributes.ptxVersion < 90) return error;
+  int most = 0;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error || most < kHeldShared) return error;
   const std::pair<cudaFuncAttribute, int> settings[] = {
       {cudaFuncAttributeNonPortableClusterSizeAllowed, 1},
       {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared},
       {cudaFuncAttributeMaxDynamicSharedMemorySize, kHeldShared}};
-  int most = 0;
-  if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (most < kHeldShared) return error;
   for (const auto& [attribute, value] : settings)
     if (!error) error = cudaFuncSetAttribute(held_kernel, attribute, value);
   for (int blocks = kMostCluster; !error && !*cluster && blocks >= kLeastCluster; blocks /= 2) {
@@ -414,7 +414,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
   return cudaSuccess;
 }
 
-// The launches for the tensors of `group`, of which `table` holds the rows.
+// The launches for the tensors of `group`.
 template <typename Bits, bool kHuge>
 cudaError_t run_chain(const Group& group, const Device& device, const Workspace& workspace,
                       cudaStream_t stream) {

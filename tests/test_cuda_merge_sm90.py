@@ -262,8 +262,8 @@ SCALINGS = (0.0, -0.73, 1.0, 1.999999, 63.9, -127.99999, 2.0**-16, -1.9e-5, 0.1)
 
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", CODES["rounding"])
-def test_scalings_of_any_size(model, rounding, factor_dtype):
-    """Part of it is a row's unit's, part of it a column's: it is multiplied with once, and rounded once."""
+def test_scalings_up_to_the_ends_of_their_range(model, rounding, factor_dtype):
+    """It is part of a column's unit: a sum times both units is rounded once, as sum times scaling is."""
     layers = [drawn_layer((70, 65, 6), "aligned", rounding, factor_dtype, i) for i in range(9)]
     for layer, scaling in zip(layers, SCALINGS, strict=True):
         layer[3] = scaling
@@ -306,6 +306,17 @@ def test_other_layers_go_to_other_kernels(model):
     rest = torch.zeros(24, 56).bfloat16()
     assert kind(residual=rest[:, :48]) == kind(residual=rest[:, 1:49]) == "sm90"
     assert kind(residual=torch.zeros(48, 24).bfloat16().t()) == "streamed"
+
+
+@pytest.mark.parametrize("scaling", [128.0, -1.5e-5])
+def test_a_scaling_out_of_range_is_refused(model, monkeypatch, scaling):
+    """By the launcher, too, if it were asked."""
+    monkeypatch.setattr(launcher, "_kernel", lambda *layer: "sm90")
+    weight = torch.randn(9, 40).bfloat16()
+    before = weight.clone()
+    with pytest.raises(RuntimeError, match="cudaError 1"):
+        launcher.merge_(weight, torch.ones(4, 40), torch.ones(9, 4), scaling, "nearest", None, 0, 0)
+    assert_same_bits(weight, before)
 
 
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(model):

@@ -334,7 +334,7 @@ def test_a_bin_that_lies_in_one_block(shim, paired):
     check_against_reference([Guarded(t, 0)], ratio, partners)
 
 
-def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
+def thresholds_that_round_up_to_an_element_above_the_bin():
     """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them."""
     n = SPAN + 501
     keys = torch.full((n,), 0x3FC00000, dtype=torch.int32)
@@ -349,6 +349,10 @@ def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
         decided_above += low.item() == 1.5
         check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
     assert decided_above > 3
+
+
+def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
+    thresholds_that_round_up_to_an_element_above_the_bin()
 
 
 def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
@@ -551,30 +555,20 @@ def test_what_a_cluster_does_not_hold_goes_the_other_ways(held):
 
 
 def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
-    n = SPAN + 501
-    keys = torch.full((n,), 0x3FC00000, dtype=torch.int32)
-    keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
-    keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
-    keys[-9:] = 0x3FC00001
-    t, decided_above = keys.view(torch.float32), 0
-    for step in range(-12, 13, 3):
-        ratio = (n // 2 - 1 + step / 10) / (n - 1)
-        decided_above += reference.magnitude_quantile(t, ratio).item() == 1.5
-        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
-    assert decided_above > 1
+    thresholds_that_round_up_to_an_element_above_the_bin()
+    assert held.blocks == held.cluster
 
 
-def test_a_workspace_that_is_too_small_is_refused(shim, monkeypatch):
-    called = shim.prune_workspace
-    monkeypatch.setattr(shim, "prune_workspace", lambda *arguments: called(*arguments) - 256)
-    monkeypatch.setattr(shim, "prune", lambda rows, ratio, workspace, bytes_, *rest: shim._call(
-        "prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace), ctypes.c_int64(bytes_ - 1)
-    ))  # fmt: skip
+def test_a_workspace_that_is_too_small_is_refused(shim):
     t = torch.randn(10**6)
-    before = t.clone()
+    before, rows = t.clone(), launcher._Flat([t]).rows
+    workspace = torch.empty(shim.prune_workspace(rows), dtype=torch.uint8)
+    call = "prune", rows, ctypes.c_double(0.9), ctypes.c_void_p(workspace.data_ptr())
     with pytest.raises(RuntimeError, match="cudaError 1"):
-        launcher.prune_([t], 0.9, [])
+        shim._call(*call, ctypes.c_int64(shim.bytes - 1))
     assert torch.equal(t, before)
+    shim._call(*call, ctypes.c_int64(shim.bytes))
+    assert not torch.equal(t, before)
 
 
 def test_strided_and_empty_tensors(shim):

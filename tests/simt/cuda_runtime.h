@@ -9,7 +9,9 @@
 // seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
 // taking turns after any warp: what one announces before all of its threads have written it, the
 // others miss. (Every write is seen at once: a missing __threadfence() does not show.) A cluster's
-// blocks are under way together, and only they may look into each other's shared memory.
+// blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
+// them gets its turn only when no other can go on, and a thread that arrives at the cluster's barrier waits
+// for its block's next turn.
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
