@@ -279,16 +279,14 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
     }
     const Unit unit = unit_at(memory, i - 1);
     if (unit.rows == 0) break;
-    Rows<F> rows;
-    rows.load(unit, 0, thread);
 #pragma unroll 1
-    for (int step = 0;;) {
+    for (int step = 0; step < unit.steps(); ++step) {
+      Rows<F> rows;
+      rows.load(unit, step, thread);
       ptx::wait(rows_empty(memory), ring.phase ^ 1);
       rows.store(memory, thread);
       ptx::arrive(rows_full(memory));
       ring.advance();
-      if (++step == unit.steps()) break;
-      rows.load(unit, step, thread);
     }
     ptx::named_barrier(1, 128);  // the next unit is there
   }
