@@ -51,6 +51,9 @@ constexpr int kWarpRows = 16;                                     // of a step
 constexpr int kPartCols = 64;                                     // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
+constexpr int kChunkRows = kWarpRows / 2, kOddRows = 8;  // of a chunk, below
+static_assert(kChunkRows * kOddRows == kStepRows);
+constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
 
 // A layer's units: columns beside each other first, for they share lora_B, then further rows.
 struct Cut {
@@ -75,9 +78,23 @@ struct Unit {
   int col0, cols;     // cols: the layer's
   int r;
   float scaling;
+  bool whole;  // every row of W, and of the residual, begins and ends at a multiple of 16 bytes
 
   __device__ __forceinline__ int steps() const { return int(uint32_t(rows + kStepRows - 1) / kStepRows); }
+  // Of a step, the row that is a wgmma's row `m`. Where rows begin anywhere, those that a chunk is of are
+  // kOddRows apart: they begin at one offset from 16 bytes, whatever the pitch.
+  __device__ __forceinline__ int row_of(int m) const {
+    return whole ? m : m % kChunkRows * kOddRows + m / kChunkRows;
+  }
 };
+
+// Elements from the last multiple of 16 bytes to an address.
+__device__ __forceinline__ int offset_of(const bf16* at) {
+  return int(reinterpret_cast<uintptr_t>(at) / 2 & 7);
+}
+__device__ __forceinline__ bool is_whole(const Sheet& m, int cols) {
+  return ((offset_of(m.at) | int(m.pitch) | cols) & 7) == 0;
+}
 
 // By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. Few layers
 // are read from the launch's arguments as such, not through a pointer.
@@ -113,6 +130,8 @@ __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number
   unit.cols = int(layer.k);
   unit.r = int(layer.r);
   unit.scaling = layer.scaling;
+  unit.whole = is_whole(unit.weight, unit.cols) && (table.rounding != Rounding::compensated ||
+                                                    is_whole(unit.residual, unit.cols));
   return unit;
 }
 
@@ -129,7 +148,7 @@ constexpr int kSlotAt = kRowsAt + kStepRows * kMostRank * 2;
 // a line are slow; of each line, halves of odd rows are swapped, so that what eight lanes read together
 // lies in all banks. Behind them 16 bytes a row, for what a row has beyond them that begins elsewhere
 // than at a multiple of 16 bytes.
-constexpr int kChunkRows = kWarpRows / 2, kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
+constexpr int kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
 constexpr int kRowStrips = kChunkCols / kStrip;  // of a row, and lanes that copy it
 constexpr int kRowsAtOnce = 32 / kRowStrips;
 constexpr int kPitch = 2 * kChunkCols, kChunkBytes = kChunkRows * (kPitch + 16);
@@ -204,7 +223,8 @@ struct Rows {
                        reinterpret_cast<uintptr_t>(m.data) % (2 * sizeof(F)) == 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = step * kStepRows + row_of(i, thread), count = row < unit.rows ? unit.r - first : 0;
+      const int row = step * kStepRows + unit.row_of(row_of(i, thread));
+      const int count = row < unit.rows ? unit.r - first : 0;
       const F* at = global_memory<const F>(m.data) + row * m.row + first * m.col;
       if (pairs) {
 #pragma unroll
@@ -350,218 +370,182 @@ __device__ __forceinline__ void fill_panels(const Unit& unit, uint32_t memory, i
 
 // ---- consume: W, and the residual, to and from shared memory ------------------------------------
 
-// Elements from the last multiple of 16 bytes to an address.
-__device__ __forceinline__ int offset_of(const bf16* at) {
-  return int(reinterpret_cast<uintptr_t>(at) / 2 & 7);
-}
+// Where eight elements of a row lie in shared memory: from the `by`-th of a strip on, by <= 8, up into the
+// strip behind it, which lies elsewhere.
+struct Late {
+  uint32_t at[4], last;  // the i-th four bytes: 4 i further
+  int bits;              // by which the elements begin late in the first
 
-// Elements `by` to by + 7 of sixteen; by <= 8.
-__device__ __forceinline__ uint4 shifted(uint4 first, uint4 second, int by) {
-  uint32_t w[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+  __device__ __forceinline__ Late(uint32_t first, uint32_t second, int by) : bits(by % 2 * 16) {
+    first = ptx::opaque(first + by / 2 * 4), second = ptx::opaque(second - 16 + by / 2 * 4);
 #pragma unroll
-  for (int words = 4; words > 0; words /= 2)
-    if (by & 2 * words)
+    for (int i = 0; i < 4; ++i) at[i] = by / 2 + i < 4 ? first : second;
+    last = second;
+  }
+  __device__ __forceinline__ uint4 load(uint32_t further) const {
+    uint32_t w[5];
 #pragma unroll
-      for (int i = 0; i + words < 8; ++i) w[i] = w[i + words];
-  if (by & 1)
+    for (int i = 0; i < 5; ++i) w[i] = ptx::load_shared_32((i < 4 ? at[i] : last) + further + 4 * i);
+    uint4 eight;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = w[i] >> 16 | w[i + 1] << 16;
-  return {w[0], w[1], w[2], w[3]};
-}
-
-// A chunk of a matrix. A lane copies and stores kCount strips of it, in rows kRowsAtOnce apart.
-struct Piece {
-  static constexpr int kCount = kChunkRows / kRowsAtOnce;
-  bf16* at;  // its first element
-  int64_t pitch;
-  int rows, cols;  // that there are: at most kChunkRows and kChunkCols, none or less beyond the matrix
-  bool whole;      // every row begins and ends at a multiple of 16 bytes
-  bool last;       // what surrounds its rows may lie beyond the matrix
-
-  // `chunk` of a unit's step, for the warp `warp` of `warpgroup`.
-  __device__ __forceinline__ Piece(const Unit& unit, const Sheet& m, int step, int chunk, int warpgroup,
-                                   int warp) {
-    const int row = step * kStepRows + warp * kWarpRows + chunk % 2 * kChunkRows;
-    const int col = unit.col0 + warpgroup * kOwnCols + chunk / 2 * kChunkCols;
-    pitch = m.pitch;
-    at = global_memory<bf16>(m.at) + row * pitch + col;
-    rows = min(unit.rows - row, kChunkRows), cols = min(unit.cols - col, kChunkCols);
-    whole = ((offset_of(at) | int(pitch) | cols) & 7) == 0;
-    last = (unit.below - row - rows) * pitch + unit.cols - col < kChunkCols + kStrip;
-  }
-
-  __device__ __forceinline__ int offset(int row) const { return offset_of(at + row * pitch); }
-
-  // Asynchronously, each row from the 16 bytes on in which it begins. What surrounds it in memory up to
-  // multiples of 16 bytes comes along.
-  __device__ __forceinline__ void copy(uint32_t slot, int lane) const {
-    const int strip = lane % kRowStrips, first = strip * kStrip;
-    int row = lane / kRowStrips;
-    if (last && !whole) return copy_last(slot, row, strip, lane);
-    const bf16* from = at + row * pitch + first;
-    const uint32_t to = slot + place_of(row, strip);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int before = offset_of(from);
-      ptx::copy_16<true>(to + further(i), from - before, row < rows && first - before < cols ? 16 : 0);
-      row += kRowsAtOnce, from += kRowsAtOnce * pitch;
-    }
-    if (whole || lane >= rows) return;
-    const int before = offset(lane);
-    if (kChunkCols - before < cols)
-      ptx::copy_16<true>(slot + place_of(lane, kRowStrips), at + lane * pitch + kChunkCols - before, 16);
-  }
-  // From a lane's first strip to its i-th: rows as odd as its first.
-  __device__ __forceinline__ static constexpr uint32_t further(int i) {
-    return i * kRowsAtOnce * kPitch;
-  }
-
-  // By elements, but for nothing that lies beyond a row.
-  __device__ __forceinline__ void copy_last(uint32_t slot, int row, int strip, int lane) const {
-#pragma unroll 1
-    for (; row < rows; row += kRowsAtOnce) copy_strip(slot, row, strip);
-    if (lane < rows) copy_strip(slot, lane, kRowStrips);
-  }
-  __device__ __forceinline__ void copy_strip(uint32_t slot, int row, int strip) const {
-    const int begin = strip * kStrip - offset(row);
-#pragma unroll 1
-    for (int i = max(0, -begin); i < min(kStrip, cols - begin); ++i)
-      ptx::store_shared_16(slot + place_of(row, strip) + 2 * i,
-                           global_memory<bf16>(at + row * pitch + begin)[i].bits);
-  }
-
-  // From rows of shared memory that begin with their first elements. Of whole ones a lane reads what it
-  // has copied itself, and may copy over then.
-  __device__ __forceinline__ void store(uint32_t slot, int lane) const {
-    if (rows <= 0 || cols <= 0) return;
-    const int row = lane / kRowStrips, strip = lane % kRowStrips, first = strip * kStrip;
-    const uint32_t from = slot + place_of(row, strip), left = slot + place_of(row, max(strip - 1, 0));
-    bf16* to = at + row * pitch + first;
-    if (whole) {
-      uint4 strips[kCount];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(from + further(i));
-#pragma unroll
-      for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch)
-        if (row + i * kRowsAtOnce < rows && first < cols) store_16(to, strips[i]);
-      return;
-    }
-#pragma unroll 2
-    for (int i = 0; i < kCount; ++i, to += kRowsAtOnce * pitch) {
-      const int before = offset_of(to);
-      const uint4 eight = shifted(ptx::load_shared_128(left + further(i)),
-                                  ptx::load_shared_128(from + further(i)), kStrip - before);
-      if (row + i * kRowsAtOnce < rows && first >= before && first - before + kStrip <= cols)
-        store_16(to - before, eight);
-    }
-    if (lane < 2 * kChunkRows) store_end(slot, lane % kChunkRows, lane < kChunkRows);
-    ptx::sync_warp();  // others copy to where these lie
-  }
-
-  // A row's first elements, up to a multiple of 16 bytes, or its last ones, from one on.
-  __device__ __forceinline__ void store_end(uint32_t slot, int row, bool first) const {
-    const int before = offset(row), end = (before + cols) / kStrip;
-    if (row >= rows || (first && (before == 0 || end == 0))) return;
-    const int strip = first ? 0 : end, from = strip == 0 ? before : 0;
-    const int to = first ? kStrip : (before + cols) % kStrip;
-    uint4 eight = shifted(ptx::load_shared_128(slot + place_of(row, max(strip - 1, 0))),
-                          ptx::load_shared_128(slot + place_of(row, strip)), kStrip - before);
-    bf16* const begin = global_memory<bf16>(at + row * pitch + strip * kStrip - before);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const bool low = from <= 2 * i && 2 * i < to, high = from <= 2 * i + 1 && 2 * i + 1 < to;
-      if (low && high)
-        *static_cast<uint32_t*>(__builtin_assume_aligned(begin + 2 * i, 4)) = word(eight, i);
-      else if (low || high)
-        begin[2 * i + high].bits = uint16_t(word(eight, i) >> (high ? 16 : 0));
-    }
-  }
-
-  __device__ __forceinline__ static void store_16(bf16* to, uint4 v) {
-    *static_cast<uint4*>(__builtin_assume_aligned(global_memory<bf16>(to), 16)) = v;
+    for (int i = 0; i < 4; ++i) word(eight, i) = uint32_t((uint64_t(w[i + 1]) << 32 | w[i]) >> bits);
+    return eight;
   }
 };
 
-// A lane's strips of a unit, step by step, where every row of W, and of the residual, begins and ends at a
-// multiple of 16 bytes.
-template <bool kCompensated>
-struct Whole {
-  static constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
-  static constexpr int kSheets = kCompensated ? 2 : 1;
-  const Unit& unit;
-  char* at[kSheets];  // the lane's first strip in the step
-  int rows, cols;     // that there are from there on: may be none
-  bool is;
+__device__ __forceinline__ void store_16(bf16* to, uint4 v) {
+  *static_cast<uint4*>(__builtin_assume_aligned(global_memory<bf16>(to), 16)) = v;
+}
 
-  __device__ __forceinline__ Whole(const Unit& unit, int warpgroup, int warp, int lane) : unit(unit) {
-    const int row = warp * kWarpRows + lane / kRowStrips;
+// A lane's strips of a unit, step by step: of each chunk kCount, in rows kRowsAtOnce of the chunk's apart. In
+// memory strips begin at multiples of 16 bytes. A row of a chunk that begins `before` elements behind one has
+// a strip more, which its last lane copies.
+template <bool kCompensated>
+struct Strips {
+  static constexpr int kSheets = kCompensated ? 2 : 1, kCount = kChunkRows / kRowsAtOnce;
+  static constexpr int kApart = kOddRows * kRowsAtOnce;  // rows of a unit that is not whole
+  const Unit& unit;
+  char* at[kSheets];  // the lane's first elements in the step
+  int rows, cols;     // that there are from there on: may be none
+  const bool whole;
+
+  __device__ __forceinline__ Strips(const Unit& unit, int warpgroup, int warp, int lane)
+      : unit(unit), whole(unit.whole) {
+    const int row = unit.row_of(warp * kWarpRows + lane / kRowStrips);
     const int col = unit.col0 + warpgroup * kOwnCols + lane % kRowStrips * kStrip;
-    is = true;
 #pragma unroll
-    for (int i = 0; i < kSheets; ++i) {
-      const Sheet& m = sheet(i);
-      is = is && ((offset_of(m.at) | int(m.pitch) | unit.cols) & 7) == 0 && m.pitch <= kMostPitch;
-      at[i] = ptx::rows_further(reinterpret_cast<char*>(m.at + col), row, pitch(i));
-    }
+    for (int i = 0; i < kSheets; ++i)
+      at[i] = ptx::rows_further(reinterpret_cast<char*>(sheet(i).at + col), row, pitch(i));
     rows = unit.rows - row, cols = unit.cols - col;
   }
   __device__ __forceinline__ const Sheet& sheet(int i) const { return i ? unit.residual : unit.weight; }
   __device__ __forceinline__ int pitch(int i) const { return 2 * int(sheet(i).pitch); }  // bytes
+  __device__ __forceinline__ void advance() {
+#pragma unroll
+    for (int of = 0; of < kSheets; ++of) at[of] = ptx::rows_further(at[of], kStepRows, pitch(of));
+    rows -= kStepRows;
+  }
 
-  // visit(strip, where it is, whether it is there) for the lane's strips of `chunk`, `further` rows on.
+  // From a lane's first strip to its i-th in a slot: rows as odd as its first.
+  __device__ __forceinline__ static constexpr uint32_t further(int i) {
+    return i * kRowsAtOnce * kPitch;
+  }
+
+  // visit(strip, where it is, whether it is there) for the lane's strips of a whole unit's `chunk`,
+  // `further` rows on.
   template <typename Visit>
   __device__ __forceinline__ void each(int of, int chunk, int further, Visit&& visit) const {
     const bool inside = chunk / 2 * kChunkCols < cols;
     const int row = further + chunk % 2 * kChunkRows;
     char* to = ptx::rows_further(at[of] + chunk / 2 * kPitch, row, pitch(of));
 #pragma unroll
-    for (int i = 0; i < Piece::kCount; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       visit(i, global_memory<bf16>(to), inside && row + i * kRowsAtOnce < rows);
       to = ptx::rows_further(to, kRowsAtOnce, pitch(of));
     }
   }
-
-  // As Piece's. `place`: the lane's first strip in the slot.
-  __device__ __forceinline__ void store(int chunk, uint32_t place) const {
-#pragma unroll
-    for (int of = 0; of < kSheets; ++of) {
-      uint4 strips[Piece::kCount];
-#pragma unroll
-      for (int i = 0; i < Piece::kCount; ++i)
-        strips[i] = ptx::load_shared_128(place + of * kChunkBytes + Piece::further(i));
-      each(of, chunk, 0, [&](int i, bf16* to, bool there) {
-        if (there) Piece::store_16(to, strips[i]);
-      });
-    }
+  // Of another unit's, the lane's first.
+  __device__ __forceinline__ char* odd(int of, int chunk, int further) const {
+    return ptx::rows_further(at[of] + chunk / 2 * kPitch, further + chunk % 2, pitch(of));
   }
-  // Of the unit: `chunk` of the step that is `further` rows on.
-  __device__ __forceinline__ void copy(int chunk, int further, uint32_t place) const {
+  __device__ __forceinline__ int before(int of, int chunk) const {
+    return offset_of(reinterpret_cast<const bf16*>(odd(of, chunk, 0)));
+  }
+
+  // `chunk` of the step that is `further` rows on, asynchronously, into `slot`.
+  __device__ __forceinline__ void copy(int chunk, int further, uint32_t slot, int lane) const {
 #pragma unroll
-    for (int of = 0; of < kSheets; ++of)
-      each(of, chunk, further, [&](int i, const bf16* from, bool there) {
-        ptx::copy_16<true>(place + of * kChunkBytes + Piece::further(i), from, there ? 16 : 0);
-      });
+    for (int of = 0; of < kSheets; ++of, slot += kChunkBytes) {
+      const uint32_t place = slot + place_of(lane / kRowStrips, lane % kRowStrips);
+      if (whole)
+        each(of, chunk, further, [&](int i, const bf16* from, bool there) {
+          ptx::copy_16<true>(place + Strips::further(i), from, there ? 16 : 0);
+        });
+      else
+        copy_odd(of, chunk, further, place, slot + place_of(lane / kRowStrips, kRowStrips), lane % kRowStrips);
+    }
     ptx::copy_commit();
   }
-  __device__ __forceinline__ void advance() {
+  // What surrounds a row in memory up to multiples of 16 bytes comes along.
+  __device__ __forceinline__ void copy_odd(int of, int chunk, int further, uint32_t place, uint32_t behind,
+                                           int strip) const {
+    char* from = odd(of, chunk, further);
+    const int before = offset_of(reinterpret_cast<const bf16*>(from));
+    const int there = rows - further - chunk % 2, left = cols - chunk / 2 * kChunkCols;
+    const bool last = strip == kRowStrips - 1 && before > 0;
+    from -= 2 * before;
+    // By elements where the matrix may end within two strips, though each row had one element alone.
+    if (left < 2 * kStrip && unit.below - unit.rows + there < (kCount - 1) * kApart + 2 * kStrip) {
+#pragma unroll 1
+      for (int i = 0; i < kCount && i * kApart < there; ++i) {
+#pragma unroll 1
+        for (int e = 0; e < min(last ? kStrip + before : kStrip, left + before); ++e)
+          ptx::store_shared_16(e < kStrip ? place + Strips::further(i) + 2 * e
+                                          : behind + i * kRowsAtOnce * 16 + 2 * (e - kStrip),
+                               global_memory<bf16>(from)[e].bits);
+        from = ptx::rows_further(from, kApart, pitch(of));
+      }
+      return;
+    }
+    const int own = 0 < left + before ? there : 0, more = last && kStrip < left + before ? there : 0;
 #pragma unroll
-    for (int of = 0; of < kSheets; ++of) at[of] = ptx::rows_further(at[of], kStepRows, pitch(of));
-    rows -= kStepRows;
+    for (int i = 0; i < kCount; ++i) {
+      ptx::copy_16<true>(place + Strips::further(i), from, i * kApart < own ? 16 : 0);
+      if (i * kApart < more) ptx::copy_16<true>(behind + i * kRowsAtOnce * 16, from + 16, 16);
+      from = ptx::rows_further(from, kApart, pitch(of));
+    }
+  }
+
+  // A chunk of the step from `slot`, where rows begin with their first elements. Of a whole unit's a lane
+  // reads what it has copied itself, and may copy over then; of another's all have read.
+  __device__ __forceinline__ void store(int chunk, uint32_t slot, int lane) const {
+    const int row = lane / kRowStrips, strip = lane % kRowStrips;
+#pragma unroll
+    for (int of = 0; of < kSheets; ++of, slot += kChunkBytes) {
+      const uint32_t place = slot + place_of(row, strip);
+      if (whole) {
+        uint4 strips[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) strips[i] = ptx::load_shared_128(place + further(i));
+        each(of, chunk, 0, [&](int i, bf16* to, bool there) {
+          if (there) store_16(to, strips[i]);
+        });
+      } else {
+        const uint32_t left = slot + place_of(row, max(strip - 1, 0));
+        store_odd(of, chunk, Late(left, place, kStrip - before(of, chunk)), strip);
+        store_ends(of, chunk, slot, lane);
+      }
+    }
+    if (!whole) ptx::sync_warp();
+  }
+  __device__ __forceinline__ void store_odd(int of, int chunk, const Late& late, int strip) const {
+    char* to = odd(of, chunk, 0);
+    const int before = offset_of(reinterpret_cast<const bf16*>(to)), left = cols - chunk / 2 * kChunkCols;
+    const int there = (strip > 0 || before == 0) && kStrip <= left + before ? rows - chunk % 2 : 0;
+    to -= 2 * before;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint4 eight = late.load(further(i));
+      if (i * kApart < there) store_16(reinterpret_cast<bf16*>(to), eight);
+      to = ptx::rows_further(to, kApart, pitch(of));
+    }
+  }
+  // A row's first elements up to a multiple of 16 bytes, and its last ones from one on, by four lanes a row.
+  __device__ __forceinline__ void store_ends(int of, int chunk, uint32_t slot, int lane) const {
+    const int strip = lane % kRowStrips, row = lane / 4;
+    const int down = (row - lane / kRowStrips) * kOddRows;
+    const int left = min(cols + strip * kStrip - chunk / 2 * kChunkCols, kChunkCols);
+    if (rows - chunk % 2 <= down || left <= 0) return;
+    const int begin = min(-before(of, chunk) & (kStrip - 1), left), ends = begin + (left - begin) % kStrip;
+    bf16* const to = global_memory<bf16>(
+        ptx::rows_further(odd(of, chunk, 0) - strip * 2 * kStrip, down, pitch(of)));
+#pragma unroll 1
+    for (int i = lane % 4; i < ends; i += 4) {
+      const int col = i < begin ? i : left - ends + i;
+      to[col].bits = ptx::load_shared_16(slot + place_of(row, col / kStrip) + col % kStrip * 2);
+    }
   }
 };
-
-// A chunk of W, and of the residual: a group of copies, of no unit an empty one.
-template <bool kCompensated>
-__device__ __forceinline__ void copy_chunk(const Unit& unit, int step, int chunk, uint32_t slot,
-                                           int warpgroup, int warp) {
-  const Piece weight(unit, unit.weight, step, chunk, warpgroup, warp);
-  if (weight.rows > 0 && weight.cols > 0) {
-    weight.copy(slot, lane_id());
-    if (kCompensated)
-      Piece(unit, unit.residual, step, chunk, warpgroup, warp).copy(slot + kChunkBytes, lane_id());
-  }
-  ptx::copy_commit();
-}
 
 // ---- consume: the sums --------------------------------------------------------------------------
 
@@ -586,8 +570,8 @@ struct Update {
   const Unit& unit;
   float row_unit;
   int row;                 // the lane's, from the unit's first on
-  int weight_by, rest_by;  // by how many elements its row begins late in shared memory
-  bool late;               // whether any lane's does
+  bool late;               // whether rows may begin late in shared memory
+  int weight_by, rest_by;  // by how many elements
 };
 
 // A part's sums, to half of W's rows in shared memory, and to the residual behind it: sums[16 g + 4 m +
@@ -607,18 +591,20 @@ __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, cons
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
     const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
-    w[g] = ptx::load_shared_128(place);
-    if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
+    if (!update.late) {
+      w[g] = ptx::load_shared_128(place);
+      if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
+    }
     if (kScaled && !kUnitsLater) load_units(g);
   }
   if (update.late) {
     const int lane = lane_id();
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
+      const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;
       const uint32_t right = slot + place_of(lane / 4, 8 * p + 4 * g + lane % 4 + 1);
-      w[g] = shifted(w[g], ptx::load_shared_128(right), update.weight_by);
-      if (kCompensated)
-        kept[g] = shifted(kept[g], ptx::load_shared_128(right + kChunkBytes), update.rest_by);
+      w[g] = Late(place, right, update.weight_by).load(0);
+      if (kCompensated) kept[g] = Late(place, right, update.rest_by).load(kChunkBytes);
     }
     ptx::sync_warp();
   }
@@ -656,7 +642,8 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   const uint32_t slots = memory + kSlotAt + (warpgroup * 4 + warp) * kChunks * kChunkBytes;
 #pragma unroll 1
   for (int i = 0; i < kSlots; ++i)
-    copy_chunk<kCompensated>(unit_at(memory, 0), 0, i, slots + i * kSlotBytes, warpgroup, warp);
+    Strips<kCompensated>(unit_at(memory, 0), warpgroup, warp, lane_id())
+        .copy(i, 0, slots + i * kSlotBytes, lane_id());
   Ring<1> ring;
   uint32_t left[kSixteens][4];
   float sums[2][kSums], row_units[2] = {}, next_units[2] = {};
@@ -682,7 +669,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   };
   for (uint32_t i = 0; unit_at(memory, i).rows > 0; ++i) {
     fill_panels<F>(unit_at(memory, i), memory, warpgroup, warp);
-    Whole<kCompensated> whole(unit_at(memory, i), warpgroup, warp, lane_id());
+    Strips<kCompensated> strips(unit_at(memory, i), warpgroup, warp, lane_id());
     take_rows();
     start(0, 0);
     start(0, 1);
@@ -698,17 +685,11 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
         for (int v = 0; v < 2; ++v) {
           const int chunk = pair + v, lane = lane_id();  // anew: what follows from it is not kept
           const uint32_t slot = slots + chunk % kSlots * kSlotBytes;
-          const auto piece = [&](const Sheet& m) {
-            return Piece(unit_at(memory, i), m, step, chunk, warpgroup, warp);
-          };
-          Update update{unit_at(memory, i), row_units[v], 0, 0, 0, false};
-          update.row = step * kStepRows + warp * kWarpRows + lane / 4 + 8 * v;
-          if (!whole.is) {
-            const Piece weight = piece(unit_at(memory, i).weight);
-            const Piece rest = piece(kCompensated ? unit_at(memory, i).residual : unit_at(memory, i).weight);
-            update.late = !weight.whole || !rest.whole;
-            update.weight_by = weight.offset(lane / 4);
-            update.rest_by = rest.offset(lane / 4);
+          Update update{unit_at(memory, i), row_units[v], 0, !strips.whole, 0, 0};
+          update.row = step * kStepRows + unit_at(memory, i).row_of(warp * kWarpRows + lane / 4 + 8 * v);
+          if (update.late) {
+            update.weight_by = strips.before(0, chunk);
+            if (kCompensated) update.rest_by = strips.before(1, chunk);
           }
           const int own_col = warpgroup * kOwnCols + pair * kPartCols;
           const int col = unit_at(memory, i).col0 + own_col + lane % 4 * kStrip;
@@ -728,24 +709,17 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           }
           if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
           ptx::sync_warp();
-          const uint32_t own = slot + place_of(lane / kRowStrips, lane % kRowStrips);
-          if (whole.is) {
-            whole.store(chunk, own);
-          } else {
-            piece(unit_at(memory, i).weight).store(slot, lane_id());
-            if (kCompensated) piece(unit_at(memory, i).residual).store(slot + kChunkBytes, lane_id());
-          }
+          strips.store(chunk, slot, lane_id());
           // The chunk that is kSlots further follows.
           const int next = (chunk + kSlots) % kChunks, steps = (chunk + kSlots) / kChunks;
-          const bool same = step + steps < unit_at(memory, i).steps();
-          if (whole.is && same)
-            whole.copy(next, steps * kStepRows, own);
+          if (step + steps < unit_at(memory, i).steps())
+            strips.copy(next, steps * kStepRows, slot, lane_id());
           else
-            copy_chunk<kCompensated>(unit_at(memory, same ? i : i + 1), same ? step + steps : 0, next, slot,
-                                     warpgroup, warp);
+            Strips<kCompensated>(unit_at(memory, i + 1), warpgroup, warp, lane_id())
+                .copy(next, 0, slot, lane_id());
         }
       }
-      whole.advance();
+      strips.advance();
     }
     ptx::wgmma_wait<0>();
     ptx::hold(sums[0]);
@@ -782,12 +756,12 @@ constexpr void (*kKernels[3])(MergeTable) = {merge_sm90_kernel<Rounding::nearest
 // ---- The launch ---------------------------------------------------------------------------------
 
 bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
-  const int64_t most = INT32_MAX - kUnitCols;  // columns are 32-bit, past a row's end too
+  const auto near = [&](const Matrix& m) { return m.col == 1 && m.row <= kMostPitch; };
   const float scaling = std::fabs(layer.scaling);
   const bool scaled = scaling == 0 || (kLeastScaling <= scaling && scaling < kMostScaling);
-  return layer.weight.col == 1 && layer.r <= kMostRank && layer.k <= most && scaled &&
+  return near(layer.weight) && layer.r <= kMostRank && layer.k <= kMostPitch && scaled &&
          layer.n <= int64_t(INT32_MAX) * kStepRows &&
-         (rounding != Rounding::compensated || layer.residual.col == 1);
+         (rounding != Rounding::compensated || near(layer.residual));
 }
 
 bool has_work(const MergeLayer& layer) { return layer.r != 0 && layer.n != 0 && layer.k != 0; }

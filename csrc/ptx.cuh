@@ -373,6 +373,12 @@ __device__ __forceinline__ const T* further(const T* p, int64_t by) {
   return p;
 }
 
+// A value of which the compiler does not know how it came to be.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // p + rows * pitch bytes, in one instruction; the compiler would make four of it.
 __device__ __forceinline__ char* rows_further(char* p, int rows, int pitch) {
   asm("mad.wide.s32 %0, %1, %2, %0;" : "+l"(p) : "r"(rows), "r"(pitch));

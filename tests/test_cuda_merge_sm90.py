@@ -2,6 +2,7 @@
 and wgmma, mbarriers, warps at drawn speeds. On a GPU test_cuda_merge.py runs it."""
 
 import ctypes
+import mmap
 import random
 import shutil
 import subprocess
@@ -280,13 +281,38 @@ def test_factors_up_to_the_end_of_the_checked_range(model, r, of_A, of_B, scalin
     assert model.calls == 1
 
 
-@pytest.mark.parametrize(
-    "name, transposed", [("weight", False), ("lora_A", False), ("lora_B", False), ("lora_A", True), ("lora_B", True)]
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("size, pitch", [(2, 2**31 + 8), (9, 2**28 + 8)])
 def test_offsets_beyond_32_bits(model, name, size, pitch, transposed):
     offsets_beyond_32_bits(name, size, pitch, transposed, "nearest")
     assert model.calls == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "residual"])
+@pytest.mark.parametrize("size, pitch", [(264, 2**23), (264, 2**23 - 3)])
+def test_weights_offsets_beyond_32_bits(model, name, size, pitch):
+    """By rows that are as far apart as they may be."""
+    offsets_beyond_32_bits(name, size, pitch, False, "compensated", r=3)
+    assert model.calls == 1
+
+
+@pytest.mark.parametrize("pitch, cols", [(13, 13), (1, 1), (133, 130), (300, 257)])
+def test_nothing_is_read_behind_a_weight(model, pitch, cols):
+    """Behind its last element is a page that cannot be read."""
+    n, page = 70, mmap.PAGESIZE
+    elements = (n - 1) * pitch + cols
+    pages = -(-2 * elements // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(page), 0) == 0
+    flat = torch.frombuffer(
+        memory, dtype=torch.bfloat16, count=elements, offset=pages * page - 2 * elements
+    )
+    weight = flat.as_strided((n, cols), (pitch, 1))
+    launcher.merge_(weight, torch.ones(4, cols), torch.ones(n, 4), 0.5, "nearest", None, 0, 0)
+    assert (weight == 2).all() and model.calls == 1
 
 
 def test_other_layers_go_to_other_kernels(model):
@@ -306,16 +332,22 @@ def test_other_layers_go_to_other_kernels(model):
     rest = torch.zeros(24, 56).bfloat16()
     assert kind(residual=rest[:, :48]) == kind(residual=rest[:, 1:49]) == "sm90"
     assert kind(residual=torch.zeros(48, 24).bfloat16().t()) == "streamed"
+    for pitch, expected in ((2**23, "sm90"), (2**23 + 1, "streamed")):
+        far = torch.empty(2 * pitch, dtype=torch.bfloat16).as_strided((2, 8), (pitch, 1))
+        assert (
+            kind(far) == kind(far[:, 1:], residual=far[:, :7]) == kind(weight[:2, :8], residual=far)
+        )
+        assert kind(far) == expected
 
 
-@pytest.mark.parametrize("scaling", [128.0, -1.5e-5])
-def test_a_scaling_out_of_range_is_refused(model, monkeypatch, scaling):
+@pytest.mark.parametrize("scaling, pitch", [(128.0, 40), (-1.5e-5, 40), (1.0, 2**23 + 1)])
+def test_what_is_out_of_range_is_refused(model, monkeypatch, scaling, pitch):
     """By the launcher, too, if it were asked."""
     monkeypatch.setattr(launcher, "_kernel", lambda *layer: "sm90")
-    weight = torch.randn(9, 40).bfloat16()
+    weight = torch.empty(2 * pitch, dtype=torch.bfloat16).as_strided((2, 40), (pitch, 1)).normal_()
     before = weight.clone()
     with pytest.raises(RuntimeError, match="cudaError 1"):
-        launcher.merge_(weight, torch.ones(4, 40), torch.ones(9, 4), scaling, "nearest", None, 0, 0)
+        launcher.merge_(weight, torch.ones(4, 40), torch.ones(2, 4), scaling, "nearest", None, 0, 0)
     assert_same_bits(weight, before)
 
 

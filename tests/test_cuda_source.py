@@ -546,18 +546,19 @@ def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
     offsets_beyond_32_bits(name, size, pitch, transposed)
 
 
-def offsets_beyond_32_bits(name, size, pitch, transposed, rounding="compensated"):
+def offsets_beyond_32_bits(name, size, pitch, transposed, rounding="compensated", r=None):
     """Rows or columns so far apart that steps, or their sums, need 64 bits; in memory that is
     reserved and not committed."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, unnamed until 3.12
     memory = mmap.mmap(-1, 2 * (pitch * (size - 1) + size), flags=flags)
     far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((size, size), (pitch, 1))
     given = {key: torch.zeros(size, size).bfloat16() for key in ("weight", "residual")}
-    given |= {key: torch.ones(size, size).bfloat16() for key in ("lora_A", "lora_B")}
+    r = r or size
+    given |= {"lora_A": torch.ones(r, size).bfloat16(), "lora_B": torch.ones(size, r).bfloat16()}
     far.copy_(given[name])
     given[name] = far.t() if transposed else far
     launcher.merge_(**given, scaling=0.5, rounding=rounding, seed=0, first_row=0)
-    assert (given["weight"] == 0.5 * size).all() and (given["residual"] == 0).all()
+    assert (given["weight"] == 0.5 * r).all() and (given["residual"] == 0).all()
 
 
 def test_more_tiles_than_a_grid_holds_is_an_error(shim):

@@ -15,7 +15,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 # first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
-_MOST_COLUMNS = 2**31 - 513  # of the sm90 kernel
+_MOST_PITCH = 2**23  # of the sm90 kernel: elements of a row, and from one to the next
 
 # The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
 # times both ("by KERNEL").
@@ -80,9 +80,10 @@ def _kernel(weight, r, scaling, residual, module) -> str:
     """Of this layer alone: launch.h says what the one for sm_90 can take."""
     if KERNEL != "sm90" or not module.merge_has_sm90 or not _is_hopper(weight.device):
         return "streamed"
-    fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_COLUMNS
+    fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_PITCH
     fits = fits and (scaling == 0 or 2.0**-16 <= abs(scaling) < 2.0**7 - 2.0**-17)  # as float32
-    rows = all(t.stride(1) == 1 for t in (weight, residual) if t is not None)
+    sheets = [t for t in (weight, residual) if t is not None]
+    rows = all(t.stride(1) == 1 and t.stride(0) <= _MOST_PITCH for t in sheets)
     return "sm90" if weight.dtype == torch.bfloat16 and rows and fits else "streamed"
 
 

@@ -576,6 +576,7 @@ inline uint16_t load_shared_16(uint32_t address) {
 }
 template <typename T>
 const T* further(const T* p, int64_t by) { return p + by; }
+inline uint32_t opaque(uint32_t value) { return value; }
 inline char* rows_further(char* p, int rows, int pitch) { return p + int64_t(rows) * pitch; }
 inline uint32_t ballot(bool vote) {
   const auto& lanes = model::exchange({vote});
