@@ -18,7 +18,7 @@ import cuda_build  # noqa: E402, F401
 
 # -fno-gnu-unique: two libraries with the shim in one process must not share its variables.
 HOST_FLAGS = (
-    "-std=c++17 -O1 -g -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
+    "-std=c++17 -O1 -g1 -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
     "-fsanitize=undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-unknown-pragmas -Werror"
 ).split()
 

@@ -26,7 +26,7 @@ from relora_kernels.cuda import merge as launcher
 from relora_kernels.reference import merge as reference
 
 FLAGS = (
-    "-std=c++17 -O2 -g -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
+    "-std=c++17 -O2 -g1 -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
     "-Wall -Wextra -Wno-unknown-pragmas -Werror"
 ).split()
 

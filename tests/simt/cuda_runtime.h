@@ -188,7 +188,7 @@ inline std::vector<unsigned> sequence(unsigned count) {
   std::vector<unsigned> ids(count);
   std::iota(ids.begin(), ids.end(), 0u);
   if (order == 1) std::reverse(ids.begin(), ids.end());
-  if (order > 1) std::shuffle(ids.begin(), ids.end(), std::mt19937(order));
+  if (order > 1) std::shuffle(ids.begin(), ids.end(), generator);
   return ids;
 }
 
