@@ -539,10 +539,16 @@ struct Strips {
     const int begin = min(-before(of, chunk) & (kStrip - 1), left), ends = begin + (left - begin) % kStrip;
     bf16* const to = global_memory<bf16>(
         ptx::rows_further(odd(of, chunk, 0) - strip * 2 * kStrip, down, pitch(of)));
+    const auto col_of = [&](int i) { return uint32_t(i < begin ? i : left - ends + i); };
+    const auto load = [&](uint32_t col) {
+      return ptx::load_shared_16(slot + place_of(row, int(col / kStrip)) + col % kStrip * 2);
+    };
 #pragma unroll 1
-    for (int i = lane % 4; i < ends; i += 4) {
-      const int col = i < begin ? i : left - ends + i;
-      to[col].bits = ptx::load_shared_16(slot + place_of(row, col / kStrip) + col % kStrip * 2);
+    for (int i = lane % 4; i < ends; i += 8) {  // of a whole chunk's eight two, whose loads go together
+      const uint32_t col = col_of(i), other = col_of(min(i + 4, ends - 1));
+      const uint16_t bits = load(col), bits_other = load(other);
+      to[col].bits = bits;
+      if (i + 4 < ends) to[other].bits = bits_other;
     }
   }
 };
