@@ -45,7 +45,7 @@ constexpr int kInlineLayers = 16;
 // caller has made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for
 // `count` MergeLayers and kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That
 // one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
-// other, at most 2^23 of them and from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in
+// other, at most 2^29 of them and from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in
 // [2^-16, 2^7), else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was
 // built without it. Enqueues on `stream`, never synchronises, copies nothing from host memory; launches
 // nothing where there is nothing to do.

@@ -53,7 +53,7 @@ constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
 constexpr int kChunkRows = kWarpRows / 2, kOddRows = 8;  // of a chunk, below
 static_assert(kChunkRows * kOddRows == kStepRows);
-constexpr int kMostPitch = 1 << 23;  // so that a step's offsets have 32 bits
+constexpr int kMostPitch = 1 << 29;  // elements, whose bytes are an int
 
 // A layer's units: columns beside each other first, for they share lora_B, then further rows.
 struct Cut {
@@ -370,28 +370,32 @@ __device__ __forceinline__ void fill_panels(const Unit& unit, uint32_t memory, i
 
 // ---- consume: W, and the residual, to and from shared memory ------------------------------------
 
-// Where eight elements of a row lie in shared memory: from the `by`-th of a strip on, by <= 8, up into the
-// strip behind it, which lies elsewhere.
-struct Late {
-  uint32_t at[4], last;  // the i-th four bytes: 4 i further
-  int bits;              // by which the elements begin late in the first
-
-  __device__ __forceinline__ Late(uint32_t first, uint32_t second, int by) : bits(by % 2 * 16) {
-    first = ptx::opaque(first + by / 2 * 4), second = ptx::opaque(second - 16 + by / 2 * 4);
+// Of two strips beside each other the eight elements from the `by`-th on, into the first; by <= 8. A warp has
+// one `by`: it branches rather than selects.
+template <int kWords, int kCount>
+__device__ __forceinline__ void turn_words(uint4 (&strips)[kCount], uint4 (&right)[kCount], int bits) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) at[i] = by / 2 + i < 4 ? first : second;
-    last = second;
+  for (int n = 0; n < kCount; ++n) {
+    const auto either = [&](int i) { return i < 4 ? word(strips[n], i) : word(right[n], i % 4); };
+    strips[n] = {ptx::funnel(either(kWords), either(kWords + 1), bits),
+                 ptx::funnel(either(kWords + 1), either(kWords + 2), bits),
+                 ptx::funnel(either(kWords + 2), either(kWords + 3), bits),
+                 ptx::funnel(either(kWords + 3), either(kWords + 4), bits)};
   }
-  __device__ __forceinline__ uint4 load(uint32_t further) const {
-    uint32_t w[5];
+}
+template <int kCount>
+__device__ __forceinline__ void turn(uint4 (&strips)[kCount], uint4 (&right)[kCount], int by) {
+  const int bits = by % 2 * 16;
+  switch (by / 2) {
+    case 0: return turn_words<0>(strips, right, bits);
+    case 1: return turn_words<1>(strips, right, bits);
+    case 2: return turn_words<2>(strips, right, bits);
+    case 3: return turn_words<3>(strips, right, bits);
+    default:
 #pragma unroll
-    for (int i = 0; i < 5; ++i) w[i] = ptx::load_shared_32((i < 4 ? at[i] : last) + further + 4 * i);
-    uint4 eight;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word(eight, i) = uint32_t((uint64_t(w[i + 1]) << 32 | w[i]) >> bits);
-    return eight;
+      for (int n = 0; n < kCount; ++n) strips[n] = right[n];
   }
-};
+}
 
 __device__ __forceinline__ void store_16(bf16* to, uint4 v) {
   *static_cast<uint4*>(__builtin_assume_aligned(global_memory<bf16>(to), 16)) = v;
@@ -511,23 +515,32 @@ struct Strips {
           if (there) store_16(to, strips[i]);
         });
       } else {
-        const uint32_t left = slot + place_of(row, max(strip - 1, 0));
-        store_odd(of, chunk, Late(left, place, kStrip - before(of, chunk)), strip);
+        store_odd(of, chunk, slot + place_of(row, max(strip - 1, 0)), place, strip);
         store_ends(of, chunk, slot, lane);
       }
     }
     if (!whole) ptx::sync_warp();
   }
-  __device__ __forceinline__ void store_odd(int of, int chunk, const Late& late, int strip) const {
+  __device__ __forceinline__ void store_odd(int of, int chunk, uint32_t left_place, uint32_t place,
+                                            int strip) const {
     char* to = odd(of, chunk, 0);
     const int before = offset_of(reinterpret_cast<const bf16*>(to)), left = cols - chunk / 2 * kChunkCols;
     const int there = (strip > 0 || before == 0) && kStrip <= left + before ? rows - chunk % 2 : 0;
     to -= 2 * before;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint4 eight = late.load(further(i));
-      if (i * kApart < there) store_16(reinterpret_cast<bf16*>(to), eight);
-      to = ptx::rows_further(to, kApart, pitch(of));
+    for (int first = 0; first < kCount; first += 2) {  // of which the registers hold both sides
+      uint4 strips[2], right[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        strips[i] = ptx::load_shared_128(left_place + further(first + i));
+        right[i] = ptx::load_shared_128(place + further(first + i));
+      }
+      turn(strips, right, kStrip - before);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if ((first + i) * kApart < there) store_16(reinterpret_cast<bf16*>(to), strips[i]);
+        to = ptx::rows_further(to, kApart, pitch(of));
+      }
     }
   }
   // A row's first elements up to a multiple of 16 bytes, and its last ones from one on, by four lanes a row.
@@ -597,21 +610,20 @@ __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, cons
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
     const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
-    if (!update.late) {
-      w[g] = ptx::load_shared_128(place);
-      if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
-    }
+    w[g] = ptx::load_shared_128(place);
+    if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
     if (kScaled && !kUnitsLater) load_units(g);
   }
   if (update.late) {
-    const int lane = lane_id();
+    const auto turn_late = [&](uint4 (&strips)[2], uint32_t of, int by) {
+      uint4 right[2];
 #pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;
-      const uint32_t right = slot + place_of(lane / 4, 8 * p + 4 * g + lane % 4 + 1);
-      w[g] = Late(place, right, update.weight_by).load(0);
-      if (kCompensated) kept[g] = Late(place, right, update.rest_by).load(kChunkBytes);
-    }
+      for (int g = 0; g < 2; ++g)
+        right[g] = ptx::load_shared_128(of + place_of(lane_id() / 4, 8 * p + 4 * g + lane_id() % 4 + 1));
+      turn(strips, right, by);
+    };
+    turn_late(w, slot, update.weight_by);
+    if (kCompensated) turn_late(kept, slot + kChunkBytes, update.rest_by);
     ptx::sync_warp();
   }
 #pragma unroll

@@ -373,10 +373,11 @@ __device__ __forceinline__ const T* further(const T* p, int64_t by) {
   return p;
 }
 
-// A value of which the compiler does not know how it came to be.
-__device__ __forceinline__ uint32_t opaque(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
+// 32 bits of two words from `bits` on, bits < 32.
+__device__ __forceinline__ uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  uint32_t word;
+  asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(bits));
+  return word;
 }
 
 // p + rows * pitch bytes, in one instruction; the compiler would make four of it.

@@ -290,9 +290,12 @@ def test_offsets_beyond_32_bits(model, name, size, pitch, transposed):
 
 
 @pytest.mark.parametrize("name", ["weight", "residual"])
-@pytest.mark.parametrize("size, pitch", [(264, 2**23), (264, 2**23 - 3)])
+@pytest.mark.parametrize(
+    "size, pitch", [(9, 2**29), (9, 2**29 - 3), (264, 2**23), (264, 2**23 - 3)]
+)
 def test_weights_offsets_beyond_32_bits(model, name, size, pitch):
-    """By rows that are as far apart as they may be."""
+    """By rows that are as far apart as they may be, and by many."""
+    model.processors = 5  # a unit begins behind 2^31 bytes
     offsets_beyond_32_bits(name, size, pitch, False, "compensated", r=3)
     assert model.calls == 1
 
@@ -332,7 +335,7 @@ def test_other_layers_go_to_other_kernels(model):
     rest = torch.zeros(24, 56).bfloat16()
     assert kind(residual=rest[:, :48]) == kind(residual=rest[:, 1:49]) == "sm90"
     assert kind(residual=torch.zeros(48, 24).bfloat16().t()) == "streamed"
-    for pitch, expected in ((2**23, "sm90"), (2**23 + 1, "streamed")):
+    for pitch, expected in ((2**29, "sm90"), (2**29 + 1, "streamed")):
         far = torch.empty(2 * pitch, dtype=torch.bfloat16).as_strided((2, 8), (pitch, 1))
         assert (
             kind(far) == kind(far[:, 1:], residual=far[:, :7]) == kind(weight[:2, :8], residual=far)
@@ -340,7 +343,7 @@ def test_other_layers_go_to_other_kernels(model):
         assert kind(far) == expected
 
 
-@pytest.mark.parametrize("scaling, pitch", [(128.0, 40), (-1.5e-5, 40), (1.0, 2**23 + 1)])
+@pytest.mark.parametrize("scaling, pitch", [(128.0, 40), (-1.5e-5, 40), (1.0, 2**29 + 1)])
 def test_what_is_out_of_range_is_refused(model, monkeypatch, scaling, pitch):
     """By the launcher, too, if it were asked."""
     monkeypatch.setattr(launcher, "_kernel", lambda *layer: "sm90")

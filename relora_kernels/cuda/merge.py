@@ -15,7 +15,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 # first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
-_MOST_PITCH = 2**23  # of the sm90 kernel: elements of a row, and from one to the next
+_MOST_PITCH = 2**29  # of the sm90 kernel: elements of a row, and from one to the next
 
 # The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
 # times both ("by KERNEL").

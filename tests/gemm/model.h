@@ -576,7 +576,9 @@ inline uint16_t load_shared_16(uint32_t address) {
 }
 template <typename T>
 const T* further(const T* p, int64_t by) { return p + by; }
-inline uint32_t opaque(uint32_t value) { return value; }
+inline uint32_t funnel(uint32_t low, uint32_t high, int bits) {
+  return uint32_t((uint64_t(high) << 32 | low) >> bits);
+}
 inline char* rows_further(char* p, int rows, int pitch) { return p + int64_t(rows) * pitch; }
 inline uint32_t ballot(bool vote) {
   const auto& lanes = model::exchange({vote});
