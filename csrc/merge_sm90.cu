@@ -51,7 +51,8 @@ constexpr int kWarpRows = 16;                                     // of a step
 constexpr int kPartCols = 64;                                     // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
-constexpr int kChunkRows = kWarpRows / 2, kOddRows = 8;  // of a chunk, below
+constexpr int kChunkRows = kWarpRows / 2;  // of a chunk, which is copied at a time
+constexpr int kOddRows = 8;                // from one of them to the next, where rows begin anywhere
 static_assert(kChunkRows * kOddRows == kStepRows);
 constexpr int kMostPitch = 1 << 29;  // elements, whose bytes are an int
 
@@ -448,7 +449,7 @@ struct Strips {
       to = ptx::rows_further(to, kRowsAtOnce, pitch(of));
     }
   }
-  // Of another unit's, the lane's first.
+  // Where rows begin anywhere: the lane's first elements of a chunk.
   __device__ __forceinline__ char* odd(int of, int chunk, int further) const {
     return ptx::rows_further(at[of] + chunk / 2 * kPitch, further + chunk % 2, pitch(of));
   }
@@ -774,7 +775,7 @@ constexpr void (*kKernels[3])(MergeTable) = {merge_sm90_kernel<Rounding::nearest
 // ---- The launch ---------------------------------------------------------------------------------
 
 bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
-  const auto near = [&](const Matrix& m) { return m.col == 1 && m.row <= kMostPitch; };
+  const auto near = [](const Matrix& m) { return m.col == 1 && m.row <= kMostPitch; };
   const float scaling = std::fabs(layer.scaling);
   const bool scaled = scaling == 0 || (kLeastScaling <= scaling && scaling < kMostScaling);
   return near(layer.weight) && layer.r <= kMostRank && layer.k <= kMostPitch && scaled &&
