@@ -6,7 +6,8 @@ and times every backend beside the peers' formulas (common.by_worth: what matter
 bench/results/<device>.json after each case. Each step of tests and each case runs in another process with a time
 limit, so a crash, a hang or a broken CUDA context loses that one alone. Started again on the same commit it
 goes on with the steps that have not passed and the cases that are missing. At the end: the bars that
-the project sets itself, met or not.
+the project sets itself, met or not. With --only merge prune it is done in a few minutes, and writes
+<device>-merge-prune.json.
 
 Needs no network: the build takes setuptools, ninja, pybind11 and nvcc from this machine, and goes to
 build/gpu_check.
@@ -39,6 +40,7 @@ TESTS = [
     sys.executable, "-m", "pytest", "-v", "--no-header", "--import-mode=importlib", "-p",
     "no:cacheprovider",
 ]  # fmt: skip
+SUBJECTS = ("linear", "merge", "prune", "train")
 # Step -> files, and pytest's -k: a file's other tests are for machines without a GPU. What could hang is by
 # itself and last; the others share the seconds that a start of pytest takes.
 TEST_STEPS = {
@@ -49,6 +51,7 @@ TEST_STEPS = {
     ),
     "cuda_gemm": (["cuda_gemm_gpu"], None),
 }  # fmt: skip
+STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "linear"}  # else all
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
@@ -67,8 +70,11 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
     `target`, `cases`: what the workers call and with what, for tests of the plumbing.
     """
     args = _parser().parse_args(arguments)
+    args.only = [subject for subject in SUBJECTS if subject in args.only]
     if args.ship and args.device == "cpu":
         _parser().error("--ship: expected --device cuda; `auto` never looks a CPU up")
+    if args.ship and args.only:
+        _parser().error("--ship: expected all cases, since a record is of one run; got --only")
     try:  # before the build and the tests, not after them
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,8 +99,9 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
             print(f"gpu_check: {answer['reason']}\n{answer['log']}", file=sys.stderr)
             return 2
         machine = answer["value"]
-        file = args.output / f"{slug(machine['device'])}.json"
+        file = args.output / f"{slug(' '.join([machine['device'], *args.only]))}.json"
         results = resume(file, machine)
+        results["only"] = args.only
         results["steps"].update(steps)
         write_json(file, results)
         if args.device == "cuda":
@@ -105,10 +112,10 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
                 if kind not in args.skip:
                     limit = share * (deadline - time.monotonic())
                     for _ in run_steps(
-                        commands(), results["steps"], limit, **environment, **found_at
+                        commands(args.only), results["steps"], limit, **environment, **found_at
                     ):
                         write_json(file, results)
-        wanted = list_cases(args.device) if cases is None else cases
+        wanted = list_cases(args.device, args.only) if cases is None else cases
         left_out = measure(worker, wanted, results, file, deadline, write_json)
     finish(results, file, write_json, args, left_out)
     return 0
@@ -124,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         "--skip", nargs="+", choices=("build", *CHECKS), default=[], help="what to leave out"
     )
     parser.add_argument(
+        "--only", nargs="+", choices=SUBJECTS, default=[], metavar="SUBJECT",
+        help=f"cases of these alone, and their tests: {', '.join(SUBJECTS)}",
+    )  # fmt: skip
+    parser.add_argument(
         "--ship", action="store_true",
         help="also write relora_kernels/records/<device>.json, the evidence that `auto` follows on "
         "this device wherever the package is installed",
@@ -135,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tests() -> dict[str, list[str]]:
+def tests(only: list[str]) -> dict[str, list[str]]:
     """Step -> command."""
     return {
         f"tests {step}": [
@@ -143,10 +154,11 @@ def tests() -> dict[str, list[str]]:
             *(["-k", chosen] if chosen else []),
         ]
         for step, (files, chosen) in TEST_STEPS.items()
+        if not only or STEP_SUBJECTS.get(step, only[0]) in only
     }  # fmt: skip
 
 
-def sanitizer() -> dict[str, list[str] | str]:
+def sanitizer(only: list[str]) -> dict[str, list[str] | str]:
     """Step -> command, or why there is none, for each tool."""
     found = shutil.which(SANITIZER)
     return {
@@ -185,8 +197,8 @@ def run_steps(commands: dict, steps: dict, limit_s: float, **environment: str) -
         yield name
 
 
-def list_cases(device: str) -> list[dict]:
-    """Every row of every problem, then train steps, as the worker takes them."""
+def list_cases(device: str, only: list[str]) -> list[dict]:
+    """Every row of every problem, then train steps, as the worker takes them; of `only`, if any."""
     import common
     import peers
     import train_step
@@ -200,7 +212,12 @@ def list_cases(device: str) -> list[dict]:
         for problem in common.by_worth(gpu)
         for row in peers.rows(problem)
     ]  # fmt: skip
-    return [{**case, "device": device} for case in rows + train_step.cases(gpu)]
+
+    def subject(case: dict) -> str:
+        return case["problem"]["kind"].lower() if case["kind"] == "row" else case["kind"]
+
+    cases = rows + train_step.cases(gpu)
+    return [{**case, "device": device} for case in cases if not only or subject(case) in only]
 
 
 def measure(worker, cases: list[dict], results: dict, file: Path, deadline: float, write) -> int:

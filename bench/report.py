@@ -64,7 +64,9 @@ def _load(path: Path) -> Results:
         return Results(content["machine_info"], content["datetime"][:10], command, rows)
     if "cases" in content:
         rows = [r for r in content["cases"].values() if r["status"] == "ok"]
-        return Results(content["machine"], content["date"], "python bench/gpu_check.py", rows)
+        only = content.get("only", [])  # not in earlier files
+        command = " ".join(["python bench/gpu_check.py", *(["--only"] if only else []), *only])
+        return Results(content["machine"], content["date"], command, rows)
     raise ValueError(
         f"expected {path} to be the JSON of pytest-benchmark or of bench/gpu_check.py, got neither "
         f"'benchmarks' nor 'cases' in it"

@@ -336,6 +336,36 @@ class TestGpuCheck:
         main()
         assert len(ran) == 1  # the build
 
+    def test_only_some_subjects(self, tmp_path, monkeypatch):
+        """Their cases and tests, in a file of their own."""
+        ran = []
+
+        def run_step(command, folder, limit_s, **environment):
+            ran.append(" ".join(command))
+            return {"status": "ok", "seconds": 1.0, "last_line": "12 passed"}
+
+        monkeypatch.setattr(gpu_check, "run_step", run_step)
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+        whole, file = tmp_path / "test-device.json", tmp_path / "test-device-merge-prune.json"
+        whole.write_text("everything's")
+        arguments = ["--output", str(tmp_path), "--only", "prune", "merge"]
+        assert gpu_check.main(arguments, "test_bench:fake_case", fake_cases("fine")) == 0
+        results = json.loads(file.read_text())
+        assert whole.read_text() == "everything's" and results["only"] == ["merge", "prune"]
+        assert report.load(file).command == "python bench/gpu_check.py --only merge prune"
+        assert [name for name in results["steps"] if name.startswith("tests")] == [
+            "tests cuda_merge", "tests cuda_prune", "tests ops"
+        ]  # fmt: skip
+        assert not any("test_cuda_gemm" in command for command in ran)
+
+        every = [case["name"] for case in gpu_check.list_cases("cuda", [])]
+        parts = {s: gpu_check.list_cases("cuda", [s]) for s in gpu_check.SUBJECTS}
+        assert sorted(c["name"] for part in parts.values() for c in part) == sorted(every)
+        assert all(c["name"].startswith("merge") for c in parts["merge"]) and parts["merge"]
+        assert all(c["kind"] == "train" for c in parts["train"]) and parts["train"]
+        with pytest.raises(SystemExit):
+            gpu_check.main(["--ship", *arguments])
+
     @pytest.mark.parametrize("part", sanitizer_program.PARTS)
     def test_the_sanitizers_program_compares_what_it_runs(self, part):
         sanitizer_program.run(part, "reference", "cpu")
