@@ -50,8 +50,10 @@ def compiled_module(nvcc: Path, work: Path) -> Path:
     from relora_kernels.cuda import extension
 
     module, _ = extension()
-    if module is not None and module.sources == cuda_build.sources_digest():
-        if set(module.archs) == set(cuda_build.DEFAULT_ARCHS):
+    if module is not None:
+        is_same = module.sources == cuda_build.sources_digest()
+        is_same &= module.nvcc_version == cuda_build.nvcc_version(nvcc)
+        if is_same and set(module.archs) == set(cuda_build.DEFAULT_ARCHS):
             return Path(module.__file__)
     return cuda_build.compile_module(nvcc, work)
 
