@@ -442,11 +442,12 @@ struct Strips {
   __device__ __forceinline__ void each(int of, int chunk, int further, Visit&& visit) const {
     const bool inside = chunk / 2 * kChunkCols < cols;
     const int row = further + chunk % 2 * kChunkRows;
-    char* to = ptx::rows_further(at[of] + chunk / 2 * kPitch, row, pitch(of));
+    const int by = pitch(of);  // once: a copy counts as a write of what it is loaded from
+    char* to = ptx::rows_further(at[of] + chunk / 2 * kPitch, row, by);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       visit(i, global_memory<bf16>(to), inside && row + i * kRowsAtOnce < rows);
-      to = ptx::rows_further(to, kRowsAtOnce, pitch(of));
+      to = ptx::rows_further(to, kRowsAtOnce, by);
     }
   }
   // Where rows begin anywhere: the lane's first elements of a chunk.
@@ -478,26 +479,29 @@ struct Strips {
     const int before = offset_of(reinterpret_cast<const bf16*>(from));
     const int there = rows - further - chunk % 2, left = cols - chunk / 2 * kChunkCols;
     const bool last = strip == kRowStrips - 1 && before > 0;
+    const int by = pitch(of);
+    // By elements where two strips may lead out of the matrix: in its last row, or more where they are short.
+    // Not a zero comes to these places by itself, which might come last.
+    const int ends = 2 * kStrip <= left + before ? 0 : by < 2 * 2 * kStrip ? 2 * kStrip : 1;
+    const int safe = min(there, unit.below - unit.rows + there - ends);
+    const int own = 0 < left + before ? safe : 0, more = last && kStrip < left + before ? safe : 0;
     from -= 2 * before;
-    // By elements where the matrix may end within two strips, though each row had one element alone.
-    if (left < 2 * kStrip && unit.below - unit.rows + there < (kCount - 1) * kApart + 2 * kStrip) {
-#pragma unroll 1
-      for (int i = 0; i < kCount && i * kApart < there; ++i) {
-#pragma unroll 1
-        for (int e = 0; e < min(last ? kStrip + before : kStrip, left + before); ++e)
-          ptx::store_shared_16(e < kStrip ? place + Strips::further(i) + 2 * e
-                                          : behind + i * kRowsAtOnce * 16 + 2 * (e - kStrip),
-                               global_memory<bf16>(from)[e].bits);
-        from = ptx::rows_further(from, kApart, pitch(of));
-      }
-      return;
-    }
-    const int own = 0 < left + before ? there : 0, more = last && kStrip < left + before ? there : 0;
+    char* next = from;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      ptx::copy_16<true>(place + Strips::further(i), from, i * kApart < own ? 16 : 0);
-      if (i * kApart < more) ptx::copy_16<true>(behind + i * kRowsAtOnce * 16, from + 16, 16);
-      from = ptx::rows_further(from, kApart, pitch(of));
+      if (i * kApart < own) ptx::copy_16<true>(place + Strips::further(i), next, 16);
+      if (i * kApart < more) ptx::copy_16<true>(behind + i * kRowsAtOnce * 16, next + 16, 16);
+      next = ptx::rows_further(next, kApart, by);
+    }
+    if (safe == there) return;
+#pragma unroll 1
+    for (int i = (max(safe, 0) + kApart - 1) / kApart; i < kCount && i * kApart < there; ++i) {
+      const bf16* const row = global_memory<bf16>(ptx::rows_further(from, i * kApart, by));
+#pragma unroll 1
+      for (int e = 0; e < min(last ? kStrip + before : kStrip, left + before); ++e)
+        ptx::store_shared_16(e < kStrip ? place + Strips::further(i) + 2 * e
+                                        : behind + i * kRowsAtOnce * 16 + 2 * (e - kStrip),
+                             row[e].bits);
     }
   }
 
@@ -689,11 +693,12 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   for (uint32_t i = 0; unit_at(memory, i).rows > 0; ++i) {
     fill_panels<F>(unit_at(memory, i), memory, warpgroup, warp);
     Strips<kCompensated> strips(unit_at(memory, i), warpgroup, warp, lane_id());
+    const int all_steps = unit_at(memory, i).steps();
     take_rows();
     start(0, 0);
     start(0, 1);
 #pragma unroll 1
-    for (int step = 0; step < unit_at(memory, i).steps(); ++step) {
+    for (int step = 0; step < all_steps; ++step) {
       row_units[0] = next_units[0], row_units[1] = next_units[1];
       // Two parts at a time. Sums that were added make room for the next two parts', of the next step's in
       // the end; behind a unit's last step these are products that nobody wants.
@@ -726,12 +731,12 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
                 memory + kColUnitsAt + 4 * (own_col + p * kPartCols + lane % 4 * kStrip));
             if (v == 1) start((pair + 2) % kParts, p);
           }
-          if (v == 0 && pair + 2 == kParts && step + 1 < unit_at(memory, i).steps()) take_rows();
+          if (v == 0 && pair + 2 == kParts && step + 1 < all_steps) take_rows();
           ptx::sync_warp();
           strips.store(chunk, slot, lane_id());
           // The chunk that is kSlots further follows.
           const int next = (chunk + kSlots) % kChunks, steps = (chunk + kSlots) / kChunks;
-          if (step + steps < unit_at(memory, i).steps())
+          if (step + steps < all_steps)
             strips.copy(next, steps * kStepRows, slot, lane_id());
           else
             Strips<kCompensated>(unit_at(memory, i + 1), warpgroup, warp, lane_id())

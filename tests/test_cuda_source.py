@@ -530,6 +530,29 @@ def test_an_infinite_row_of_lora_B_reaches_its_own_row_alone(shim, dtype):
     assert (weight[:128] == 0).all() and (weight[129:] == 0).all()
 
 
+def test_no_memory_for_a_second_launchs_table_leaves_every_layer_as_it_was(shim, monkeypatch):
+    """Else a caller who tries again merges twice what the first launch has merged."""
+    weights = [torch.zeros(9, 20).to(dtype) for dtype in (torch.bfloat16, torch.float16)]
+    A, B = torch.ones(2, 20), torch.ones(9, 2)
+    merges = [(weight, A, B, 1.0, "nearest", None, 0, 0) for weight in weights]
+    empty, asked = torch.empty, []
+
+    def no_memory_the_second_time(*args, **kwargs):
+        asked.append(args)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(shim, "merge_inline_layers", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory_the_second_time)
+        with pytest.raises(torch.OutOfMemoryError):
+            launcher.merge_many_(merges)
+    assert not any(weight.any() for weight in weights)
+    launcher.merge_many_(merges)
+    assert all((weight == 2).all() for weight in weights)
+
+
 @pytest.mark.parametrize("sizes", [(0, 4, 2), (4, 0, 2), (4, 4, 0)])
 def test_empty_merge_launches_nothing(shim, sizes):
     n, k, r = sizes

@@ -72,8 +72,10 @@ def merge_many_(merges, restarts=None) -> None:
             factors = lora_A.to(wanted), lora_B.to(wanted)
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
-    for key, group in groups.items():
-        _launch(module, *key, group)
+    # All memory before the first launch: none may fail for want of it when others have been merged.
+    tables = [_table(module, key[0], key[-1], len(group)) for key, group in groups.items()]
+    for (key, group), table in zip(groups.items(), tables):
+        _launch(module, *key, group, table)
 
 
 def _kernel(weight, r, scaling, residual, module) -> str:
@@ -92,8 +94,16 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
+def _table(module, device, kind, layers: int) -> torch.Tensor | None:
+    """Memory on the device for a launch's layers, where they do not travel with it."""
+    if kind != "sm90" and layers <= module.merge_inline_layers:
+        return None
+    n_bytes = layers * _LAYER.size + module.merge_counter_bytes
+    return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+
 def _launch(
-    module, device, weight_dtype, factor_dtype, restart_dtype, rounding, kind, group
+    module, device, weight_dtype, factor_dtype, restart_dtype, rounding, kind, group, table
 ) -> None:
     layers = bytearray().join(
         _LAYER.pack(
@@ -118,11 +128,6 @@ def _launch(
     )  # fmt: skip
     counts = [restart[2] for *_, restart in group if restart is not None]
     with torch.cuda.device(device):
-        table = None
-        if kind == "sm90" or len(group) > module.merge_inline_layers:
-            table = torch.empty(
-                len(layers) + module.merge_counter_bytes, dtype=torch.uint8, device=device
-            )
         if counts:  # first: no layer may be merged and then, for want of memory, not counted
             torch._foreach_add_(counts, 1)
         try:
