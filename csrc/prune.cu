@@ -17,8 +17,8 @@
 //                   finish     zero the listed elements up to the threshold
 //   large, 16-bit   count      all 15 bits of the keys: the threshold itself           one read
 //                   finish     zero up to the threshold                        one read, one write
-//   held, 32-bit    held       all of it in a cluster of blocks, up to kMostShare elements each, from
-//                              sm_90 on                                     one read, one write
+//   held, 32-bit    held       all of it in a cluster of 8 or 16 blocks, up to kMostShare elements
+//                              each, from sm_90 on                          one read, one write
 //   up to kSmall    small      all of it in one block, whose later reads come from L1 and L2
 //
 // Kernels: the chains' in prune_chain.cuh, held in prune_held.cuh, the others and all launches here.
@@ -45,7 +45,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
+#include <vector>
 
 namespace relora {
 namespace {
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
   using F = Format<Bits>;
   constexpr int kKeyBits = 8 * int(sizeof(Bits)) - 1;
   __shared__ uint32_t extremes[2];  // greatest key, ~(least key above the prefix)
-  SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  SharedHist<F::packed> hist{counters(dynamic_shared)};
   const Part part = find_part(table);
   const Row& row = part.row;
 
@@ -131,7 +133,7 @@ template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM) counts_kernel(const __grid_constant__ Table table) {
   const Part part = find_part(table);
   const Row& row = part.row;
-  SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  SharedHist<false> hist{counters(dynamic_shared)};
   const int bins = 1 << table.bits, above = table.shift + table.bits;
   const int64_t prefix = table.prefixes[row.index];
 
@@ -186,7 +188,7 @@ struct Workspace {
 
 struct Device {
   int slots;    // blocks that are at work at a time
-  int cluster;  // blocks of a cluster that holds a tensor; 0: none can
+  int cluster;  // most blocks of a cluster that holds a tensor; 0: none can
 };
 
 enum class Which { small, held, large, huge, any };
@@ -310,7 +312,7 @@ cudaError_t launch(void (*kernel)(Argument), const Argument& argument, const Sha
   return cudaLaunchKernelEx(&with.config, kernel, argument);
 }
 
-// Blocks of a cluster that holds a tensor: as many as a device has room for, and code was compiled for.
+// Most blocks of a cluster that holds a tensor: as many as a device has room for, and code was compiled for.
 cudaError_t find_cluster(int* cluster) {
   *cluster = 0;
   int device = 0, major = 0;
@@ -327,16 +329,19 @@ cudaError_t find_cluster(int* cluster) {
       {cudaFuncAttributeNonPortableClusterSizeAllowed, 1},
       {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared},
       {cudaFuncAttributeMaxDynamicSharedMemorySize, kHeldShared}};
+  // A device that refuses a setting, or knows no clusters of a size, has none; the chains need none.
   for (const auto& [attribute, value] : settings)
-    if (!error) error = cudaFuncSetAttribute(held_kernel, attribute, value);
-  for (int blocks = kMostCluster; !error && !*cluster && blocks >= kLeastCluster; blocks /= 2) {
+    if (cudaFuncSetAttribute(held_kernel, attribute, value)) {
+      cudaGetLastError();
+      return cudaSuccess;
+    }
+  for (int blocks = kMostCluster; !*cluster && blocks >= kLeastCluster; blocks /= 2) {
     int at_a_time = 0;
     const Launch with({uint32_t(blocks), kHeldShared, false, blocks}, nullptr);
-    // Some devices know no clusters of that size.
     if (cudaOccupancyMaxActiveClusters(&at_a_time, held_kernel, &with.config)) cudaGetLastError();
     else if (at_a_time) *cluster = blocks;
   }
-  return error;
+  return cudaSuccess;
 }
 
 cudaError_t find_slots(int* slots) {
@@ -348,9 +353,14 @@ cudaError_t find_slots(int* slots) {
   return error;
 }
 
-cudaError_t find_device(Device* device) {
+// Clusters only where a tensor asks for one: finding out takes the driver some ten calls.
+cudaError_t find_device(const PruneTensor* tensors, int64_t count, Device* device) {
+  device->cluster = 0;
   const cudaError_t error = find_slots(&device->slots);
-  return error ? error : find_cluster(&device->cluster);
+  const bool asks = std::any_of(tensors, tensors + count, [](const PruneTensor& t) {
+    return bytes_of(t.dtype) == 4 && which<uint32_t>(t, {0, kMostCluster}) == Which::held;
+  });
+  return error || !asks ? error : find_cluster(&device->cluster);
 }
 
 template <typename Bits, typename Run>
@@ -462,12 +472,43 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   return failed;
 }
 
-// By clusters: the larger ones first, so that all end together.
-cudaError_t run_held(Table& table, int cluster, cudaStream_t stream) {
+// Larger tensors between the others: clusters of one size load, count and clear in step, and leave memory
+// alone in step. None of them among the last, beside which multiprocessors would have nothing to do.
+void mix_sizes(Table& table) {
   int64_t largest = 0;
   for (uint32_t r = 0; r < table.count; ++r) largest = max(largest, table.rows[r].size);
-  std::partition(table.rows, table.rows + table.count, [=](const Row& row) { return row.size > largest / 2; });
-  return launch(held_kernel, table, {table.count * uint32_t(cluster), kHeldShared, false, cluster}, stream);
+  std::vector<Row> large, others;
+  std::partition_copy(table.rows, table.rows + table.count, std::back_inserter(large), std::back_inserter(others),
+                      [=](const Row& row) { return row.size > largest / 2; });
+  const size_t among = 7 * others.size() / 8;
+  Row* to = table.rows;
+  size_t next = 0;
+  for (size_t i = 0; i < large.size(); ++i) {
+    for (; next < i * among / large.size(); ++next) *to++ = others[next];
+    *to++ = large[i];
+  }
+  std::copy(others.begin() + next, others.end(), to);
+}
+
+// Blocks of the clusters that hold these tensors: the fewest where these hold most of them whole, since more
+// tensors are under way then, and waits for a cluster's blocks are what small ones take; if there are so many.
+int find_blocks(const Table& table, const Device& device) {
+  int64_t largest = 0, all = 0, whole = 0;
+  for (uint32_t r = 0; r < table.count; ++r) {
+    const int64_t size = table.rows[r].size;
+    largest = max(largest, size);
+    all += size;
+    if (size <= kLeastCluster * int64_t(kHeldShare)) whole += size;
+  }
+  const bool many = int64_t(table.count) * device.cluster > device.slots;
+  const bool fit = largest <= kLeastCluster * int64_t(kMostShare) && whole >= all / 2;
+  return many && fit ? kLeastCluster : device.cluster;
+}
+
+cudaError_t run_held(Table& table, const Device& device, cudaStream_t stream) {
+  const int blocks = find_blocks(table, device);
+  mix_sizes(table);
+  return launch(held_kernel, table, {table.count * uint32_t(blocks), kHeldShared, false, blocks}, stream);
 }
 
 template <typename Bits>
@@ -485,7 +526,7 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
       return run_chain<Bits, true>(group, device, workspace, stream);
     });
     if (!error)
-      error = each(Which::held, [&](Group& group) { return run_held(group.table, device.cluster, stream); });
+      error = each(Which::held, [&](Group& group) { return run_held(group.table, device, stream); });
   }
   if (!error)
     error = each(Which::large, [&](const Group& group) {
@@ -526,7 +567,7 @@ cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* 
     return cudaSuccess;
   };
   Device device{};
-  cudaError_t error = find_device(&device);
+  cudaError_t error = find_device(tensors, count, &device);
   for (const Which of : {Which::huge, Which::large})
     if (!error) error = for_each_group<uint32_t>(tensors, count, of, device, nullptr, measure);
   if (!error) error = for_each_group<uint16_t>(tensors, count, Which::large, device, nullptr, measure);
@@ -537,7 +578,7 @@ cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void*
                   int64_t bytes, cudaStream_t stream) {
   const Workspace space{static_cast<char*>(workspace), bytes};
   Device device{};
-  cudaError_t error = find_device(&device);
+  cudaError_t error = find_device(tensors, count, &device);
   if (!error) error = prune_sized<uint32_t>(tensors, count, ratio, device, space, stream);
   if (!error) error = prune_sized<uint16_t>(tensors, count, ratio, device, space, stream);
   return error;

@@ -381,6 +381,10 @@ __device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uin
 
 // ---- Histograms ---------------------------------------------------------------------------------
 
+// Counters in dynamic shared memory, from `at` on. At a zero unknown to nvcc, which else finds out anew before
+// every atomic where shared memory begins.
+__device__ __forceinline__ uint32_t* counters(uint4* at) { return reinterpret_cast<uint32_t*>(at + threadIdx.z); }
+
 // A block's own, in shared memory; 16-byte aligned, and in 16 bytes or more.
 template <bool kPacked>
 struct SharedHist {
@@ -457,9 +461,10 @@ struct Runs {
   __device__ __forceinline__ explicit Runs(Hist hist) : hist(hist) {}
   __device__ __forceinline__ void add(uint32_t next) {
     if (next != digit) {
-      flush();
-      digit = next;
+      hist.add(digit, length);  // of a thread's first run nothing, which is not worth asking for
+      length = 0;
     }
+    digit = next;
     ++length;
   }
   __device__ __forceinline__ void flush() {

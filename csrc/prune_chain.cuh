@@ -34,7 +34,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   constexpr uint32_t kSlack = (1u << kShift) / 50;
   constexpr int64_t kMost = int64_t(kSampleBlocks) * kThreads * kSampleStrips;
   __shared__ uint32_t ends[2];  // keys
-  SharedHist<false> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  SharedHist<false> hist{counters(dynamic_shared)};
   let_next_in();
   const Row& row = sampling.table.rows[blockIdx.x / kSampleBlocks];
   const uint32_t* const ranks = sampling.ends[blockIdx.x / kSampleBlocks];
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 count_kernel(const __grid_constant__ Chain table) {
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
-  SharedHist<F::packed> hist{reinterpret_cast<uint32_t*>(dynamic_shared)};
+  SharedHist<F::packed> hist{counters(dynamic_shared)};
   follow();
   const Part part = find_part(table);
   const Row& row = part.row;

@@ -20,7 +20,8 @@ namespace relora {
 namespace {
 
 constexpr uint32_t kHeldStrips = RELORA_HELD_SWEEPS * kUnroll * kThreads;  // of 16 bytes, of a block
-constexpr uint32_t kMostShare = 2 * kHeldStrips * kPack<uint32_t>;         // elements of a block
+constexpr uint32_t kHeldShare = kHeldStrips * kPack<uint32_t>;            // elements that a block holds
+constexpr uint32_t kMostShare = 2 * kHeldShare;                           // and that it takes
 constexpr int kLeastCluster = 8, kMostCluster = 16;
 constexpr int kHeldHist = Format<uint32_t>::bins / 2;  // words: two counters each
 constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
@@ -77,25 +78,27 @@ struct Slice {
 #pragma unroll 4
       for (; at < min(strips, kHeldStrips); at += kThreads) visit_strip(held_strip(at), visit);
     }
-    const auto load = [&](Strip<uint32_t>& strip, uint32_t i) {
+    const uint32_t* from = data + kPack<uint32_t> * at;
+    const auto load = [&](Strip<uint32_t>& strip, int u, uint32_t i) {
       if (i >= strips) return;
-      if (i < kHeldStrips) strip.load_once(data + kPack<uint32_t> * i);
-      else strip.load(data + kPack<uint32_t> * i);
+      if (i < kHeldStrips) strip.load_once(from + u * kThreads * kPack<uint32_t>);
+      else strip.load(from + u * kThreads * kPack<uint32_t>);
     };
     Strip<uint32_t> coming[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) load(coming[u], at + u * kThreads);
+    for (int u = 0; u < kUnroll; ++u) load(coming[u], u, at + u * kThreads);
 #pragma unroll 1
-    for (; at < strips; at += kAhead)
+    for (; at < strips; at += kAhead) {
+      from += kAhead * kPack<uint32_t>;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const uint32_t i = at + u * kThreads;
-        const Strip<uint32_t> strip = coming[u];
-        load(coming[u], i + kAhead);
         if (i >= strips) continue;
-        if (kFirst && i < kHeldStrips) held[i] = strip.get();
-        visit_strip(strip, visit);
+        if (kFirst && i < kHeldStrips) held[i] = coming[u].get();
+        visit_strip(coming[u], visit);
+        load(coming[u], u, i + kAhead);
       }
+    }
     if (threadIdx.x < rest) visit(magnitude_key(data[kPack<uint32_t> * strips + threadIdx.x]));
   }
 
@@ -204,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   const uint32_t own = __clusterRelativeBlockRank(), blocks = __clusterSizeInBlocks();
   const Row& row = table.rows[blockIdx.x / blocks];
   const Slice slice(row, own, blocks, dynamic_shared);
-  uint32_t* const words = reinterpret_cast<uint32_t*>(dynamic_shared + kHeldStrips);
+  uint32_t* const words = counters(dynamic_shared + kHeldStrips);
 
   SharedHist<true> first{words};
   first.zero(F::bins);
@@ -224,46 +227,57 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   const uint32_t rank = uint32_t(quantile_rank(row.size, table.ratio).low);
   Digit digit = pick_in_cluster(first, F::bins, rank, own, blocks);
 
+  uint32_t prefix = digit.bin << (F::second + F::third);  // the threshold's bits so far
   SharedHist<false> second{words};
   second.zero(kSecond);
   __syncthreads();
   {
     Runs<SharedHist<false>> runs(second);
     slice.each<false>([&](uint32_t key) {
-      if (key >> (F::second + F::third) == digit.bin) runs.add(key >> F::third & (kSecond - 1));
+      if ((key & kAll << (F::second + F::third)) == prefix) runs.add(key >> F::third & (kSecond - 1));
     });
     runs.flush();
   }
-  uint32_t prefix = digit.bin << F::second;
   digit = pick_in_cluster(second, kSecond, digit.left, own, blocks);
-  prefix |= digit.bin;
+  prefix |= digit.bin << F::third;
 
   SharedHist<false> third{words}, whole{words + kThird};
   third.zero(2 * kThird);
   __syncthreads();
-  uint32_t not_above = 0;
+  const uint32_t end = prefix + kThird;
+  uint32_t beyond = kAll;  // the least key from `end` on, less `end`; of keys before it 2^31 and more
   {
     Runs<SharedHist<false>> runs(third);
     slice.each<false>([&](uint32_t key) {
-      if (key >> F::third == prefix) runs.add(key & (kThird - 1));
-      if (key >> F::third > prefix) not_above = max(not_above, ~key);
+      if ((key & kAll << F::third) == prefix) runs.add(key & (kThird - 1));
+      beyond = min(beyond, key - end);
     });
     runs.flush();
   }
-  block_max(&extremes[1], not_above);
+  block_max(&extremes[1], beyond >> 31 ? 0 : ~(end + beyond));
   cluster_sync();  // all have counted
-  // Every block for itself: few bins.
-  for (uint32_t i = threadIdx.x; i < kThird * blocks; i += kThreads)
-    if (const uint32_t count = in_block(third.words + i % kThird, i / kThird)) whole.add(i % kThird, count);
-  if (threadIdx.x < 2 * blocks)
-    atomicMax(&whole_extremes[threadIdx.x % 2], in_block(&extremes[threadIdx.x % 2], threadIdx.x / 2));
+  // Every block for itself: few bins. A thread has one of them, of several blocks at a time.
+  constexpr int kEach = kThird * kMostCluster / kThreads;
+  static_assert(kThreads % kThird == 0, "one bin a thread");
+  uint32_t counts[kEach], count = 0;
+#pragma unroll
+  for (int u = 0; u < kEach; ++u) {
+    const uint32_t other = (threadIdx.x + u * kThreads) / kThird;
+    counts[u] = other < blocks ? in_block(third.words + threadIdx.x % kThird, other) : 0;
+  }
+  const uint32_t extreme =
+      threadIdx.x < 2 * blocks ? in_block(&extremes[threadIdx.x % 2], threadIdx.x / 2) : 0;
+#pragma unroll
+  for (int u = 0; u < kEach; ++u) count += counts[u];
+  if (count) whole.add(threadIdx.x % kThird, count);
+  if (extreme) atomicMax(&whole_extremes[threadIdx.x % 2], extreme);
   __syncthreads();
   __cluster_barrier_arrive();  // this block has read
   const Picked picked = pick(whole, kThird, digit.left);
   if (threadIdx.x == 0)
     threshold = holds_nan(DType(row.dtype), whole_extremes[0])
                     ? kDropAll
-                    : find_threshold(row, table.ratio, picked, prefix << F::third, ~whole_extremes[1]);
+                    : find_threshold(row, table.ratio, picked, prefix, ~whole_extremes[1]);
   __syncthreads();
   if (slice.partner) slice.clear_to<true>(threshold);
   else slice.clear_to<false>(threshold);

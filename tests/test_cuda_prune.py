@@ -135,6 +135,7 @@ class Shim:
     def __init__(self, library):
         self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
         self.cluster = 0  # blocks of the largest; without any, as on GPUs before Hopper
+        self.multiprocessors = None
         library.simt_prune_workspace.restype = ctypes.c_int64
         library.simt_prune_settled.restype = ctypes.c_bool
 
@@ -167,7 +168,8 @@ class Shim:
         return ctypes.c_void_p(rows.buffer_info()[0]), ctypes.c_int64(len(rows) // 7)
 
     def _be_a_device(self):
-        multiprocessors = 1 + 2 * (self.order % 3)  # the fewer, the more spans a block
+        # The fewer, the more spans a block.
+        multiprocessors = self.multiprocessors or 1 + 2 * (self.order % 3)
         self.library.simt_device(multiprocessors, self.cluster)
 
     def _call(self, name, rows, *arguments):
@@ -335,20 +337,22 @@ def test_a_bin_that_lies_in_one_block(shim, paired):
 
 
 def thresholds_that_round_up_to_an_element_above_the_bin():
-    """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them."""
+    """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them; 0x3FC00064
+    where the weight is as near to 1 as it comes."""
     n = SPAN + 501
-    keys = torch.full((n,), 0x3FC00000, dtype=torch.int32)
-    keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
-    keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
-    keys[-9:] = 0x3FC00001
-    t = keys.view(torch.float32)
-    decided_above = 0
-    for step in range(-12, 13):
-        ratio = (n // 2 - 1 + step / 10) / (n - 1)
-        low = reference.magnitude_quantile(t, ratio)
-        decided_above += low.item() == 1.5
-        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
-    assert decided_above > 3
+    near = [step / 10 for step in range(-12, 13)]
+    for above, steps in ((0x3FC00000, near), (0x3FC00064, [0.9, 0.9975, 0.998, 0.9985, 0.999])):
+        keys = torch.full((n,), above, dtype=torch.int32)
+        keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
+        keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
+        keys[-9:] = above + 1
+        t = keys.view(torch.float32)
+        decided_above = 0
+        for step in steps:
+            ratio = (n // 2 - 1 + step) / (n - 1)
+            decided_above += reference.magnitude_quantile(t, ratio).item() == t[n // 2].item()
+            check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
+        assert decided_above > 3
 
 
 def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
@@ -555,8 +559,28 @@ def test_what_a_cluster_does_not_hold_goes_the_other_ways(held):
 
 
 def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
+    held.multiprocessors = 8
     thresholds_that_round_up_to_an_element_above_the_bin()
     assert held.blocks == held.cluster
+
+
+@pytest.mark.parametrize("sizes, blocks", [
+    ([131_000, *[60_000] * 3, 65_536, 49_153], 8),  # most of it whole in eight blocks
+    ([131_000] * 2 + [60_000], 16),  # little of it is
+    ([*[60_000] * 6, 131_073], 16),  # one is more than eight take
+    ([200_000] * 3 + [60_000, 65_537, 50_001, 131_073] * 3, 16),  # larger ones among the others
+    ([65_536], 16),  # one alone: the rest of the device has nothing to do
+])  # fmt: skip
+def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch, sizes, blocks):
+    held = Shim(held_library)
+    held.cluster, held.multiprocessors = 16, 8
+    put_in_place(monkeypatch, launcher, held)
+    generator = torch.Generator().manual_seed(len(sizes))
+    kinds = [KINDS[i % len(KINDS)] for i in range(len(sizes))]
+    lists = [Guarded(values_of(kind, n, generator), 0) for kind, n in zip(kinds, sizes)]
+    partners = [Guarded(torch.rand(n, generator=generator) + 1, 0) for n in sizes]
+    check_against_reference(lists, 0.9, partners)
+    assert held.blocks == blocks * len(sizes)
 
 
 def test_a_workspace_that_is_too_small_is_refused(shim):
@@ -771,13 +795,14 @@ def test_gpu_hundreds_of_tensors(gpu):
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("paired", [False, True])
 def test_gpu_tensors_that_a_cluster_holds(gpu, ratio, paired):
-    """On Hopper; by clusters of 16 up to 786432 elements, the half of them from shared memory."""
+    """On Hopper; by clusters of 16 up to 786432 elements, the half of them from shared memory, or of 8."""
     if torch.cuda.get_device_capability() == (9, 0):
         rows = rows_of([SPAN + 1, 8 * 49152], torch.float32, paired)
         assert cuda.extension()[0].prune_workspace(rows, 0) == 0
     generator = torch.Generator().manual_seed(9)
-    sizes = [SPAN + 1, 262_144, 393_216, 393_221, 699_008, 786_301, 786_432, 786_433]
-    for first in range(0, len(KINDS), 4):
+    large = [SPAN + 1, 262_144, 393_216, 393_221, 699_008, 786_301, 786_432, 786_433]
+    small = [SPAN + 1, 65_536, 131_072, 196_608, 196_608, 196_611, 393_216] * 8  # by eight
+    for first, sizes in [*((i, large) for i in range(0, len(KINDS), 4)), (0, small)]:
         kinds = [KINDS[(first + i) % len(KINDS)] for i in range(len(sizes))]
         lists = [Guarded(values_of(k, n, generator), 0, gpu) for k, n in zip(kinds, sizes)]
         others = [Guarded(torch.rand(n, generator=generator) + 1, 0, gpu) for n in sizes if paired]
