@@ -52,6 +52,12 @@ TEST_STEPS = {
     "cuda_gemm": (["cuda_gemm_gpu"], None),
 }  # fmt: skip
 STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "linear"}  # else all
+SANITIZER_PARTS = {  # of tests/sanitizer_program.py
+    "linear": ["linear"],
+    "merge": ["merges", "streamed_merges", "many_tiles", "lists"],
+    "prune": ["prunes", "random_prunes", "counts"],
+    "train": [],
+}
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
@@ -132,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only", nargs="+", choices=SUBJECTS, default=[], metavar="SUBJECT",
-        help=f"cases of these alone, and their tests: {', '.join(SUBJECTS)}",
+        help=f"cases of these alone, and tests but other subjects' own: {', '.join(SUBJECTS)}",
     )  # fmt: skip
     parser.add_argument(
         "--ship", action="store_true",
@@ -161,11 +167,14 @@ def tests(only: list[str]) -> dict[str, list[str]]:
 def sanitizer(only: list[str]) -> dict[str, list[str] | str]:
     """Step -> command, or why there is none, for each tool."""
     found = shutil.which(SANITIZER)
+    parts = [part for subject in only for part in SANITIZER_PARTS[subject]]
+    if only and not parts:
+        return {}
     return {
         f"sanitizer {tool}": f"{SANITIZER} is not on PATH" if found is None else [
             # torch probes the API in ways that fail; launches that fail raise anyway.
             found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
-            sys.executable, str(ROOT / "tests" / "sanitizer_program.py"),
+            sys.executable, str(ROOT / "tests" / "sanitizer_program.py"), *parts,
         ]
         for tool in SANITIZER_TOOLS
     }  # fmt: skip

@@ -491,7 +491,8 @@ void mix_sizes(Table& table) {
 }
 
 // Blocks of the clusters that hold these tensors: the fewest where these hold most of them whole, since more
-// tensors are under way then, and waits for a cluster's blocks are what small ones take; if there are so many.
+// tensors are under way then, and small ones are mostly waits for the cluster's other blocks; if there are more
+// than three rounds of large clusters take.
 int find_blocks(const Table& table, const Device& device) {
   int64_t largest = 0, all = 0, whole = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
@@ -500,7 +501,7 @@ int find_blocks(const Table& table, const Device& device) {
     all += size;
     if (size <= kLeastCluster * int64_t(kHeldShare)) whole += size;
   }
-  const bool many = int64_t(table.count) * device.cluster > device.slots;
+  const bool many = int64_t(table.count) * device.cluster > 3 * int64_t(device.slots);
   const bool fit = largest <= kLeastCluster * int64_t(kMostShare) && whole >= all / 2;
   return many && fit ? kLeastCluster : device.cluster;
 }

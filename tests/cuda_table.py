@@ -5,7 +5,7 @@
 Prints, for each kernel and architecture, registers, local memory (spills), shared memory, tensor-core
 instructions and global accesses as found in the machine code, and its digest: a JSON object a line, or
 with --table the contents of docs/cuda_kernels.md. Dynamic shared memory is not in it. The module is the
-installed one where it is of these sources and all architectures, else it is built.
+installed one where it is of these sources, this nvcc and all architectures, else it is built.
 """
 
 import concurrent.futures

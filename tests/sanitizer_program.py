@@ -1,6 +1,6 @@
 """Every CUDA kernel once, on small operands, compared with the reference: for compute-sanitizer.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/sanitizer_program.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/sanitizer_program.py [PART ...]
 
 Without the variable torch's tensors lie side by side in one allocation, and a write beyond one is none
 beyond it. Operands are drawn and the reference is run on the CPU: the sanitizer has to instrument every
@@ -160,7 +160,12 @@ def main() -> int:
     if reason is not None:
         print(f"sanitizer_program: {reason}", file=sys.stderr)
         return 2
-    for part in PARTS:
+    names = [part.__name__ for part in PARTS]
+    wanted = sys.argv[1:] or names
+    if not set(wanted) <= set(names):
+        print(f"sanitizer_program: expected parts of {names}, got {wanted}", file=sys.stderr)
+        return 2
+    for part in (part for part in PARTS if part.__name__ in wanted):
         start = time.monotonic()
         run(part, "cuda", "cuda:0")
         torch.cuda.synchronize()

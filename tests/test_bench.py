@@ -357,6 +357,13 @@ class TestGpuCheck:
             "tests cuda_merge", "tests cuda_prune", "tests ops"
         ]  # fmt: skip
         assert not any("test_cuda_gemm" in command for command in ran)
+        monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/cuda/bin/{name}")
+        of_all = [part for parts in gpu_check.SANITIZER_PARTS.values() for part in parts]
+        assert sorted(of_all) == sorted(part.__name__ for part in sanitizer_program.PARTS)
+        for command in gpu_check.sanitizer(["prune"]).values():
+            assert command[-4].endswith("sanitizer_program.py")
+            assert command[-3:] == ["prunes", "random_prunes", "counts"]
+        assert gpu_check.sanitizer(["train"]) == {}
 
         every = [case["name"] for case in gpu_check.list_cases("cuda", [])]
         parts = {s: gpu_check.list_cases("cuda", [s]) for s in gpu_check.SUBJECTS}

@@ -566,10 +566,10 @@ def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
 
 @pytest.mark.parametrize("sizes, blocks", [
     ([131_000, *[60_000] * 3, 65_536, 49_153], 8),  # most of it whole in eight blocks
-    ([131_000] * 2 + [60_000], 16),  # little of it is
-    ([*[60_000] * 6, 131_073], 16),  # one is more than eight take
+    ([131_000] * 4 + [60_000], 16),  # little of it is
+    ([131_073, *[60_000] * 6], 16),  # one is more than eight take
     ([200_000] * 3 + [60_000, 65_537, 50_001, 131_073] * 3, 16),  # larger ones among the others
-    ([65_536], 16),  # one alone: the rest of the device has nothing to do
+    ([65_536] * 3, 16),  # few: the rest of the device has nothing to do
 ])  # fmt: skip
 def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch, sizes, blocks):
     held = Shim(held_library)
@@ -581,6 +581,25 @@ def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch,
     partners = [Guarded(torch.rand(n, generator=generator) + 1, 0) for n in sizes]
     check_against_reference(lists, 0.9, partners)
     assert held.blocks == blocks * len(sizes)
+
+
+def test_a_device_that_refuses_clusters_has_the_chains(held_library, monkeypatch):
+    refusing = Shim(held_library)
+    refusing.cluster = -1
+    put_in_place(monkeypatch, launcher, refusing)
+    check_against_reference([Guarded(torch.randn(60_001), 0)], 0.9, [])
+    assert refusing.bytes > 0  # which clusters do without
+
+
+def test_the_driver_is_asked_about_clusters_only_for_what_they_hold(held_library, monkeypatch):
+    shim = Shim(held_library)
+    shim.cluster = 16
+    put_in_place(monkeypatch, launcher, shim)
+    before = held_library.simt_questions()
+    launcher.prune_([torch.randn(SPAN), torch.randn(60_000).bfloat16()], 0.9, [])
+    assert held_library.simt_questions() == before
+    launcher.prune_([torch.randn(SPAN), torch.randn(60_000)], 0.9, [])
+    assert held_library.simt_questions() > before
 
 
 def test_a_workspace_that_is_too_small_is_refused(shim):

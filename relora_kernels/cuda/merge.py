@@ -72,7 +72,7 @@ def merge_many_(merges, restarts=None) -> None:
             factors = lora_A.to(wanted), lora_B.to(wanted)
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
-    # All memory before the first launch: none may fail for want of it when others have been merged.
+    # Before the first launch: a list may not end at a later one for want of a table, half of it merged.
     tables = [_table(module, key[0], key[-1], len(group)) for key, group in groups.items()]
     for (key, group), table in zip(groups.items(), tables):
         _launch(module, *key, group, table)

@@ -80,7 +80,8 @@ inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its
 inline size_t dynamic_capacity = 0;
 inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
 constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 99 << 10;  // sm_86, 89 and 120: 99 KB
-inline int most_cluster = 0;  // blocks; 0: a device without clusters
+inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that refuses their settings
+inline long questions = 0;  // about clusters
 
 enum class Wait { none, block, warp, cluster, turn };  // turn: the block's next one
 
@@ -533,6 +534,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)
 template <typename... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute what, int bytes) {
   if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
+  if (what == cudaFuncAttributeNonPortableClusterSizeAllowed && simt::most_cluster < 0) return cudaErrorInvalidValue;
   if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (bytes > simt::kDynamicMost) return cudaErrorInvalidValue;
   simt::dynamic_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
@@ -548,6 +550,7 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
 template <typename... Params>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...),
                                            const cudaLaunchConfig_t* config) {
+  ++simt::questions;
   *clusters = int(cluster_of(*config)) <= simt::most_cluster;
   return *clusters ? cudaSuccess : cudaErrorInvalidValue;  // a device may say so, or none fits
 }

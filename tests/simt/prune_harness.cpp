@@ -32,7 +32,9 @@ bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
   return state.settled;
 }
 
-// cluster: blocks of the largest that the device has room for; 0: no clusters.
+long simt_questions() { return simt::questions; }
+
+// cluster: blocks of the largest that the device has room for; 0: no clusters; < 0: it refuses their settings.
 void simt_device(int multiprocessors_, int cluster) {
   multiprocessors = multiprocessors_;
   simt::most_cluster = cluster;
