@@ -135,7 +135,7 @@ class Shim:
     def __init__(self, library):
         self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
         self.cluster = 0  # blocks of the largest; without any, as on GPUs before Hopper
-        self.multiprocessors = None
+        self.multiprocessors = None  # by the order: the fewer, the more spans a block
         library.simt_prune_workspace.restype = ctypes.c_int64
         library.simt_prune_settled.restype = ctypes.c_bool
 
@@ -168,7 +168,6 @@ class Shim:
         return ctypes.c_void_p(rows.buffer_info()[0]), ctypes.c_int64(len(rows) // 7)
 
     def _be_a_device(self):
-        # The fewer, the more spans a block.
         multiprocessors = self.multiprocessors or 1 + 2 * (self.order % 3)
         self.library.simt_device(multiprocessors, self.cluster)
 

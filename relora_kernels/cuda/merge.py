@@ -73,7 +73,9 @@ def merge_many_(merges, restarts=None) -> None:
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
     # Before the first launch: a list may not end at a later one for want of a table, half of it merged.
-    tables = [_table(module, key[0], key[-1], len(group)) for key, group in groups.items()]
+    tables = [
+        _table(module, device, kind, len(group)) for (device, *_, kind), group in groups.items()
+    ]
     for (key, group), table in zip(groups.items(), tables):
         _launch(module, *key, group, table)
 
