@@ -96,6 +96,7 @@ def problems(op: str, gpu: bool = GPU) -> list:
         Prune(moments(_LARGEST_MODEL, 128), paired=True),
         Prune((100_000_000,)),
         Prune(moments(_LARGEST_MODEL, 128)),
+        Prune(moments(_LARGEST_MODEL, 128), paired=True, ratio=0.99),  # the paper's
         Prune((100_000_000,), dtype="bfloat16"),
         Prune((2**24,)),
     ]

@@ -207,6 +207,12 @@ struct Strip {
   __device__ __forceinline__ uint32_t key(int i) const {
     return magnitude_key(Bits(w[i / kEach] >> (i % kEach * 16)));
   }
+  __device__ __forceinline__ uint32_t greatest() const {
+    uint32_t found = key(0);
+#pragma unroll
+    for (int i = 1; i < kPack<Bits>; ++i) found = max(found, key(i));
+    return found;
+  }
   __device__ __forceinline__ void clear(uint32_t mask) {
 #pragma unroll
     for (int i = 0; i < kPack<Bits>; ++i)

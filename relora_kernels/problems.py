@@ -492,7 +492,7 @@ def _our_merge(name: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Problem):
-    """The smallest nine tenths of each of `sizes` zeroed, and of a partner of each where `paired`."""
+    """Of each of `sizes` the share `ratio` zeroed, and of a partner of each where `paired`."""
 
     sizes: tuple[int, ...]
     paired: bool = False
@@ -505,7 +505,8 @@ class Prune(Problem):
     def name(self) -> str:
         tensors = f"{len(self.sizes)} tensors, " if len(self.sizes) > 1 else ""
         paired = ", paired" if self.paired else ""
-        return f"prune {tensors}{sum(self.sizes):,} elements{paired}, {self.dtype}"
+        ratio = f", ratio {self.ratio}" if self.ratio != 0.9 else ""
+        return f"prune {tensors}{sum(self.sizes):,} elements{paired}, {self.dtype}{ratio}"
 
     @property
     def flops(self) -> int:

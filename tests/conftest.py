@@ -2,7 +2,11 @@
 
 import importlib.util
 import os
+import signal
 import sys
+
+# Jobs that a shell's script starts in the background ignore Ctrl-C, and so would what the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A bare folder named triton (this repository's) is no compiler: without the real package
 # `import triton` has to fail rather than find it.
