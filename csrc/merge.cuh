@@ -48,22 +48,30 @@ __device__ __forceinline__ uint32_t& word(uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Two neighbours of W, and of the residual, with their update: the product times the scaling.
-template <Rounding kRounding, typename T>
-__device__ __forceinline__ void merge_pair(Neighbours<T>& w, Neighbours<T>& rest,
-                                           Neighbours<float> update, uint32_t rand) {
+// Pairs of neighbours of W, and of the residual, with their update: the product times the scaling.
+template <Rounding kRounding, typename T, int kMany>
+__device__ __forceinline__ void merge_pairs(Neighbours<T> (&w)[kMany], Neighbours<T> (&rest)[kMany],
+                                            const Neighbours<float> (&update)[kMany],
+                                            const uint32_t (&rand)[kMany]) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  Neighbours<float> v = widen(w);
-  if (kCompensated) {
-    const Neighbours<float> kept = widen(rest);
-    v = {__fadd_rn(v.first, kept.first), __fadd_rn(v.second, kept.second)};
+  Neighbours<float> v[kMany];
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) {
+    v[i] = widen(w[i]);
+    if (kCompensated) {
+      const Neighbours<float> kept = widen(rest[i]);
+      v[i] = {__fadd_rn(v[i].first, kept.first), __fadd_rn(v[i].second, kept.second)};
+    }
+    v[i] = {__fadd_rn(v[i].first, update[i].first), __fadd_rn(v[i].second, update[i].second)};
   }
-  v = {__fadd_rn(v.first, update.first), __fadd_rn(v.second, update.second)};
-  w = kRounding == Rounding::stochastic ? pair_stochastic<T>(v, rand) : pair_nearest<T>(v);
-  if (kCompensated) {
-    const Neighbours<float> stored = widen(w);
-    rest = pair_nearest<T>(
-        {__fsub_rn(v.first, stored.first), __fsub_rn(v.second, stored.second)});
+  if (kRounding == Rounding::stochastic) return pairs_stochastic(v, rand, w);
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) {
+    w[i] = pair_nearest<T>(v[i]);
+    if (!kCompensated) continue;
+    const Neighbours<float> stored = widen(w[i]);
+    rest[i] = pair_nearest<T>(
+        {__fsub_rn(v[i].first, stored.first), __fsub_rn(v[i].second, stored.second)});
   }
 }
 

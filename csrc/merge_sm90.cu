@@ -606,18 +606,15 @@ template <Rounding kRounding, bool kScaled>
 __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, const Update& update, int col,
                                          uint32_t slot, uint32_t first, int p, uint32_t col_units) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  constexpr bool kUnitsLater = kRounding == Rounding::stochastic;  // its random bits need their registers
   uint4 units[2][2] = {}, w[2], kept[2] = {};  // all on their way together
-  const auto load_units = [&](int g) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) units[g][i] = ptx::load_shared_128(col_units + 128 * g + 16 * i);
-  };
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
     const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
     w[g] = ptx::load_shared_128(place);
     if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
-    if (kScaled && !kUnitsLater) load_units(g);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (kScaled) units[g][i] = ptx::load_shared_128(col_units + 128 * g + 16 * i);
   }
   if (update.late) {
     const auto turn_late = [&](uint4 (&strips)[2], uint32_t of, int by) {
@@ -631,24 +628,28 @@ __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, cons
     if (kCompensated) turn_late(kept, slot + kChunkBytes, update.rest_by);
     ptx::sync_warp();
   }
+  Words words[2] = {};
+  if (kRounding == Rounding::stochastic)
+    draw(words, update.unit.seed, kStreamRound, update.unit.drawn_row + update.row, col >> 3, 32 >> 3);
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
-    Words words{};
-    if (kRounding == Rounding::stochastic)
-      words = draw(update.unit.seed, kStreamRound, update.unit.drawn_row + update.row,
-                   (col + 32 * g) >> 3);
-    if (kScaled && kUnitsLater) load_units(g);
     const auto scaled = [&](int i) {
       const float sum = sums[16 * g + 4 * (i / 2) + 2 * v + i % 2];
       return kScaled ? __fmul_rn(__fmul_rn(sum, update.row_unit), bits_float(word(units[g][i / 4], i % 4)))
                      : __fmul_rn(sum, update.unit.scaling);
     };
+    Neighbours<bf16> pairs[kStrip / 2], rest[kStrip / 2];
+    Neighbours<float> updates[kStrip / 2];
 #pragma unroll
     for (int i = 0; i < kStrip / 2; ++i) {
-      Neighbours<bf16> pair{word(w[g], i)}, rest{word(kept[g], i)};
-      merge_pair<kRounding>(pair, rest, {scaled(2 * i), scaled(2 * i + 1)}, words.w[i]);
-      word(w[g], i) = pair.bits;
-      if (kCompensated) word(kept[g], i) = rest.bits;
+      pairs[i] = {word(w[g], i)}, rest[i] = {word(kept[g], i)};
+      updates[i] = {scaled(2 * i), scaled(2 * i + 1)};
+    }
+    merge_pairs<kRounding>(pairs, rest, updates, words[g].w);
+#pragma unroll
+    for (int i = 0; i < kStrip / 2; ++i) {
+      word(w[g], i) = pairs[i].bits;
+      if (kCompensated) word(kept[g], i) = rest[i].bits;
     }
     const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;
     ptx::store_shared_128(place, w[g]);

@@ -170,16 +170,20 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4],
       if (kRounding == Rounding::stochastic)
         words = draw(layer.seed, kStreamRound, layer.first_row + work.row0 + row,
                      (work.col0 + tile * kCols + col) / kStrip);
+      Neighbours<T> pairs[kStrip / 2], rest_pairs[kStrip / 2] = {};
+      Neighbours<float> updates[kStrip / 2];
 #pragma unroll
       for (int i = 0; i < kStrip / 2; ++i) {
-        Neighbours<T> pair = get_pair(w, i), rest_pair{};
-        if (kCompensated) rest_pair = get_pair(rest, i);
-        merge_pair<kRounding>(pair, rest_pair,
-                              {__fmul_rn(layer.scaling, strip_value(acc, s, 2 * i)),
-                               __fmul_rn(layer.scaling, strip_value(acc, s, 2 * i + 1))},
-                              words.w[i]);
-        set_pair(w, i, pair);
-        if (kCompensated) set_pair(rest, i, rest_pair);
+        pairs[i] = get_pair(w, i);
+        if (kCompensated) rest_pairs[i] = get_pair(rest, i);
+        updates[i] = {__fmul_rn(layer.scaling, strip_value(acc, s, 2 * i)),
+                      __fmul_rn(layer.scaling, strip_value(acc, s, 2 * i + 1))};
+      }
+      merge_pairs<kRounding>(pairs, rest_pairs, updates, words.w);
+#pragma unroll
+      for (int i = 0; i < kStrip / 2; ++i) {
+        set_pair(w, i, pairs[i]);
+        if (kCompensated) set_pair(rest, i, rest_pairs[i]);
       }
       store_strip(at.at, w);
       if (kCompensated) store_strip(rest_at.at, rest);
@@ -234,9 +238,10 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
     set_half(w[i / 2], i % 2, w_at[at(wm, i)]);
     if (kCompensated) set_half(rest[i / 2], i % 2, r_at[at(rm, i)]);
   }
+  Neighbours<float> updates[kRowsAtOnce];
+  uint32_t rand[kRowsAtOnce] = {};
 #pragma unroll
   for (int i = 0; i < kRowsAtOnce; ++i) {
-    uint32_t rand = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
@@ -247,14 +252,13 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
       const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
       const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
       const uint32_t word = early_word ^ ((early_word ^ late_word) & later);
-      rand |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
+      rand[i] |= (word >> (lane % 2 * 16) & 0xFFFFu) << 16 * half;
     }
     const float* const product =
         scratch + (first + i) * kWarp + (lane ^ scratch_turn(first + i) * 4);
-    merge_pair<kRounding>(
-        w[i], rest[i],
-        {__fmul_rn(layer.scaling, product[0]), __fmul_rn(layer.scaling, product[32])}, rand);
+    updates[i] = {__fmul_rn(layer.scaling, product[0]), __fmul_rn(layer.scaling, product[32])};
   }
+  merge_pairs<kRounding>(w, rest, updates, rand);
 #pragma unroll
   for (int i = 0; i < 2 * kRowsAtOnce; ++i) {
     if (!inside(i)) continue;

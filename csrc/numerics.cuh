@@ -42,29 +42,38 @@ constexpr uint32_t kStreamPrune = 3;    // random pruning, bits32
 
 struct Words { uint32_t w[4]; };
 
-// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-RELORA_HD Words philox4x32(Words counter, uint32_t key0, uint32_t key1) {
-  uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
-#ifdef __CUDACC__
-#pragma unroll 2  // unrolled, the draws of a lane's strips overlap and the merge kernel spills
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. In place, of kMany
+// counters at a time: they do not wait for each other, and share the rounds' keys.
+template <int kMany>
+RELORA_HD void philox4x32(Words (&counters)[kMany], uint32_t key0, uint32_t key1) {
+#ifdef __CUDACC__  // of one counter unrolled, a lane's draws overlap, and kernels spill
+#pragma unroll kMany > 1 ? 10 : 2
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
-    c3 = uint32_t(p0);
+    for (int i = 0; i < kMany; ++i) {
+      const uint32_t(&c)[4] = counters[i].w;
+      const uint64_t p0 = uint64_t(c[0]) * 0xD2511F53u, p1 = uint64_t(c[2]) * 0xCD9E8D57u;
+      counters[i] = {{uint32_t(p1 >> 32) ^ c[1] ^ key0, uint32_t(p1), uint32_t(p0 >> 32) ^ c[3] ^ key1,
+                      uint32_t(p0)}};
+    }
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
-  return {{c0, c1, c2, c3}};
 }
 
 // The four words shared by one row's columns [E * block, E * block + E): E = 8 for bits16, 4 for
-// bits32.
+// bits32. Of kMany blocks, the first and those `further` by as many each.
+template <int kMany>
+RELORA_HD void draw(Words (&words)[kMany], uint64_t seed, uint32_t stream, int64_t row, int64_t block,
+                    int further) {
+  for (int i = 0; i < kMany; ++i)
+    words[i] = {{uint32_t(block + i * further), uint32_t(row), stream, 0u}};
+  philox4x32(words, uint32_t(seed), uint32_t(seed >> 32));
+}
 RELORA_HD Words draw(uint64_t seed, uint32_t stream, int64_t row, int64_t block) {
-  return philox4x32({{uint32_t(block), uint32_t(row), stream, 0u}}, uint32_t(seed),
-                    uint32_t(seed >> 32));
+  Words words[1];
+  draw(words, seed, stream, row, block, 0);
+  return words[0];
 }
 
 // Column `lane` (mod 8 or mod 4) of a draw. In kernels `lane` is a constant after unrolling: an
@@ -241,6 +250,14 @@ RELORA_HD Neighbours<fp16> pair_nearest<fp16>(Neighbours<float> v) {
 #endif
 }
 
+RELORA_HD uint32_t upper_halves(uint32_t first, uint32_t second) {
+#ifdef __CUDA_ARCH__
+  return __byte_perm(first, second, 0x7632);
+#else
+  return first >> 16 | (second & 0xFFFF0000u);
+#endif
+}
+
 // `rand`: 16 random bits of the first in the lower half, of the second in the upper.
 template <typename T>
 RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
@@ -249,6 +266,30 @@ RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
 }
 template <>
 RELORA_HD Neighbours<float> pair_stochastic<float>(Neighbours<float> v, uint32_t) { return v; }
+
+// kMany pairs at a time: they are asked together whether all stay as they are in round_stochastic's range.
+template <typename T, int kMany>
+RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint32_t (&rand)[kMany],
+                                Neighbours<T> (&out)[kMany]) {
+  for (int i = 0; i < kMany; ++i) out[i] = pair_stochastic<T>(v[i], rand[i]);
+}
+template <int kMany>
+RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint32_t (&rand)[kMany],
+                                Neighbours<bf16> (&out)[kMany]) {
+  constexpr float kLargest = 0x1.FEp127f;
+  bool in_range = true;
+  for (int i = 0; i < kMany; ++i) {
+    in_range &= fabsf(v[i].first) <= kLargest;  // not of a NaN
+    in_range &= fabsf(v[i].second) <= kLargest;
+  }
+  for (int i = 0; i < kMany; ++i) {
+    const uint32_t first = float_bits(v[i].first) + (rand[i] & 0xFFFFu);
+    const uint32_t second = float_bits(v[i].second) + (rand[i] >> 16);
+    out[i] = {upper_halves(first, second)};
+  }
+  if (in_range) return;
+  for (int i = 0; i < kMany; ++i) out[i] = pair_stochastic<bf16>(v[i], rand[i]);
+}
 
 // ---- Magnitudes and quantiles -------------------------------------------------------------------
 // A magnitude's key is its bits without the sign: an unsigned integer that orders as |v| does, with

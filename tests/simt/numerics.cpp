@@ -1,12 +1,25 @@
 // csrc/numerics.cuh, arrays at a time, for ctypes. Compiled without any CUDA header, real or not.
+#include <algorithm>
+
 #include "numerics.cuh"
 
 using namespace relora;
 
 template <typename T>
 static void round_all(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
-  for (int64_t i = 0; i < n; ++i)
-    out[i] = rand16 ? round_stochastic<T>(v[i], rand16[i]).bits : round_nearest<T>(v[i]).bits;
+  if (!rand16)
+    for (int64_t i = 0; i < n; ++i) out[i] = round_nearest<T>(v[i]).bits;
+  for (int64_t i = 0; rand16 && i < n; i += 8) {  // as in the kernels, of a strip at a time
+    Neighbours<float> pairs[4] = {};
+    Neighbours<T> rounded[4];
+    uint32_t rand[4] = {};
+    for (int64_t j = 0; j < std::min<int64_t>(8, n - i); ++j) {
+      set_half(pairs[j / 2], j % 2, v[i + j]);
+      rand[j / 2] |= rand16[i + j] << (j % 2 * 16);
+    }
+    pairs_stochastic(pairs, rand, rounded);
+    memcpy(out + i, rounded, 2 * std::min<int64_t>(8, n - i));
+  }
 }
 
 extern "C" {
@@ -32,9 +45,10 @@ void scale_half(const float* v, int64_t pairs, float largest, float* scale, floa
     out[i] = pair_nearest<fp16>({*scale * v[2 * i], *scale * v[2 * i + 1]}).bits;
 }
 void philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
-  const Words words =
-      philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
-  memcpy(out, words.w, sizeof words.w);
+  Words words[1];
+  memcpy(words, counter, sizeof words);
+  philox4x32(words, key[0], key[1]);
+  memcpy(out, words, sizeof words);
 }
 // width 16 or 32: the random bits of elements (row, col), (row, col + 1), ...
 void random_bits(uint64_t seed, uint32_t stream, int width, int64_t row, int64_t col, int64_t n,
