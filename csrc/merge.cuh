@@ -1,4 +1,4 @@
-// What the kernels of the merge share: their table of layers, and how two elements gain their update.
+// What the kernels of the merge share: their table of layers, and how pairs of elements gain their update.
 #pragma once
 
 #include <type_traits>
@@ -64,9 +64,10 @@ __device__ __forceinline__ void merge_pairs(Neighbours<T> (&w)[kMany], Neighbour
     }
     v[i] = {__fadd_rn(v[i].first, update[i].first), __fadd_rn(v[i].second, update[i].second)};
   }
-  if (kRounding == Rounding::stochastic) return pairs_stochastic(v, rand, w);
+  if (kRounding == Rounding::stochastic) pairs_stochastic(v, rand, w);
 #pragma unroll
   for (int i = 0; i < kMany; ++i) {
+    if (kRounding == Rounding::stochastic) continue;
     w[i] = pair_nearest<T>(v[i]);
     if (!kCompensated) continue;
     const Neighbours<float> stored = widen(w[i]);

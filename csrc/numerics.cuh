@@ -46,7 +46,7 @@ struct Words { uint32_t w[4]; };
 // counters at a time: they do not wait for each other, and share the rounds' keys.
 template <int kMany>
 RELORA_HD void philox4x32(Words (&counters)[kMany], uint32_t key0, uint32_t key1) {
-#ifdef __CUDACC__  // of one counter unrolled, a lane's draws overlap, and kernels spill
+#ifdef __CUDACC__  // unrolled, one counter's rounds would let a lane's draws overlap, and kernels spill
 #pragma unroll kMany > 1 ? 10 : 2
 #endif
   for (int round = 0; round < 10; ++round) {
@@ -62,7 +62,7 @@ RELORA_HD void philox4x32(Words (&counters)[kMany], uint32_t key0, uint32_t key1
 }
 
 // The four words shared by one row's columns [E * block, E * block + E): E = 8 for bits16, 4 for
-// bits32. Of kMany blocks, the first and those `further` by as many each.
+// bits32. words[i] is of block + i * further.
 template <int kMany>
 RELORA_HD void draw(Words (&words)[kMany], uint64_t seed, uint32_t stream, int64_t row, int64_t block,
                     int further) {
@@ -267,19 +267,20 @@ RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
 template <>
 RELORA_HD Neighbours<float> pair_stochastic<float>(Neighbours<float> v, uint32_t) { return v; }
 
-// kMany pairs at a time: they are asked together whether all stay as they are in round_stochastic's range.
+// kMany pairs at a time.
 template <typename T, int kMany>
 RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint32_t (&rand)[kMany],
                                 Neighbours<T> (&out)[kMany]) {
   for (int i = 0; i < kMany; ++i) out[i] = pair_stochastic<T>(v[i], rand[i]);
 }
+// One test for all: whether any is beyond the range, and rounds to nearest.
 template <int kMany>
 RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint32_t (&rand)[kMany],
                                 Neighbours<bf16> (&out)[kMany]) {
   constexpr float kLargest = 0x1.FEp127f;
   bool in_range = true;
   for (int i = 0; i < kMany; ++i) {
-    in_range &= fabsf(v[i].first) <= kLargest;  // not of a NaN
+    in_range &= fabsf(v[i].first) <= kLargest;  // false for a NaN
     in_range &= fabsf(v[i].second) <= kLargest;
   }
   for (int i = 0; i < kMany; ++i) {

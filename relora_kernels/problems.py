@@ -492,7 +492,7 @@ def _our_merge(name: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Problem):
-    """Of each of `sizes` the share `ratio` zeroed, and of a partner of each where `paired`."""
+    """The share `ratio` of each of `sizes` that is smallest zeroed, and as much of a partner where `paired`."""
 
     sizes: tuple[int, ...]
     paired: bool = False
@@ -505,7 +505,7 @@ class Prune(Problem):
     def name(self) -> str:
         tensors = f"{len(self.sizes)} tensors, " if len(self.sizes) > 1 else ""
         paired = ", paired" if self.paired else ""
-        ratio = f", ratio {self.ratio}" if self.ratio != 0.9 else ""
+        ratio = f", ratio {self.ratio}" if self.ratio != Prune.ratio else ""
         return f"prune {tensors}{sum(self.sizes):,} elements{paired}, {self.dtype}{ratio}"
 
     @property
@@ -553,6 +553,8 @@ class Prune(Problem):
         return {"error": differing / sum(self.sizes), "error_over_eager": float(differing > 0)}
 
     def evidence_class(self, o: PruneOperands) -> tuple[str, list] | None:
+        if self.ratio != Prune.ratio:
+            return None  # a class says nothing of the ratio
         return "prune_", list(evidence.CLASSES["prune_"](o.tensors, self.ratio, o.partners))
 
 

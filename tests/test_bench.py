@@ -105,6 +105,16 @@ def test_the_values_of_KERNEL_are_rows_of_their_own_and_no_evidence():
     assert sum(getattr(p, "by", "") == "KERNEL" for p in common.by_worth(gpu=True)) == 2
 
 
+def test_another_ratio_is_a_prune_of_its_own_and_no_evidence():
+    problem = problems.Prune((1000,), paired=True)
+    other = dataclasses.replace(problem, ratio=0.99)
+    assert other.name == problem.name + ", ratio 0.99"
+    assert problem.evidence_class(problem.prepare(CPU)) is not None
+    assert other.evidence_class(other.prepare(CPU)) is None
+    assert measure.run(other, other.ours()["ours reference"], CPU, seconds=0.0)["status"] == "ok"
+    assert sum(getattr(p, "ratio", 0.9) != 0.9 for p in common.by_worth(gpu=True)) == 1
+
+
 def test_the_main_loop_has_a_row_for_each_CLUSTER():
     from relora_kernels.cuda import lora_linear as cuda
 
