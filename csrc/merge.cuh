@@ -64,15 +64,17 @@ __device__ __forceinline__ void merge_pairs(Neighbours<T> (&w)[kMany], Neighbour
     }
     v[i] = {__fadd_rn(v[i].first, update[i].first), __fadd_rn(v[i].second, update[i].second)};
   }
-  if (kRounding == Rounding::stochastic) pairs_stochastic(v, rand, w);
+  if constexpr (kRounding == Rounding::stochastic) {
+    pairs_stochastic(v, rand, w);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kMany; ++i) {
-    if (kRounding == Rounding::stochastic) continue;
-    w[i] = pair_nearest<T>(v[i]);
-    if (!kCompensated) continue;
-    const Neighbours<float> stored = widen(w[i]);
-    rest[i] = pair_nearest<T>(
-        {__fsub_rn(v[i].first, stored.first), __fsub_rn(v[i].second, stored.second)});
+    for (int i = 0; i < kMany; ++i) {
+      w[i] = pair_nearest<T>(v[i]);
+      if (!kCompensated) continue;
+      const Neighbours<float> stored = widen(w[i]);
+      rest[i] = pair_nearest<T>(
+          {__fsub_rn(v[i].first, stored.first), __fsub_rn(v[i].second, stored.second)});
+    }
   }
 }
 

@@ -163,9 +163,6 @@ template <typename T>
 RELORA_HD T round_stochastic(float v, uint32_t rand16);
 
 template <>
-RELORA_HD float round_stochastic<float>(float v, uint32_t) { return v; }
-
-template <>
 RELORA_HD bf16 round_stochastic<bf16>(float v, uint32_t rand16) {
   const uint32_t b = float_bits(v);
   if ((b & 0x7FFFFFFFu) > 0x7F7F0000u) return round_nearest<bf16>(v);
@@ -264,8 +261,6 @@ RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
   return {round_stochastic<T>(v.first, rand & 0xFFFFu).bits |
           uint32_t(round_stochastic<T>(v.second, rand >> 16).bits) << 16};
 }
-template <>
-RELORA_HD Neighbours<float> pair_stochastic<float>(Neighbours<float> v, uint32_t) { return v; }
 
 // kMany pairs at a time.
 template <typename T, int kMany>

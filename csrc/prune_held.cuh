@@ -1,6 +1,6 @@
 // prune.cu's kernel for tensors that the shared memory of a cluster of blocks holds, or half of which it
-// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner at most; three digits
-// of the threshold are found on the way:
+// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner at most once; three
+// digits of the threshold are found on the way:
 //
 //   first    13 bits, counted as the elements arrive from memory
 //   second   10 bits of those whose first 13 are the quantile's; from shared memory
@@ -24,10 +24,10 @@ constexpr uint32_t kHeldShare = kHeldStrips * kPack<uint32_t>;            // ele
 constexpr uint32_t kMostShare = 2 * kHeldShare;                           // and that it takes
 constexpr int kLeastCluster = 8, kMostCluster = 16;
 constexpr int kHeldHist = Format<uint32_t>::bins / 2;  // words: two counters each
-// From this ratio on a partner is not fetched ahead, as much of it is not read: of elements that go at places
-// drawn at random, 0.44 of the pieces of 64 bytes keep none, 0.95^16, and of ratio 0.99 0.85.
-constexpr double kSparse = 0.95;
 constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
+// From this ratio on a partner is not fetched ahead, as much of it need not be read: where elements are dropped
+// at random, ratio^16 of its pieces of 64 bytes keep none: 0.44 at 0.95, 0.85 at 0.99.
+constexpr double kSparse = 0.95;
 static_assert(kMostShare <= 65535, "16-bit counters");
 static_assert(kHeldHist <= kLeastCluster * kThreads, "a word a thread");
 
