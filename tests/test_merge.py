@@ -549,3 +549,24 @@ def test_check_of_many_layers_reads_the_device_once_and_makes_no_copy(dtype, dev
     merges[7][2][3, 5] = torch.nan
     with pytest.raises(FloatingPointError, match="^7: "):
         op.check_finite(merges)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_merge(backend, autocast, device):
+    """Its products would lose a tiny B in 16 bits, and overflow in float16 where float32 does not."""
+    cast = torch.autocast(device, autocast)
+    for size, scaling in ((1e-6, 0.25), (300.0, 1e-3)):
+        weight, lora_A, lora_B = (t.to(device) for t in factors(32, 48, 8, size=size))
+        expected = weight.clone()
+        with use_backend(backend):
+            merge_(expected, lora_A * size, lora_B, scaling)
+            with cast:
+                merge_(weight, lora_A * size, lora_B, scaling)
+        assert torch.equal(weight, expected)
+    # Settled element by element: the bound r max|A| max|B| alone is over the range.
+    lora_A, lora_B = torch.eye(64, device=device) * 1e19, torch.eye(64, device=device) * 1e18
+    weight = torch.zeros(64, 64, device=device)
+    with use_backend(backend), cast:
+        merge_(weight, lora_A, lora_B, 1.0)
+    assert torch.allclose(weight.diagonal(), torch.tensor(1e37, device=device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -10,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from relora_kernels import backend
 from relora_kernels.cuda import lora_linear as _cuda
-from relora_kernels.ops import LIBRARY, checks
+from relora_kernels.ops import LIBRARY, checks, no_autocast
 from relora_kernels.reference import lora_linear as _reference
 
 IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
@@ -36,13 +35,13 @@ LIBRARY.define(
 
 def _forward(*args):
     module = backend.resolve("lora_linear", IMPLEMENTATIONS, "why_not_forward", *args)
-    with _no_autocast(args[0].device.type):
+    with no_autocast(args[0].device.type):
         return module.forward(*args)
 
 
 def _backward(*args):
     module = backend.resolve("lora_linear backward", IMPLEMENTATIONS, "why_not_backward", *args)
-    with _no_autocast(args[0].device.type):
+    with no_autocast(args[0].device.type):
         return module.backward(*args)
 
 
@@ -211,13 +210,6 @@ def _autocast(x, weight, bias):
         return t.to(dtype) if eligible else t
 
     return cast(x), cast(weight), cast(bias)
-
-
-def _no_autocast(device_type: str):
-    """The implementations choose their dtypes; without this eager and compiled runs would differ."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _seed_tensor(seed, device) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from relora_kernels import backend
 from relora_kernels.cuda import merge as _cuda
-from relora_kernels.ops import LIBRARY, checks
+from relora_kernels.ops import LIBRARY, checks, no_autocast
 from relora_kernels.reference import merge as _reference
 
 IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
@@ -39,7 +39,8 @@ def _merge(*args):
         written = [weight] if residual is None else [weight, residual]
         checks.apart("merge_", written, read=[lora_A, lora_B])
         check_finite([(weight, lora_A, lora_B, scaling, residual, "merge_")])
-    module.merge_(*args)
+    with no_autocast(args[0].device.type):
+        module.merge_(*args)
 
 
 def _merge_many(weights, As, Bs, scalings, rounding, residuals, seeds, first_rows, *restarts):
@@ -55,7 +56,8 @@ def _merge_many(weights, As, Bs, scalings, rounding, residuals, seeds, first_row
         module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *merge)
         served.setdefault(module, []).append((merge, restart))
     for module, pairs in served.items():
-        module.merge_many_(*map(list, zip(*pairs)))
+        with no_autocast(weights[0].device.type):  # merge_and_restart sorts by device
+            module.merge_many_(*map(list, zip(*pairs)))
 
 
 for _device in ("CPU", "CUDA"):
@@ -225,8 +227,9 @@ def check_finite(updates) -> None:
         if _is_bounded(weight.dtype, lora_A.shape[0], scaling, *found):
             continue
         in_range = weight.dtype == torch.float64 or max(found[:2]) < _FACTORS_END
-        if in_range and _is_finite(weight, lora_A, lora_B, update[3], residual):
-            continue
+        with no_autocast(lora_A.device.type):
+            if in_range and _is_finite(weight, lora_A, lora_B, update[3], residual):
+                continue
         work = torch.promote_types(weight.dtype, torch.float32)
         expected = f"lora_B @ lora_A, and scaling times it, in the range of {work}"
         if work == torch.float32:
