@@ -46,8 +46,8 @@ class FusedReLoRaLinear(nn.Linear):
 
     Parameters: ``weight`` (out, in), frozen; ``bias`` (out,), trained; ``lora_A`` (r, in), starts as
     U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
-    ``weight_residual`` (out, in), or None: what compensated merges could not store in a 16-bit W,
-    kept in host memory, part of the state_dict.
+    ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W, kept in host
+    memory, part of the state_dict; None before a merge or a state_dict has asked for it.
 
     Raises ValueError or TypeError for r < 1, lora_alpha <= 0, a dropout outside [0, 1], an unknown
     rounding or a dtype that is no float.
@@ -88,6 +88,7 @@ class FusedReLoRaLinear(nn.Linear):
         self.lora_scaling = nn.Parameter(torch.empty(1, **factory)) if trainable_scaling else None
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
         self.weight_residual: torch.Tensor | None = None
+        self.residual_loaded = False  # by the last load_state_dict: ranks compare it
         self.unloaded_dtype = self.weight.dtype  # of the nn.Linear that to_linear gives
         self.reset_lora_parameters()
 
@@ -138,7 +139,7 @@ class FusedReLoRaLinear(nn.Linear):
         if weight_dtype not in (None, weight.dtype):
             layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
             drops_digits = weight.dtype not in _NARROW and layer.weight.dtype in _NARROW
-            if layer.rounding == "compensated" and drops_digits and not weight.is_meta:
+            if layer._keeps_residual and drops_digits and not weight.is_meta:
                 layer.weight_residual = layer._host_residual()
                 layer.weight_residual.copy_(weight.detach() - layer.weight.to(weight.dtype))
         layer.weight.requires_grad_(False)
@@ -209,9 +210,16 @@ class FusedReLoRaLinear(nn.Linear):
         return weight, lora_A, lora_B, self.scaling, residual, self.name or "FusedReLoRaLinear"
 
     def check_merge(self) -> None:
-        """Raise where a merge is refused: for pending gradients, or by the backend in force."""
-        for key in ("lora_A", "lora_B", "lora_scaling"):
+        """Raise where a merge is refused: for parameters that are computed, for pending gradients, or by
+        the backend in force."""
+        for key in ("weight", "lora_A", "lora_B", "lora_scaling"):
             parameter = getattr(self, key)
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                raise ValueError(
+                    f"merge: expected plain parameters, got {self.name or type(self).__name__}.{key}, "
+                    f"which is computed (a parametrization, weight_norm): what a merge wrote to it "
+                    f"would be lost; remove that first"
+                )
             gradient = None if parameter is None else parameter.grad
             if gradient is not None and not gradient.is_meta and sharding.whole(gradient).any():
                 raise RuntimeError(
@@ -229,8 +237,8 @@ class FusedReLoRaLinear(nn.Linear):
         """W <- round(W + s B A), A drawn anew, B zeroed, merge_count + 1, in this order.
 
         The function that the layer computes stays the same up to the rounding of W. Raises
-        RuntimeError while gradients of A or B are pending, and FloatingPointError if the update is
-        not finite; nothing is changed then.
+        RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters, and
+        FloatingPointError if the update is not finite; nothing is changed then.
         """
         merge_layers([self])
 
@@ -274,7 +282,7 @@ class FusedReLoRaLinear(nn.Linear):
         rounding = self.rounding
         weight, first_row = sharding.local_rows(self.weight.detach())
         residual = None
-        if rounding == "compensated" and weight.dtype in _NARROW:
+        if self._keeps_residual:
             residual = self.weight_residual
             if residual is None:
                 residual = self._host_residual()
@@ -299,6 +307,10 @@ class FusedReLoRaLinear(nn.Linear):
         ), residual
 
     @property
+    def _keeps_residual(self) -> bool:
+        return self.rounding == "compensated" and self.weight.dtype in _NARROW
+
+    @property
     def _bound(self) -> float:
         """Of A's draw."""
         return 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
@@ -316,9 +328,10 @@ class FusedReLoRaLinear(nn.Linear):
         """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at
         merges alone."""
         weight, _ = sharding.local_rows(self.weight)
-        return torch.zeros(
-            weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda
-        )
+        with torch.inference_mode(False):  # later merges, outside of it, write to it
+            return torch.zeros(
+                weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda
+            )
 
     def _apply(self, fn, recurse=True):
         before = self.weight.dtype, self.lora_A.dtype
@@ -338,6 +351,9 @@ class FusedReLoRaLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Also before the first merge: loaders fill in the names that a new model's state_dict has.
+        if self.weight_residual is None and self._keeps_residual and not self.weight.is_meta:
+            self.weight_residual = self._host_residual()
         if self.weight_residual is not None:
             residual = sharding.like(self.weight, self.weight_residual)
             destination[prefix + "weight_residual"] = residual
@@ -347,6 +363,7 @@ class FusedReLoRaLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if prefix + "weight" in state_dict:
             self.weight_residual = None
+        self.residual_loaded = residual is not None
         if residual is None:
             return
         if residual.shape != self.weight.shape:

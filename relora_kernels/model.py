@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import types
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -37,7 +38,7 @@ class ReLoRaConfig:
         r, lora_alpha, lora_dropout, use_rslora, lora_dtype, trainable_scaling: see FusedReLoRaLinear.
         target_modules: which nn.Linear modules: a list of names (a module matches whose path is the
             name or ends in "." + name), a regular expression (matched against the whole path),
-            "all-linear" (every one but the output head), or None: attention and MLP projections.
+            "all-linear" (every one but output heads), or None: attention and MLP projections.
         exclude_modules: a list of names or a regular expression of modules to leave alone.
         weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps theirs.
         merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
@@ -150,8 +151,8 @@ def merge_and_reinit(model: nn.Module) -> int:
     Parameters sharded by FSDP2's fully_shard are merged shard by shard, with the same result; call
     it on every rank then.
 
-    Raises RuntimeError while gradients of A or B are pending, and FloatingPointError if any layer's
-    update is not finite; nothing is changed then.
+    Raises RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
+    and FloatingPointError if any layer's update is not finite; nothing is changed then.
     """
     sharding.reshard(model)
     layers = relora_layers(model)
@@ -222,6 +223,7 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     heads = _output_heads(model)
     found = {path: m for path, m in linears.items() if _is_target(path, m in heads, config)}
     if found:
+        _warn_left_out(model, config, linears)
         return found
     conv1d = sum(type(m).__name__ == "Conv1D" for m in model.modules())
     raise ValueError(
@@ -232,13 +234,39 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     )
 
 
+def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn.Linear]) -> None:
+    """Warn of what the config seems to ask for and apply_relora does not wrap."""
+    left, targets, exclude = [], config.target_modules, config.exclude_modules
+    if exclude is not None and not any(_matches(path, exclude) for path in linears):
+        left.append(f"exclude_modules={exclude!r} matches no nn.Linear")
+    if targets is None or targets == "all-linear":
+        conv1d = [path for path, m in model.named_modules() if type(m).__name__ == "Conv1D"]
+        experts = [
+            f"{path}.{name}" if path else name
+            for path, m in model.named_modules()
+            if not isinstance(m, nn.modules.conv._ConvNd)
+            for name, p in m.named_parameters(recurse=False)
+            if p.dim() == 3 and len(p) > 1
+        ]
+        for paths, what in ((conv1d, "Conv1D modules"), (experts, "3-D parameters")):
+            paths = [path for path in paths if _is_target(path, False, config)]
+            if paths:
+                left.append(f"{len(paths)} {what} stay at full rank ({_some(paths)})")
+    elif not isinstance(targets, str):
+        missing = [name for name in targets if not any(_matches(p, [name]) for p in linears)]
+        if missing:
+            left.append(f"of target_modules {', '.join(missing)} match no nn.Linear")
+    if left:
+        warnings.warn(f"apply_relora: {'; '.join(left)}", UserWarning, stacklevel=4)
+
+
 def _is_target(path: str, is_head: bool, config: ReLoRaConfig) -> bool:
     if config.exclude_modules is not None and _matches(path, config.exclude_modules):
         return False
     if config.target_modules is None:
         return not is_head and re.fullmatch(_DEFAULT_TARGETS, path, re.IGNORECASE) is not None
     if config.target_modules == "all-linear":
-        return not is_head and path.rpartition(".")[2] not in _HEADS
+        return not is_head and _HEADS.isdisjoint(path.split("."))
     return _matches(path, config.target_modules)
 
 

@@ -16,6 +16,12 @@ from relora_kernels.sharded_prune import prune_sharded_
 
 MODES = ("magnitude", "random", "zero")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Of torch's own those whose state holds others. Their state comes with the first step.
+_OTHER_OPTIMIZERS = tuple(
+    getattr(torch.optim, name)
+    for name in "SGD ASGD RMSprop Rprop Adagrad Adadelta Adamax Adafactor LBFGS Muon".split()
+    if hasattr(torch.optim, name)
+)
 
 
 @torch.no_grad()
@@ -33,7 +39,8 @@ def reset_optimizer(
     Args:
         optimizer: any optimizer whose state holds ``exp_avg`` and ``exp_avg_sq`` as floating tensors
             (Adam, AdamW, NAdam, ...; ``max_exp_avg_sq`` is treated as ``exp_avg_sq``).
-        params: parameters of `optimizer`. One that has no state yet has nothing to reset.
+        params: parameters of `optimizer`. One that has no state yet has nothing to reset, nor has a
+            frozen one that is not the optimizer's.
         mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
             element with probability `ratio`, from (seed, position in `params`, element) alone, None
             drawing a seed from torch's generator;
@@ -105,12 +112,28 @@ def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
 
 def adam_states(optimizer, params) -> list[tuple[int, dict]]:
     """(position in `params`, state) of each parameter that has state; raises as reset_optimizer does."""
+    states = own_states(optimizer, params)
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's has the user's in it
+    for key in MOMENTS:
+        moments = [state.get(key) for _, state in states]
+        # At a glance, as plain tensors pass. A model has hundreds.
+        plain = {torch.Tensor}.issuperset(map(type, moments))
+        if not (plain and set(checks.FLOATS).issuperset([t.dtype for t in moments])):
+            for _, state in states:
+                _refuse_other_state(inner, state, key)
+    if isinstance(inner, _OTHER_OPTIMIZERS):
+        _refuse(f"{type(inner).__name__}, which keeps others")
+    return states
+
+
+def own_states(optimizer, params) -> list[tuple[int, dict]]:
+    """adam_states of any optimizer: raises for parameters that are not its own alone."""
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise TypeError(f"reset_optimizer: expected a torch optimizer, got {optimizer!r}")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     state_of, states = optimizer.state, []
     for i, p in enumerate(params):
-        if id(p) not in known:
+        if id(p) not in known and p.requires_grad:
             raise ValueError(
                 f"reset_optimizer: expected parameters of the optimizer, got params[{i}] "
                 f"{checks.describe(p)} that it does not hold; pass lora_parameters(model) and make "
@@ -118,13 +141,6 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
             )
         if state := state_of.get(p):
             states.append((i, state))
-    for key in MOMENTS:
-        moments = [state.get(key) for _, state in states]
-        # At a glance, as plain tensors pass. A model has hundreds.
-        plain = {torch.Tensor}.issuperset(map(type, moments))
-        if not (plain and set(checks.FLOATS).issuperset([t.dtype for t in moments])):
-            for _, state in states:
-                _refuse_other_state(optimizer, state, key)
     return states
 
 
@@ -136,10 +152,13 @@ def _refuse_other_state(optimizer, state, key: str) -> None:
     got = f"no {key!r} (state: {', '.join(sorted(map(str, state)))})"
     if moment is not None:
         got = f"{key!r} as {type(moment).__name__} {checks.describe(moment)}"
+    _refuse(f"{got} from {type(optimizer).__name__}")
+
+
+def _refuse(got: str) -> None:
     raise TypeError(
-        f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating "
-        f"tensors, got {got} from {type(getattr(optimizer, 'optimizer', optimizer)).__name__}; "
-        f"use a full-precision Adam such as torch.optim.AdamW"
+        f"reset_optimizer: expected Adam moments exp_avg and exp_avg_sq as plain floating tensors, got "
+        f"{got}; use a full-precision Adam such as torch.optim.AdamW, or ReLoRaSchedule's reset_mode=None"
     )
 
 

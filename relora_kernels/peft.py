@@ -63,6 +63,9 @@ def save_adapter(
     weight is added to a base that was made from float32 (``weight_dtype``), and is left out of a
     base that has 16 bits itself: keep a checkpoint of the model to go on training.
 
+    PEFT (0.21) takes the names gate_proj, up_proj and down_proj in models whose experts transformers 5
+    keeps in one tensor (DeepSeek-V3, say) for the experts': `load_adapter` alone reads such an adapter right.
+
     Each folder is written under another name and renamed when complete, the base first. With several
     processes call it on one.
 

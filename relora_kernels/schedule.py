@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from relora_kernels import ranks, sharding
 from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.ops import checks
-from relora_kernels.optimizer import MODES, adam_states, reset_optimizer
+from relora_kernels.optimizer import MODES, adam_states, own_states, reset_optimizer
 from relora_kernels.reference import philox
 
 _SHORT_WARMUP = 50  # steps: below it, independent masks blew up (beta2 = 0.999)
@@ -54,7 +54,8 @@ class JaggedLR(LRScheduler):
     Args:
         optimizer: its param groups' lr are the base rates.
         base_schedule: f, a function step -> multiplier, or any of torch's or transformers' schedulers
-            that follow the step alone, made for `optimizer` and not stepped yet.
+            that follow the step alone and change learning rates alone (cycle_momentum=False), made for
+            `optimizer` and not stepped yet.
         restart_every, restart_warmup_steps, anneal_steps: steps; restart_warmup_steps + anneal_steps
             <= restart_every.
         total_steps: length of the run, if known: there is no restart at or after it.
@@ -85,9 +86,9 @@ class JaggedLR(LRScheduler):
                  f"restart_warmup_steps + anneal_steps <= restart_every = {restart_every}",
                  restart_warmup_steps + anneal_steps)  # fmt: skip
         groups = len(optimizer.param_groups)
-        if isinstance(base_schedule, LRScheduler):
-            recorded = _Recorded(base_schedule)
-            self.base_schedules = [functools.partial(recorded, i) for i in range(groups)]
+        self.recorded = _Recorded(base_schedule) if isinstance(base_schedule, LRScheduler) else None
+        if self.recorded is not None:
+            self.base_schedules = [functools.partial(self.recorded, i) for i in range(groups)]
         elif callable(base_schedule):
             self.base_schedules = [base_schedule] * groups
         else:
@@ -129,16 +130,27 @@ class JaggedLR(LRScheduler):
 
     def state_dict(self) -> dict:
         """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
-        left_out = ("base_schedules", "total_steps")
-        return {k: v for k, v in super().state_dict().items() if k not in left_out}
+        left_out = ("base_schedules", "recorded", "total_steps")
+        state = {k: v for k, v in super().state_dict().items() if k not in left_out}
+        return state | {"first_rates": self.recorded and self.recorded.rates[0]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from `state_dict`. Raises ValueError if it was saved with other restarts."""
+        """Continue from `state_dict`, before or after the optimizer's own, also if that was loaded before
+        the schedules were made. Raises ValueError if it was saved with other restarts."""
         for key in ("restart_every", "restart_warmup_steps", "anneal_steps"):
             saved = state_dict.get(key)
             _require("JaggedLR.load_state_dict", saved == getattr(self, key),
                      f"{key} = {getattr(self, key)} as constructed", saved)  # fmt: skip
-        super().load_state_dict(state_dict)
+        state = dict(state_dict)
+        first = state.pop("first_rates", None)
+        super().load_state_dict(state)
+        if first is not None and self.recorded is not None:
+            self.recorded.walk_from(first)
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 class _Recorded:
@@ -149,22 +161,39 @@ class _Recorded:
         fresh = not isinstance(scheduler, ReduceLROnPlateau) and step == 0
         _require("JaggedLR", fresh, "a base_schedule that follows the step alone, not stepped yet",
                  f"{type(scheduler).__name__} at step {step}")  # fmt: skip
-        groups = scheduler.optimizer.param_groups
+        _require("JaggedLR", not getattr(scheduler, "cycle_momentum", False),
+                 "a base_schedule that changes learning rates alone",
+                 f"{type(scheduler).__name__} with cycle_momentum=True")  # fmt: skip
+        self.scheduler = scheduler
+        # OneCycleLR ends, while a restart's warm-up asks for the rate that it leads to.
+        self.last_step = scheduler.total_steps if isinstance(scheduler, OneCycleLR) else math.inf
+        self.walk_from([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+
+    def walk_from(self, first: list[float]) -> None:
+        """Step 0 anew, with these rates. The optimizer's are others if its state was loaded before."""
+        groups = self.scheduler.optimizer.param_groups
+        _require("JaggedLR.load_state_dict", len(first) == len(groups), f"{len(groups)} param groups",
+                 len(first))  # fmt: skip
         stand_in = torch.optim.Optimizer(
-            [{**g, "params": [torch.zeros(1)], **_rates(g)} for g in groups], {}
+            [
+                {**g, "params": [torch.zeros(1)], **_rates(g), "lr": lr}
+                for g, lr in zip(groups, first)
+            ],
+            {},
         )
-        self.scheduler = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+        self.ahead = copy.deepcopy(self.scheduler, {id(self.scheduler.optimizer): stand_in})
         self.initial = [float(group["initial_lr"]) for group in groups]
-        self.rates = [[float(group["lr"]) for group in groups]]  # [step][param group]
+        self.rates = [list(first)]  # [step][param group]
 
     def __call__(self, group: int, step: int) -> float:
+        step = min(step, self.last_step)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
             )  # the stand-in is never stepped, which torch warns about
             while len(self.rates) <= step:
-                self.scheduler.step()
-                self.rates.append([float(g["lr"]) for g in self.scheduler.optimizer.param_groups])
+                self.ahead.step()
+                self.rates.append([float(g["lr"]) for g in self.ahead.optimizer.param_groups])
         return self.rates[step][group] / self.initial[group] if self.initial[group] else 0.0
 
 
@@ -191,10 +220,11 @@ class ReLoRaSchedule:
         model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.
         base_schedule, restart_every, restart_warmup_steps, anneal_steps, total_steps: see JaggedLR.
         reset_mode, reset_ratio, paired, reset_step: see `reset_optimizer` (mode, ratio, ...);
-            reset_mode None leaves the moments alone.
+            reset_mode None leaves the moments alone, whatever they are.
 
-    Raises ValueError if the LoRA parameters are not the optimizer's, TypeError if its state holds no
-    Adam moments or it is DeepSpeed's. Warns if independent masks meet a restart warm-up under 50 steps.
+    Raises ValueError if LoRA parameters that are trained are not the optimizer's, TypeError if its state
+    holds no Adam moments to reset or it is DeepSpeed's. Warns if independent masks meet a restart warm-up
+    under 50 steps, and at a restart of layers whose lora_B is still 0: nothing has trained them.
     """
 
     def __init__(
@@ -227,7 +257,9 @@ class ReLoRaSchedule:
                 stacklevel=2,
             )
         refuse_deepspeed("ReLoRaSchedule", model, optimizer)
-        adam_states(optimizer, list(lora_parameters(model)))
+        # What has to hold before a merge as well, and not after it alone.
+        self._states = adam_states if reset_mode is not None else own_states
+        self._states(optimizer, list(lora_parameters(model)))
         self.seed = relora_layers(model)[0][1].seed
         self._place = None  # the ranks' last comparison of step and restart, under way
         self.model, self.optimizer = model, optimizer
@@ -260,7 +292,7 @@ class ReLoRaSchedule:
         if due <= self.cycle:
             return False
         params = list(lora_parameters(self.model))
-        adam_states(self.optimizer, params)  # refuse before the merge, not after it
+        self._states(self.optimizer, params)
         self._merge()
         if self.reset_mode is not None:
             # Pruning what this restart has pruned already changes nothing: a repeat is harmless.
@@ -285,6 +317,7 @@ class ReLoRaSchedule:
         untouched = {path for path in counts if counts[path] == before.get(path)}
         if not merged or len(merged) + len(untouched) < len(counts):
             self._compare_factors(layers)
+            _warn_untrained(layers)
             scheduler.restarting = counts  # nothing done yet, or a mark of another course of events
             merge_and_reinit(self.model)  # refuses before it changes anything
             return
@@ -318,7 +351,7 @@ class ReLoRaSchedule:
                     )
 
     def _compare_factors(self, layers: dict) -> None:
-        """RuntimeError if the ranks' factors, or what A's next draw depends on, differ."""
+        """RuntimeError if the ranks' factors or residuals, or what A's next draw depends on, differ."""
         if ranks.count() == 1:
             return
         keys, found = [], []
@@ -328,6 +361,12 @@ class ReLoRaSchedule:
             for key in ("lora_A", "lora_B"):
                 parameter = getattr(layer, key)
                 values[key] = 0 if sharding.is_sharded(parameter) else _bits(parameter)
+            # No parameter or buffer: DDP and broadcast_from_rank0 send it to nobody.
+            residual = layer.weight_residual
+            if sharding.is_sharded(layer.weight):
+                values["weight_residual"] = int(layer.residual_loaded)
+            else:
+                values["weight_residual"] = 0 if residual is None else _bits(residual)
             keys += [f"{path}: {key}" for key in values]
             found += values.values()
         for key, values in zip(keys, zip(*ranks.gather(found))):
@@ -335,8 +374,8 @@ class ReLoRaSchedule:
                 others = [rank for rank, value in enumerate(values) if value != values[0]]
                 raise RuntimeError(
                     f"ReLoRaSchedule: expected the same factors on all ranks, got another {key} on "
-                    f"ranks {others} than on rank 0; nothing was merged. Give all ranks one seed, and "
-                    f"train in DistributedDataParallel or fully_shard"
+                    f"ranks {others} than on rank 0; nothing was merged. Give all ranks one seed, load "
+                    f"checkpoints on all of them, and train in DistributedDataParallel or fully_shard"
                 )
 
     def state_dict(self) -> dict:
@@ -361,10 +400,32 @@ def refuse_deepspeed(where: str, *objects) -> None:
             thing = getattr(thing, "optimizer", None)
 
 
+def _warn_untrained(layers: dict) -> None:
+    """Of this rank's rows of B: no collective for a warning."""
+    rows = {
+        path: sharding.local_rows(layer.lora_B.detach())[0]
+        for path, layer in layers.items()
+        if layer.lora_B.requires_grad
+    }
+    untrained = [path for path, B in rows.items() if B.numel() > 0 and not B.any()]
+    if untrained:
+        warnings.warn(
+            f"ReLoRaSchedule: {len(untrained)} of {len(layers)} layers come to a restart with lora_B = 0 "
+            f"({', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}): no gradient has come to "
+            f"them. A model that reads .weight instead of calling its module needs that left out with "
+            f"exclude_modules",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _bits(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's bit patterns: equal for equal tensors, NaN included."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
+    """A sum of a tensor's bytes, eight at a time: equal for equal tensors, NaN included."""
+    content = tensor.detach().reshape(-1).view(torch.uint8)
+    if content.storage_offset() % 8:
+        content = content.clone()
+    whole = content.numel() // 8 * 8
+    return int(content[:whole].view(torch.int64).sum() + content[whole:].sum())
 
 
 def _require(where: str, condition: bool, expected: str, got) -> None:

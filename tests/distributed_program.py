@@ -73,9 +73,9 @@ def run(case) -> int:
         return end.code
 
 
-def schedule_of(seed=0):
+def schedule_of(seed=0, dtype=None):
     torch.manual_seed(seed)
-    model = nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0"))
+    model = nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0", dtype=dtype))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     return model, ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2)
 
@@ -89,20 +89,33 @@ def expect_error(message, work) -> int:
     raise AssertionError(f"expected an error: {message}")
 
 
-def other_factors_case42() -> int:
-    model, schedule = schedule_of()
-    with torch.no_grad():
-        model[0].lora_A[0, 0] += ranks.index() == 1
-
+def refuses_to_merge(model, schedule, other: str) -> int:
     def steps():
         for _ in range(4):
             schedule.optimizer.step()
             schedule.step()
 
     weight = model[0].weight.clone()
-    code = expect_error("another 0: lora_A on ranks [1] than on rank 0; nothing was merged", steps)
+    code = expect_error(
+        f"another 0: {other} on ranks [1] than on rank 0; nothing was merged", steps
+    )
     assert torch.equal(model[0].weight, weight) and model[0].merge_count == 0
     return code
+
+
+def other_factors_case42() -> int:
+    model, schedule = schedule_of()
+    with torch.no_grad():
+        model[0].lora_A[0, 0] += ranks.index() == 1
+    return refuses_to_merge(model, schedule, "lora_A")
+
+
+def other_residual_case42() -> int:
+    """As where rank 0 alone loads a checkpoint: DistributedDataParallel sends no residual."""
+    model, schedule = schedule_of(dtype=torch.bfloat16)
+    if ranks.index() == 0:
+        model.state_dict()["0.weight_residual"][3, 3] = 1e-3
+    return refuses_to_merge(model, schedule, "weight_residual")
 
 
 def another_step_case42() -> int:

@@ -9,7 +9,11 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -172,6 +176,20 @@ def checkpoint_agrees() -> None:
     target.load_state_dict(source.state_dict())
     for (_, a), (_, b) in zip(relora_layers(source), relora_layers(target)):
         assert torch.equal(a.weight_residual, b.weight_residual) and a.weight_residual.any()
+    # Sent by rank 0 the residual comes to no other: the next restart refuses to lose the others' rows.
+    sent = shard(build(torch.bfloat16))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(sent, full if dist.get_rank() == 0 else {}, options=options)
+    get_model_state_dict(sent, options=StateDictOptions(full_state_dict=True))  # hangs nobody
+    optimizer = torch.optim.AdamW([p for p in sent.parameters() if p.requires_grad])
+    refused = ""
+    try:
+        ReLoRaSchedule(sent, optimizer, lambda t: 1.0, 1, 0).step()
+    except RuntimeError as error:
+        refused = str(error)
+    alone = dist.get_world_size() == 1
+    assert ("another 0.0: weight_residual on ranks [1" in refused) != alone, refused
+    assert all(layer.merge_count == 1 + alone for _, layer in relora_layers(sent))
 
 
 def one_row_agrees() -> None:

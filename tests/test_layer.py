@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from relora_kernels import FusedReLoRaLinear, lora_linear, use_backend
 from relora_kernels.layer import merge_layers
@@ -188,6 +189,10 @@ def test_state_dict_round_trip_with_residual():
         assert torch.equal(v, state[k])
     fresh = FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16).state_dict()
     other.load_state_dict(fresh)  # saved before any merge: what the weight says is all there is
+    assert not other.weight_residual.any()
+    del fresh["weight_residual"]
+    other.weight_residual.fill_(1.0)
+    other.load_state_dict(fresh)
     assert other.weight_residual is None
     parent = nn.Sequential(nn.Identity(), layer)
     twin = nn.Sequential(nn.Identity(), FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
@@ -418,3 +423,55 @@ def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monk
         assert layer.state_dict().keys() == expected.keys()
         for key, value in layer.state_dict().items():
             assert torch.equal(value, expected[key]), key
+
+
+def test_a_new_layers_state_dict_has_every_name_that_a_checkpoint_has():
+    """torch.distributed.checkpoint writes into the tensors of a new model's state_dict, and reads no others."""
+    trained(layer := FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16)).merge()
+    new = FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16)
+    for name, tensor in new.state_dict().items():
+        tensor.copy_(layer.state_dict()[name])
+    assert layer.weight_residual.any()
+    assert torch.equal(new.weight_residual, layer.weight_residual)
+    for no_residual in ({"dtype": torch.float32}, {"merge_rounding": "stochastic"}):
+        options = {"dtype": torch.bfloat16, **no_residual}
+        assert "weight_residual" not in FusedReLoRaLinear(8, 8, r=2, **options).state_dict()
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_neither_merge_nor_unloading(autocast, device):
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16, name="x", device=device))
+    twin = copy.deepcopy(layer)
+    linear = layer.to_linear()
+    layer.merge()
+    with torch.autocast(device, autocast):
+        assert torch.equal(twin.to_linear().weight, linear.weight)
+        twin.merge()
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+def test_merges_in_inference_mode_and_outside_follow_one_another():
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    with torch.inference_mode():
+        layer.merge()
+    trained(layer).merge()
+    assert layer.merge_count == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "lora_scaling"])
+def test_a_merge_into_what_is_computed_is_refused(name):
+    class Same(nn.Module):
+        def forward(self, tensor):
+            return tensor * 1.0
+
+        def right_inverse(self, tensor):
+            return tensor
+
+    layer = trained(FusedReLoRaLinear(8, 8, r=2, trainable_scaling=True))
+    parametrize.register_parametrization(layer, name, Same())
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=f"FusedReLoRaLinear.{name}, which is computed"):
+        layer.merge()
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[key])

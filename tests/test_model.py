@@ -1,6 +1,7 @@
 """apply_relora, merge_and_reinit and merge_and_unload on whole models."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -364,9 +365,49 @@ def test_targets_of_hugging_face_architectures():
     ):
         found = wrapped(model, target_modules="all-linear")
         assert len(found) == 2 * 7 and not any("score" in p or "head" in p for p in found)
+    roberta = transformers.RobertaConfig(vocab_size=50, intermediate_size=32, **small)
+    model = transformers.RobertaForSequenceClassification(roberta)
+    assert len(wrapped(model, target_modules="all-linear")) == 2 * 6  # not classifier.dense
     gpt2 = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match="4 Conv1D modules are no nn.Linear"):
         wrapped(transformers.GPT2LMHeadModel(gpt2))
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.conv = nn.Conv1d(8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        ({}, ["2 Conv1D modules stay at full rank (blocks.0.attn.c_attn, blocks.1.attn.c_attn)",
+              "1 3-D parameters stay at full rank (blocks.1.mlp.experts.gate_up_proj)"]),
+        ({"target_modules": "all-linear", "exclude_modules": "blocks.*"}, []),
+        ({"target_modules": ["up_proj", "gate_up_proj", "c_attn"]},
+         ["of target_modules gate_up_proj, c_attn match no nn.Linear"]),
+        ({"exclude_modules": ["blocks.0", "experts"]},
+         ["exclude_modules=['blocks.0', 'experts'] matches no nn.Linear"]),
+        ({"target_modules": ["up_proj"], "exclude_modules": ["head", "nothing"]}, []),
+    ],
+)  # fmt: skip
+def test_what_seems_targeted_and_is_left_out_is_told(config, told):
+    transformers = pytest.importorskip("transformers")
+    model = Model()
+    for block in model.blocks:
+        block.attn.c_attn = transformers.pytorch_utils.Conv1D(8, 8)
+    model.blocks[1].mlp.experts = Experts()
+    model.extra = nn.Linear(8, 8)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        apply_relora(model, ReLoRaConfig(r=2, **config))
+    assert len(found) == bool(told)
+    for text in told:
+        assert text in str(found[0].message)
+    assert not found or found[0].filename == __file__
 
 
 @pytest.mark.parametrize("pattern", [3, "[", [0]])

@@ -1,6 +1,8 @@
 """The jagged learning rate, and one boundary for merge, reset and restart."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -27,10 +29,10 @@ def some_optimizer(lr=1.0, groups=1):
     )
 
 
-def rates(scheduler, optimizer, steps):
+def rates(scheduler, optimizer, steps, group=0):
     found = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
+        found.append(optimizer.param_groups[group]["lr"])
         optimizer.step()
         scheduler.step()
     return found
@@ -66,17 +68,21 @@ def test_any_base_schedule():
     assert JaggedLR(some_optimizer(), linear, 10, 5).multiplier(50) == 0.0
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        lambda o: LambdaLR(o, [lambda t: 1 / (t + 1), lambda t: 0.5]),
-        lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.01),
-        lambda o: lr_scheduler.OneCycleLR(o, max_lr=[1.0, 2.0], total_steps=50),
-        lambda o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.StepLR(o, 7)], [5]
-        ),
-    ],
-)
+BASES = [
+    lambda o: LambdaLR(o, [lambda t: 1 / (t + 1), lambda t: 0.5]),
+    lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.01),
+    lambda o: lr_scheduler.OneCycleLR(o, [1.0, 2.0], total_steps=50, cycle_momentum=False),
+    lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.StepLR(o, 7)], [5]
+    ),
+    lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+]
+
+
+@pytest.mark.parametrize("base", BASES)
 def test_torchs_own_schedulers_as_base(base):
     plain, optimizer = some_optimizer(groups=2), some_optimizer(groups=2)
     expected, scheduler = base(plain), JaggedLR(optimizer, base(optimizer), 10, 3)
@@ -94,6 +100,50 @@ def test_torchs_own_schedulers_as_base(base):
         stepped.optimizer.step()
         stepped.step()
         JaggedLR(some_optimizer(), stepped, 10, 3)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("stop", [0, 2, 7, 10, 25])  # 10: a restart, where the learning rate is 0
+def test_resume_in_any_order(base, stop):
+    """The optimizer's state holds the learning rate of the step; loaded first, it is no scheduler's start."""
+
+    optimizer = some_optimizer(groups=2)
+    scheduler = JaggedLR(optimizer, base(optimizer), 10, 3)
+    rates(scheduler, optimizer, stop)
+    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    expected = rates(scheduler, optimizer, 20, group=1)
+
+    first = some_optimizer(groups=2)
+    first.load_state_dict(saved[0])
+    resumed = JaggedLR(first, base(first), 10, 3)
+    resumed.load_state_dict(saved[1])
+    assert rates(resumed, first, 20, group=1) == expected
+    for optimizer_first in (False, True):
+        last = some_optimizer(groups=2)
+        resumed = JaggedLR(last, base(last), 10, 3)
+        if optimizer_first:
+            last.load_state_dict(saved[0])
+        resumed.load_state_dict(saved[1])
+        if not optimizer_first:
+            last.load_state_dict(saved[0])
+        assert rates(resumed, last, 20, group=1) == expected
+
+
+def test_a_one_cycle_schedule_ends_with_its_last_rate():
+    """The warm-up behind the last restart asks for the rate of a step that lies after the end."""
+    base = BASES[2]
+    optimizer, plain = some_optimizer(groups=2), some_optimizer(groups=2)
+    scheduler, expected = JaggedLR(optimizer, base(optimizer), 30, 25), base(plain)
+    for _ in range(49):
+        for o, s in ((optimizer, scheduler), (plain, expected)):
+            o.step()
+            s.step()
+    assert scheduler.multiplier(49) == pytest.approx(19 / 25 * scheduler.multiplier(55))
+    assert scheduler.multiplier(55) * scheduler.base_lrs[0] < 0.05  # on the way to min_lr
+    with pytest.raises(
+        ValueError, match="learning rates alone, got OneCycleLR with cycle_momentum"
+    ):
+        JaggedLR(optimizer, lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50), 10, 3)
 
 
 def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():
@@ -231,6 +281,41 @@ def test_an_unfit_optimizer_is_refused_before_any_merge_case48():
     with pytest.raises(TypeError, match="state1"):
         schedule.restart_if_due()
     assert model[0].merge_count == 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adafactor])
+def test_other_optimizers_are_refused_before_their_first_step_case48(kind):
+    """Their state, which the reset would refuse, comes with it. Nothing to reset: any will do."""
+    model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.raises(TypeError, match=rf"got {kind.__name__}.*reset_mode=None"):
+        ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2)
+    schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2, reset_mode=None)
+    for _ in range(4):
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert model[0].merge_count == 1
+
+
+def test_frozen_factors_need_no_optimizer_and_untrained_ones_are_told():
+    model = torch.nn.Sequential(*(FusedReLoRaLinear(8, 8, r=2) for _ in range(3)))
+    model[0].lora_A.requires_grad_(False)
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2)
+    for _ in range(4):
+        model[0](torch.randn(4, 8)).square().mean().backward()  # past model[1]
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            schedule.step()
+    assert len(found) == 1 and "1 of 3 layers come to a restart with lora_B = 0 (1)" in str(
+        found[0].message
+    )
+    assert [int(layer.merge_count) for layer in model] == [1, 1, 1]
 
 
 def test_independent_masks_with_a_short_warmup_warn():

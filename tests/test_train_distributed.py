@@ -95,6 +95,7 @@ def runs(tmp_path_factory):
         new("stopped", lora_dropout=0.1, code=143, **full) | {"stop_on": 1},
         resume(base / "stopped"),
         {"check": "other_factors_case42"},
+        {"check": "other_residual_case42"},
         {"check": "another_step_case42"},
     ], base)  # fmt: skip
     two = interrupted(base / "two-full", base / "two-to-one")

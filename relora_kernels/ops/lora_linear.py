@@ -146,7 +146,8 @@ def lora_linear(
 
     Returns: (..., out) in x's dtype.
 
-    Under autocast x, weight and bias are cast to its dtype as by ``F.linear``. Differentiable once.
+    Under autocast x, weight and bias are cast to its dtype as by ``F.linear``. Differentiable once;
+    torch.func's transforms (grad, vmap) and fx.symbolic_trace do not go through it.
 
     Raises ValueError or TypeError for shapes, dtypes, devices or ranges other than these, and
     `BackendUnavailable` where a named backend cannot serve the call.
