@@ -142,6 +142,10 @@ def parse_options() -> argparse.Namespace:
     options, more = parser.parse_known_args()  # of relora-train, for every run
     if taken := [word for word in more if word.split("=")[0] in OWN]:
         parser.error(f"expected options that all runs can share, got {', '.join(taken)}")
+    if options.jobs < 1:
+        parser.error(f"expected --jobs >= 1, got {options.jobs}")
+    if options.minutes is not None and not options.minutes > 0:
+        parser.error(f"expected --minutes > 0, got {options.minutes}")
     options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
     options.words = ["--preset", options.size, "--diagnostics", "true", *more]
     if options.steps:
@@ -161,6 +165,7 @@ def chosen(grids: list[str], only: list[str] | None) -> list[str]:
 
 def seeds_in(output: Path) -> list[int]:
     runs = [path.parent for path in output.glob("*-*/metrics.jsonl")]
+    runs = [run for run in runs if run.name.rpartition("-")[2].isdecimal()]  # not a user's own
     return sorted({int(run.name.rpartition("-")[2]) for run in runs if is_over(run)})
 
 

@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> int:
         evidence.write(path, here, entries)
     except OSError as error:
         return _cannot_write(error)
-    print(f"tune: wrote {len(entries)} entries to {path}; `auto` follows them")
+    follows = "`auto` follows them" if device.type == "cuda" else "`auto` follows none on a CPU"
+    print(f"tune: wrote {len(entries)} entries to {path}; {follows}")
     return 0
 
 

@@ -1,11 +1,13 @@
 """relora-train: whole runs of a tiny model through main(), its folder, and the callbacks."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import yaml
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
-from train_runs import RESTARTS, finished_run, flags, one_thread, poison, series, words
+from train_runs import RESTARTS, digest, finished_run, flags, one_thread, poison, series, words
 from transformers import LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_with_warmup
@@ -44,6 +46,16 @@ def finished(text, tmp_path_factory):
 def test_bad_target_is_refused_before_the_warm_start(text, tmp_path, capsys):  # case 44
     assert cli.main(flags(text, tmp_path / "out", target_modules="query")) == 2
     assert "q_proj" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, says", [("cuda", "got cpu"), ("nonsense", "nonsense")])
+def test_a_backend_that_cannot_serve_is_told_before_the_warm_start(
+    text, tmp_path, capsys, monkeypatch, name, says
+):
+    monkeypatch.setenv("RELORA_KERNELS_BACKEND", name)
+    assert cli.main(flags(text, tmp_path / "out")) == 2
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -149,7 +161,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(finished, tmp_path):
     folder.create()
     assert (folder.root / "thesis.txt").read_text() == "mine"
     left = {p.name for p in folder.root.iterdir()}
-    assert left <= {"thesis.txt", "logits.pt"}
+    assert left <= {"thesis.txt", "logits.pt", "run.lock"}
 
 
 @pytest.mark.parametrize("foreign", ["checkpoint/precious", "plots/mine.png", "final/x"])
@@ -168,6 +180,67 @@ def test_overwrite_keeps_what_no_run_writes(finished, tmp_path, foreign):
     (stranger / "config.yaml").write_text("a: 1")
     with pytest.raises(ValueError, match="nothing was deleted"):
         RunFolder(stranger).check(resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("kept", ["all", "corpus.json alone", "nothing"])
+def test_overwrite_after_a_kill_at_any_point_of_the_last_one(finished, tmp_path, kept, monkeypatch):
+    folder = RunFolder(shutil.copytree(finished[0].root, tmp_path / "out"))
+    unlinked, unlink = [], Path.unlink
+
+    def killed(path, **kwargs):
+        unlinked.append(path)
+        if path == folder.corpus and kept == "corpus.json alone" or kept == "all":
+            raise KeyboardInterrupt
+        unlink(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            folder.create()
+    assert (unlinked[-1] == folder.corpus) == (kept != "all")
+    folder.lock()
+    folder.close()
+    (folder.root / "logits.pt").unlink(missing_ok=True)  # the fixture's
+    folder.check(resume=False, overwrite=kept != "nothing")
+    folder.create()
+    assert [path.name for path in folder.root.iterdir()] == ["run.lock"]
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(finished, tmp_path, text, capsys):
+    folder = RunFolder(shutil.copytree(finished[0].root, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
+    folder.lock()
+    for command in (
+        ["--resume", "--output_dir", str(folder.root)],
+        [*flags(text, folder.root), "--overwrite"],
+    ):
+        assert cli.main(command) == 2
+        assert "no other process to train in" in capsys.readouterr().err
+    before[folder.lock_file] = b""
+    assert before == {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
+    folder.close()
+    folder.lock()
+    folder.close()
+
+
+def test_a_diverged_run_ends_with_its_summary(text, tmp_path):
+    """At the end of the warm start the validation has no number, and the last one says so."""
+    out = tmp_path / "out"
+    options = {"steps": 8, "warm_start_steps": 8, "warm_start_learning_rate": 1e30, "eval_every": 4}
+    assert cli.main(flags(text, out, **options)) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["eval_loss_start"] > 0 and summary["sample"] is None
+    assert summary["eval_loss_final"] is None and summary["eval_loss_warm_start"] is None
+
+
+def test_autocast_is_what_the_settings_say(text, tmp_path, monkeypatch, finished):
+    """Not what accelerate launch --mixed_precision has put into the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    options = {"steps": 2, "warm_start_steps": 0, "warmup_steps": 1}
+    assert cli.main(flags(text, tmp_path / "a", **options)) == 0
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert cli.main(flags(text, tmp_path / "b", **options)) == 0
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
 # --- callbacks in anybody's Trainer --------------------------------------------------------------
@@ -236,9 +309,11 @@ def test_deepspeed_and_the_first_fsdp_are_refused_by_name(
     flat = torch.nn.Sequential(type("FullyShardedDataParallel", (torch.nn.Module,), {})())
     with pytest.raises(ValueError, match="FSDP's second version"):
         callback.on_train_begin(None, None, None, model=flat, optimizer=optimizer, **lr)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert cli.main(flags(text, tmp_path / "out")) == 2
-    assert "expected no DeepSpeed" in capsys.readouterr().err
+    for other in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        with monkeypatch.context() as patch:
+            patch.setenv(other, "true")
+            assert cli.main(flags(text, tmp_path / "out")) == 2
+        assert f"expected no {other}" in capsys.readouterr().err
 
 
 def test_tensorboard_marks_the_restarts(finished):

@@ -81,6 +81,11 @@ def test_one_target_is_a_name_or_an_expression(values, targets):
         (["--num_heads", "5"], "expected hidden_size to be an even multiple of num_heads"),
         (["--seq_length", "1"], "expected seq_length >= 2, got 1"),
         (["--seed", str(2**33)], "expected seed < 2^32"),
+        (["--warm_start_learning_rate", "inf"], "expected a finite warm_start_learning_rate >= 0"),
+        (
+            ["--lora_dtype", "bfloat16", "--bf16", "false"],
+            "expected --bf16 with --lora_dtype bfloat16",
+        ),
         (["--lora_alpha", "inf"], "expected a finite lora_alpha, got inf"),
         (["--train_files", "a", "--dataset", "b"], "expected --train_files or --dataset, got both"),
         (["--resume", "--overwrite"], "expected one of --resume and --overwrite"),

@@ -48,6 +48,18 @@ def test_explicit_validation_is_kept_out_of_training(tmp_path):
     assert corpus.train == [(tmp_path / n).read_text() for n in "ac"]
 
 
+def test_a_name_that_exists_is_no_pattern(tmp_path):
+    for name in ("report [final].txt", "notes[1].txt", "notes1.txt"):
+        (tmp_path / name).write_text(name)
+    for pattern, found in {
+        "report [final].txt": ["report [final].txt"],
+        "notes[1].txt": ["notes[1].txt"],
+        "notes[1-9].txt": ["notes1.txt"],
+        "notes*": ["notes1.txt", "notes[1].txt"],
+    }.items():
+        assert data._read([str(tmp_path / pattern)]) == found
+
+
 def test_dataset_is_streamed_until_there_is_enough(tmp_path):
     pytest.importorskip("datasets")
     rows = [json.dumps({"body": f"{i} " + words(20, i)}) for i in range(200)]

@@ -222,6 +222,13 @@ class TestACacheThatCannotBeFollowed:
             evidence.read_table(1)  # of another GPU of this machine
         assert len(caught) == 1 and "tune.json" in str(caught[0].message)
 
+    def test_of_another_format_is_kept_beside_the_new_one(self, cache):
+        newer = '{"format": 99, "devices": {"Some GPU sm_90": "months of it"}}'
+        cache.write_text(newer)
+        evidence.write(cache, HERE, [entry(["triton"])])
+        assert cache.with_name("tune.json.old").read_text() == newer
+        assert evidence.order("lora_linear", call()) == ("triton",)
+
     @pytest.mark.parametrize(
         "changed", ["driver", "torch", "triton", "package", "kernels", "build"]
     )

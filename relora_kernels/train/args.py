@@ -396,7 +396,8 @@ def _problems(args: Args) -> list[str]:
         expect(value > 0, f"{name} > 0", value)
         expect(value < math.inf, f"a finite {name}", value)
     for name in _NOT_NEGATIVE:
-        expect(getattr(args, name) >= 0, f"{name} >= 0", getattr(args, name))
+        value = getattr(args, name)
+        expect(0 <= value < math.inf, f"a finite {name} >= 0", value)
     for name in _SHARES:
         expect(0 <= getattr(args, name) <= 1, f"{name} in [0, 1]", getattr(args, name))
     if found:
@@ -423,6 +424,7 @@ def _problems(args: Args) -> list[str]:
         f"batch_size to be a multiple of the number of processes ({world_size()})",
         args.batch_size,
     )
+    expect(args.bf16 or args.lora_dtype != "bfloat16", "--bf16 with --lora_dtype bfloat16", "none")
     expect(args.seq_length >= 2, "seq_length >= 2", args.seq_length)
     expect(args.seed < 2**32, "seed < 2^32", args.seed)
     expect(not (args.resume and args.overwrite), "one of --resume and --overwrite", "both")
@@ -435,4 +437,4 @@ def world_size() -> int:
 
 
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return world_size() == 1 or int(os.environ.get("RANK", "0")) == 0

@@ -4,6 +4,8 @@
 around it: args, data, metrics, output (the folder), report.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,10 +36,14 @@ from relora_kernels import (
     ReLoRaSchedule,
     apply_relora,
     cosine_with_warmup,
+    lora_parameters,
+    merge_and_reinit,
     merge_and_unload,
     ranks,
+    reset_optimizer,
 )
 from relora_kernels.model import relora_layers
+from relora_kernels.optimizer import MOMENTS
 from relora_kernels.reference import philox
 
 from . import checkpoint, report
@@ -54,9 +60,15 @@ from .trainer import ReLoRaTrainer
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.utils.logging.disable_progress_bar()  # Progress is the only bar
+    folder = RunFolder(args.output_dir)
+    with contextlib.closing(folder):
+        return _train(args, folder)
+
+
+def _train(args: Args, folder: RunFolder) -> int:
     try:
-        run = Run(args)
-    except (ValueError, OSError) as error:
+        run = Run(args, folder)
+    except (ValueError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 2
     try:
@@ -77,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print("relora-train: interrupted; all steps are taken: --resume goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -90,20 +105,23 @@ class _InOrder(ReLoRaTrainer):
 class Run:
     """One run: its settings, folder and data. Construction raises ValueError for bad input."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, folder: RunFolder):
         gpus = torch.cuda.device_count()
         if gpus > 1 and world_size() == 1:
             raise ValueError(
                 f"expected one process per GPU, got one for {gpus}: start with torchrun "
                 f"--nproc-per-node {gpus} -m relora_kernels.train, or set CUDA_VISIBLE_DEVICES=0"
             )
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                "expected no DeepSpeed, got ACCELERATE_USE_DEEPSPEED: its flat copies of the weights "
-                "cannot be merged into; start with torchrun, and --sharding full to save memory"
-            )
-        self.args = args
-        self.folder = RunFolder(args.output_dir)
+        for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{other}", "false").lower() in ("1", "true", "yes"):
+                raise ValueError(
+                    f"expected no ACCELERATE_USE_{other}, got {os.environ[f'ACCELERATE_USE_{other}']}: its "
+                    f"copies of the weights cannot be merged into; start with torchrun, and --sharding "
+                    f"full to save memory"
+                )
+        # As --bf16 and config.yaml say, also below `accelerate launch --mixed_precision`.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
+        self.args, self.folder = args, folder
         self.folder.check(args.resume, args.overwrite)
 
         corpus = load_corpus(args)
@@ -120,9 +138,11 @@ class Run:
         }
         if args.relora_steps > 0:
             self._try_relora()
-        if args.warm_start_from:
+        if args.warm_start_from and not args.resume:
             self._check_warm_start()
         self._claim_folder()
+        if args.warm_start_from and args.resume and not self.resumed:
+            self._check_warm_start()
         self.guard, self.stop = SkipNonFiniteCallback(), StopOnSignalCallback()
         self.sinks = []
         if is_main_process():
@@ -140,14 +160,15 @@ class Run:
         donor, given = RunFolder(self.args.warm_start_from), "--warm_start_from"
         try:
             before = yaml.safe_load(donor.config.read_text(encoding="utf-8"))
-            corpus = json.loads(donor.corpus.read_text(encoding="utf-8"))["sha256"]
-        except (OSError, ValueError) as error:
+            before = {name: before.get(name) for name in WARM_START}
+            corpus = donor.corpus_record()["sha256"]
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(f"{given}: expected the folder of a run, got {error}") from error
         now = self.args.settings()
         wrong = [
-            f"{name}: expected {now[name]}, got {before.get(name)}"
+            f"{name}: expected {now[name]}, got {before[name]}"
             for name in WARM_START
-            if now[name] != before.get(name)
+            if now[name] != before[name]
         ]
         if corpus != self.corpus["sha256"]:
             wrong.append(f"corpus: expected {self.corpus['sha256'][:12]}, got {corpus[:12]}")
@@ -164,12 +185,32 @@ class Run:
         with torch.device("meta"):
             apply_relora(LlamaForCausalLM(self._llama_config()), self._relora_config())
 
+    def _rehearse(self):
+        """A product, a merge and a reset of one small layer: what a backend named does not serve is told
+        now, too."""
+        args, width = self.args, self.args.hidden_size
+        model = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False)).to(self.device)
+        apply_relora(model, dataclasses.replace(self._relora_config(), target_modules=["0"]))
+        factors = list(lora_parameters(model))
+        optimizer = torch.optim.AdamW(factors)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            y = model(torch.ones(8, width, device=self.device)).sum()
+        for factor, gradient in zip(factors, torch.autograd.grad(y, factors)):
+            optimizer.state[factor] = {key: gradient.clone() for key in MOMENTS}
+        merge_and_reinit(model)
+        if args.reset_mode != "none":
+            reset_optimizer(optimizer, factors, args.reset_mode, args.reset_ratio)
+
     def _claim_folder(self):
         state = accelerate.PartialState(cpu=not torch.cuda.is_available())
         self.device = state.device
+        if self.args.relora_steps > 0:
+            self._rehearse()
+        if is_main_process():
+            self.folder.lock()
         state.wait_for_everyone()  # every process has checked the folder
         if self.args.resume:
-            before = json.loads(self.folder.corpus.read_text(encoding="utf-8"))
+            before = self.folder.corpus_record()
             if before["sha256"] != self.corpus["sha256"]:
                 raise ValueError(
                     f"--resume: expected the corpus {before['sha256'][:12]} ({before['source']}), "
@@ -388,6 +429,9 @@ class Run:
         speeds = sorted(r["tokens_per_second"] for r in rows if "tokens_per_second" in r)
         memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
         tokens = args.steps * args.batch_size * args.seq_length
+        losses, sample = report.losses(rows), None
+        if losses["eval_loss_final"] is not None:  # a model that has diverged has no probabilities
+            sample = report.sample_text(model, self.tokenizer, self.prompt, args.seed)
         summary = {
             "model": f"Llama, {args.preset} preset",
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -397,7 +441,7 @@ class Run:
             "skipped_steps": sum("skipped" in r for r in rows),
             "tokens": tokens,
             "epochs": tokens / self.blocks.size,
-            **report.losses(rows),
+            **losses,
             "update_rank": figures(spectrum) if spectrum else None,
             "train_seconds": rows[-1]["seconds"] if rows else None,
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
@@ -412,11 +456,11 @@ class Run:
                 "relora_kernels": relora_kernels.__version__,
             },
             "settings": args.settings(),
-            "sample": report.sample_text(model, self.tokenizer, self.prompt, args.seed),
+            "sample": sample,
         }
         report.plot_metrics(rows, folder.plots, spectrum)
         write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
-        print(f"\n{report.table(summary)}\n\nsample\n{summary['sample']}\n")
+        print(f"\n{report.table(summary)}\n\nsample\n{summary['sample'] or '-'}\n")
         print(f"written to {folder.root}")
 
     def _export(self, model) -> None:

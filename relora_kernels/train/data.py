@@ -116,7 +116,9 @@ def _standard_library() -> list[str]:
 def _read(patterns: list[str]) -> list[str]:
     paths: dict[Path, None] = {}  # a set that keeps its order
     for pattern in patterns:
-        matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        named = Path(pattern)  # brackets may be part of a name
+        found = [named] if named.exists() else glob.glob(pattern, recursive=True)
+        matches = [Path(p) for p in sorted(found)]
         if not matches:
             raise ValueError(f"expected text files at {pattern!r}, got none")
         for match in matches:
@@ -153,7 +155,7 @@ def _stream(spec: str, column: str, characters: int) -> list[str]:
             length += len(text)
             if length >= characters:
                 break
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"--dataset {spec}: {error}") from error
     return documents
 
@@ -249,4 +251,6 @@ def training_blocks(args, corpus: Corpus, tokenizer) -> tuple[np.ndarray, np.nda
             f"from {corpus.source}: add text, give --validation_files, or lower --seq_length"
         )
     keep = max(1, args.eval_tokens // args.seq_length)
-    return train, validation[:: max(1, len(validation) // keep)][:keep]  # spread over the documents
+    return train, validation[:: max(1, len(validation) // keep)][
+        :keep
+    ]  # spread, where there are many

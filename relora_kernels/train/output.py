@@ -1,5 +1,7 @@
 """The folder of a run: what lies in it, who may write to it, what a resumed run finds there."""
 
+import contextlib
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -27,6 +29,7 @@ class RunFolder:
     summary.json    the table printed at the end, and more
     final/          the merged model and its tokenizer, an ordinary Hugging Face checkpoint
     checkpoint/     warm_start/ and relora/: checkpoints of the two phases, for --resume
+    run.lock        empty; locked while a process trains here
     """
 
     def __init__(self, root: str | Path):
@@ -40,6 +43,25 @@ class RunFolder:
         self.summary = self.root / "summary.json"
         self.final = self.root / "final"
         self.checkpoint = self.root / "checkpoint"
+        self.lock_file = self.root / "run.lock"
+        self._lock = contextlib.ExitStack()
+
+    def lock(self) -> None:
+        """ValueError while another process trains here. Until `close`, or the end of this process."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        file = self._lock.enter_context(self.lock_file.open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"expected no other process to train in {self.root}, got one that holds "
+                f"{self.lock_file.name}: wait for it or end it"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"{self.root} cannot be locked ({error}): start no second run there")
+
+    def close(self) -> None:
+        self._lock.close()
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """ValueError where the run would write over something, or has nothing to resume from."""
@@ -50,7 +72,7 @@ class RunFolder:
                 raise ValueError(
                     f"--resume: expected a run in {self.root}, got no {self.corpus.name}"
                 )
-        elif self.root.exists() and any(self.root.iterdir()):
+        elif self.root.exists() and not self._holds_nothing():
             if not overwrite:
                 raise ValueError(
                     f"expected --output_dir to be new or empty, got {self.root} with files in it: "
@@ -59,7 +81,7 @@ class RunFolder:
             if not self._is_a_run():
                 raise ValueError(
                     f"--overwrite: expected an earlier run in {self.root}, got a folder without its "
-                    f"{CONFIG_FILE} and corpus.json: nothing was deleted"
+                    f"corpus.json, or with another {CONFIG_FILE}: nothing was deleted"
                 )
             if foreign := set(self.final.glob("**/*")) - set(self._own_files()):
                 raise ValueError(
@@ -67,14 +89,27 @@ class RunFolder:
                     f"{min(foreign)}: move it away; nothing was deleted"
                 )
 
+    def _holds_nothing(self) -> bool:
+        """But what a run that was killed at its start may have left."""
+        left = {self.lock_file, _temporary(self.corpus)}
+        return left.issuperset(self.root.iterdir())
+
     def _is_a_run(self) -> bool:
+        """By corpus.json, the first file written and the last deleted, and the settings if they are there."""
         try:
-            settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            return settings.keys() <= FIELDS.keys() and "sha256" in json.loads(
-                self.corpus.read_text()
-            )
+            settings = {}
+            if self.config.exists():
+                settings = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            return settings.keys() <= FIELDS.keys() and "sha256" in self.corpus_record()
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
             return False
+
+    def corpus_record(self) -> dict:
+        """corpus.json. ValueError where it is none."""
+        record = json.loads(self.corpus.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"sha256", "source"} <= record.keys():
+            raise ValueError(f"expected a run's record in {self.corpus}, got {record!r:.80}")
+        return record
 
     def _own_files(self) -> list[Path]:
         """Of the files below root, those that a run writes."""
@@ -94,7 +129,7 @@ class RunFolder:
 
     def create(self) -> None:
         """Makes the folder, and deletes an earlier run's files from it, but nobody else's."""
-        for path in self._own_files():
+        for path in sorted(self._own_files(), key=lambda path: path == self.corpus):
             if not path.is_dir():
                 path.unlink()
         for path in sorted(self.root.rglob("*"), reverse=True):
@@ -115,7 +150,12 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise checkpoint.OtherRun(
+                f"expected a row of JSON in each line of {self.metrics}, got another: {error}"
+            ) from error
 
     def forget_rows_after(self, phase: str, step: int) -> list[dict]:
         """Drops what a resumed run will measure again; returns the rows that are left."""
@@ -133,9 +173,17 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """All or nothing: a reader never sees a half-written file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")

@@ -163,12 +163,13 @@ def sample_text(
 
 
 def losses(rows: list[dict]) -> dict[str, float | None]:
-    """Validation loss at the first step, at the end of the warm start, and at the end."""
+    """Validation loss at the first step, at the end of the warm start, and at the end; None where it was
+    no number, or there was none."""
 
     def last(rows):
         return rows[-1]["eval_loss"] if rows else None
 
-    validations = [r for r in rows if r.get("eval_loss") is not None]
+    validations = [r for r in rows if "eval_loss" in r]
     return {
         "eval_loss_start": validations[0]["eval_loss"] if validations else None,
         "eval_loss_warm_start": last([r for r in validations if r["phase"] == "warm_start"]),
