@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: Args, folder: RunFolder) -> int:
     try:
         run = Run(args, folder)
-    except (ValueError, OSError, relora_kernels.BackendUnavailable) as error:
+    except (ValueError, FloatingPointError, OSError, relora_kernels.BackendUnavailable) as error:
         print(f"relora-train: error: {error}", file=sys.stderr)
         return 2
     try:

@@ -251,6 +251,5 @@ def training_blocks(args, corpus: Corpus, tokenizer) -> tuple[np.ndarray, np.nda
             f"from {corpus.source}: add text, give --validation_files, or lower --seq_length"
         )
     keep = max(1, args.eval_tokens // args.seq_length)
-    return train, validation[:: max(1, len(validation) // keep)][
-        :keep
-    ]  # spread, where there are many
+    every = max(1, len(validation) // keep)  # spread over the documents, where there are many
+    return train, validation[::every][:keep]
