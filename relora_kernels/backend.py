@@ -21,6 +21,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import torch
+
 from relora_kernels import evidence
 
 BACKENDS = ("reference", "triton_mask", "triton", "triton_tma", "cuda")
@@ -65,9 +67,15 @@ def use_backend(name: str):
     which have to see it. Compiled graphs see it too, since ops choose when they run. Where blocks of
     several threads overlap, the one entered last counts.
 
-    Raises ValueError for any other name. An op that `name` cannot serve raises BackendUnavailable
-    when it is called; nothing falls back.
+    Raises ValueError for any other name, and RuntimeError within code that torch.compile compiles whole,
+    which would leave the block out: enter it around the call. An op that `name` cannot serve raises
+    BackendUnavailable when it is called; nothing falls back.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "use_backend: expected to be entered outside of compiled code, got a call within it, where it "
+            "would do nothing; enter it around the call of the compiled function"
+        )
     mine = _Block(_checked(name, "use_backend"))
     _named.append(mine)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from relora_kernels import sharding
+from relora_kernels import ranks, sharding
 from relora_kernels.ops import checks
 from relora_kernels.ops.prune import prune_, prune_random_
 from relora_kernels.reference import philox
@@ -43,7 +43,7 @@ def reset_optimizer(
             frozen one that is not the optimizer's.
         mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
             element with probability `ratio`, from (seed, position in `params`, element) alone, None
-            drawing a seed from torch's generator;
+            drawing a seed from torch's generator (replicas of a model need one seed on all ranks);
             "zero" drops all.
         ratio: share to drop, 0 <= ratio <= 1; not used by "zero".
         paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
@@ -58,12 +58,14 @@ def reset_optimizer(
     result; call it on every rank then.
     """
     checks.one_of("reset_optimizer", "mode", mode, MODES)
-    if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
     ratio = checks.fraction("reset_optimizer", "ratio", ratio)
     if not isinstance(params, Iterable):
         raise TypeError(f"reset_optimizer: expected params to be parameters, got {params!r}")
     states = adam_states(optimizer, [params] if isinstance(params, torch.Tensor) else list(params))
+    if mode == "random" and seed is None:
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        if sharding.any_sharded(state[MOMENTS[0]] for _, state in states):
+            seed = ranks.maximum([seed])[0]
     first, second = ([(i, state[key]) for i, state in states] for key in MOMENTS)
     key = "max_exp_avg_sq"
     largest = [(i, state[key]) for i, state in states if isinstance(state.get(key), torch.Tensor)]

@@ -196,3 +196,17 @@ def test_blocks_of_many_threads_lose_none(monkeypatch):
     finally:
         sys.setswitchinterval(interval)
     assert not wrong and current_backend() == "auto"
+
+
+def test_a_block_within_compiled_code_is_refused_or_heeded():
+    """Dynamo would leave it out: ops choose their backend when the graph runs."""
+    operands = torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2)
+
+    def named():
+        with use_backend("cuda"):
+            return relora_kernels.lora_linear(*operands, 0.5)
+
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="cannot serve this call|outside of compiled code"):
+            torch.compile(named, backend="eager", fullgraph=fullgraph)()

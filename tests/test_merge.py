@@ -570,3 +570,18 @@ def test_autocast_changes_no_merge(backend, autocast, device):
     with use_backend(backend), cast:
         merge_(weight, lora_A, lora_B, 1.0)
     assert torch.allclose(weight.diagonal(), torch.tensor(1e37, device=device))
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_an_inference_tensor_is_refused_before_it_is_written(backend, device):
+    """The write succeeds, and what follows raises: a second try would merge twice."""
+    with torch.inference_mode():
+        weight = torch.zeros(4, 6, device=device)
+    lora_A, lora_B = torch.ones(2, 6, device=device), torch.ones(4, 2, device=device)
+    with use_backend(backend):
+        with pytest.raises(ValueError, match="torch.inference_mode"):
+            merge_(weight, lora_A, lora_B, 1.0)
+        assert not weight.any()
+        with torch.inference_mode():
+            merge_(weight, lora_A, lora_B, 1.0)
+    assert (weight == 2).all()

@@ -206,3 +206,14 @@ def test_random_resets_without_a_seed_follow_torchs_generator():
 def test_what_is_no_optimizer_is_refused(args):
     with pytest.raises(TypeError, match="reset_optimizer: expected"):
         reset_optimizer(*args)
+
+
+@pytest.mark.parametrize("mode", ["magnitude", "zero"])
+def test_only_random_resets_draw(mode):
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    state = torch.get_rng_state()
+    reset_optimizer(optimizer, [parameter], mode)
+    assert torch.equal(torch.get_rng_state(), state)

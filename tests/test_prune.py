@@ -1,6 +1,7 @@
 """prune_ against torch.quantile bit for bit, and its contract for what quantile does not cover."""
 
 import contextlib
+import time
 
 import pytest
 import torch
@@ -394,3 +395,32 @@ def test_overlapping_windows_and_non_tensors_are_refused_before_anything_changes
     with pytest.raises(TypeError, match="tensors to be a tensor or a list, got None"):
         prune_(None, 0.5)
     assert torch.equal(good, before)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_a_cpu_selects_in_time_whatever_the_order(ratio):
+    """kthvalue takes quadratic time where values descend: 25 s for these."""
+    t = torch.arange(1_000_000, 0, -1).float()
+    expected = t.masked_fill(~(t > torch.quantile(t, ratio)), 0)
+    start = time.perf_counter()
+    with use_backend("reference"):
+        prune_(t, ratio)
+    assert time.perf_counter() - start < 5
+    assert torch.equal(t, expected)
+
+
+def test_inference_tensors_are_refused_before_anything_is_written():
+    first = torch.arange(8.0)
+    with torch.inference_mode():
+        second = torch.arange(8.0)
+    for tensors, paired in (([first, second], None), ([first], [second])):
+        with pytest.raises(ValueError, match="torch.inference_mode"):
+            prune_(tensors, 0.5, paired)
+        assert torch.equal(first, torch.arange(8.0))
+
+
+def test_random_partners_of_another_shape_are_refused():
+    base = torch.ones(120)
+    with pytest.raises(ValueError, match=r"shapes of tensors, \[\(40, 3\)\], got \[\(4, 1\)\]"):
+        op.prune_random_([torch.ones(40, 3)], 0.5, [base[:4].view(4, 1)], [1], [0])
+    assert base.all()

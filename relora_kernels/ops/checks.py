@@ -88,6 +88,18 @@ def lora_shapes(op: str, weight, lora_A, lora_B) -> None:
         )
 
 
+def writable(op: str, tensors) -> None:
+    """None is an inference tensor outside of inference mode, which raises when it has been written."""
+    if torch.is_inference_mode_enabled():
+        return
+    for t in tensors:
+        if t.is_inference():
+            raise ValueError(
+                f"{op}: expected tensors that may be written here, got {describe(t)}, made in "
+                f"torch.inference_mode(); clone() it, or call this there"
+            )
+
+
 def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
     """No two elements of `tensor` share memory, so that it can be written in place."""
     extent = 1
@@ -158,9 +170,10 @@ def whole_number(op: str, name: str, value, least: int) -> int:
 
 
 def int64(op: str, name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**63:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: expected {name} to be an int64, got {value!r}")
-    return value
+    return int(value)
 
 
 def float_dtype(op: str, name: str, value) -> None:

@@ -34,9 +34,10 @@ LIBRARY.define(
 def _merge(*args):
     *args, check = args
     module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *args)
+    weight, lora_A, lora_B, scaling, _, residual, _, _ = args
+    written = [weight] if residual is None else [weight, residual]
+    checks.writable("merge_", written)
     if check:
-        weight, lora_A, lora_B, scaling, _, residual, _, _ = args
-        written = [weight] if residual is None else [weight, residual]
         checks.apart("merge_", written, read=[lora_A, lora_B])
         check_finite([(weight, lora_A, lora_B, scaling, residual, "merge_")])
     with no_autocast(args[0].device.type):
@@ -44,6 +45,7 @@ def _merge(*args):
 
 
 def _merge_many(weights, As, Bs, scalings, rounding, residuals, seeds, first_rows, *restarts):
+    checks.writable("merge", [*weights, *residuals, *restarts[0], *restarts[1], *restarts[2]])
     residuals = residuals or [None] * len(weights)
     merges = [
         (weight, A, B, scaling, rounding, residual, seed, first_row)
@@ -98,7 +100,9 @@ def merge_(
             ``"nearest"`` loses updates much smaller than the weight (bfloat16, update of 1e-3 of the
             weight's norm: half of it);
             ``"stochastic"`` is unbiased; random bits are a function of (seed, element) alone;
-            ``"compensated"`` keeps what rounding drops in `residual` and adds it at the next merge.
+            ``"compensated"`` keeps what rounding drops in `residual` and adds it at the next merge. The
+            residual is rounded, too: merges whose updates are under some 2^-18 of a bfloat16 weight, or
+            3e-8 in float16, do not add up.
             For float32 and float64 weights, whose sums need no narrowing, all three are nearest.
         residual: (out, in) in weight's dtype, on weight's device or in host memory, zeros before the
             first merge; written in place. Expected with ``"compensated"`` and only there.

@@ -51,7 +51,8 @@ def _prune_random(tensors, ratio, paired_with, *keys):
 
 
 def _check_memory(op: str, tensors: Tensors, paired_with: Tensors) -> None:
-    """Every element is written once: by no other tensor of the two lists, and no other index."""
+    """Every element may be written, and is once: by no other tensor of the two lists, and no other index."""
+    checks.writable(op, [*tensors, *paired_with])
     for name, some in (("tensors", tensors), ("paired_with", paired_with)):
         if not some.contiguous:
             for i, t in enumerate(some):
@@ -111,11 +112,8 @@ def prune_(
     tensors = _as_list("tensors", tensors)
     paired = [] if paired_with is None else _as_list("paired_with", paired_with)
     ratio = checks.fraction("prune_", "ratio", ratio)
-    if paired_with is not None and [t.shape for t in tensors] != [t.shape for t in paired]:
-        raise ValueError(
-            f"prune_: expected paired_with to have the shapes of tensors, "
-            f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
-        )
+    if paired_with is not None:
+        _check_shapes("prune_", tensors, paired)
     devices = [t.device for t in tensors]
     if paired and [t.device for t in paired] != devices:
         for t, partner in zip(tensors, paired):
@@ -133,9 +131,19 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
     `paired_with`: empty or as long, zeroed by the same masks. `first_elements`: each tensor's first flat
     index, 0 but for a shard.
     """
+    if paired_with:
+        _check_shapes("prune_random_", tensors, paired_with)
     columns = tensors, paired_with, seeds, first_elements
     for chosen, paired, *keys in _by_device([t.device for t in tensors], *columns):
         torch.ops.relora_kernels._prune_random_(chosen, ratio, paired, *keys)
+
+
+def _check_shapes(op: str, tensors, paired) -> None:
+    if [t.shape for t in tensors] != [t.shape for t in paired]:
+        raise ValueError(
+            f"{op}: expected paired_with to have the shapes of tensors, "
+            f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
+        )
 
 
 def _by_device(devices, *columns):
