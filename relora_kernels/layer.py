@@ -88,7 +88,7 @@ class FusedReLoRaLinear(nn.Linear):
         self.lora_scaling = nn.Parameter(torch.empty(1, **factory)) if trainable_scaling else None
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
         self.weight_residual: torch.Tensor | None = None
-        self.residual_loaded = False  # by the last load_state_dict: ranks compare it
+        self.residual_loaded = False  # by the last load_state_dict, and not all 0: ranks compare it
         self.unloaded_dtype = self.weight.dtype  # of the nn.Linear that to_linear gives
         self.reset_lora_parameters()
 
@@ -352,10 +352,13 @@ class FusedReLoRaLinear(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Also before the first merge: loaders fill in the names that a new model's state_dict has.
-        if self.weight_residual is None and self._keeps_residual and not self.weight.is_meta:
-            self.weight_residual = self._host_residual()
-        if self.weight_residual is not None:
-            residual = sharding.like(self.weight, self.weight_residual)
+        residual = self.weight_residual
+        if residual is None and self._keeps_residual and not self.weight.is_meta:
+            residual = self._host_residual()
+            if type(residual) is torch.Tensor:  # and not a FakeTensor
+                self.weight_residual = residual
+        if residual is not None:
+            residual = sharding.like(self.weight, residual)
             destination[prefix + "weight_residual"] = residual
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *rest):
@@ -363,7 +366,9 @@ class FusedReLoRaLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if prefix + "weight" in state_dict:
             self.weight_residual = None
-        self.residual_loaded = residual is not None
+        self.residual_loaded = residual is not None and (
+            sharding.is_sharded(residual) or bool(residual.any())
+        )
         if residual is None:
             return
         if residual.shape != self.weight.shape:

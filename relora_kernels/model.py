@@ -38,7 +38,7 @@ class ReLoRaConfig:
         r, lora_alpha, lora_dropout, use_rslora, lora_dtype, trainable_scaling: see FusedReLoRaLinear.
         target_modules: which nn.Linear modules: a list of names (a module matches whose path is the
             name or ends in "." + name), a regular expression (matched against the whole path),
-            "all-linear" (every one but output heads), or None: attention and MLP projections.
+            "all-linear" (every one but the output head), or None: attention and MLP projections.
         exclude_modules: a list of names or a regular expression of modules to leave alone.
         weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps theirs.
         merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
@@ -237,7 +237,7 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
 def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn.Linear]) -> None:
     """Warn of what the config seems to ask for and apply_relora does not wrap."""
     left, targets, exclude = [], config.target_modules, config.exclude_modules
-    if exclude is not None and not any(_matches(path, exclude) for path in linears):
+    if exclude and not any(_matches(path, exclude) for path in linears):
         left.append(f"exclude_modules={exclude!r} matches no nn.Linear")
     if targets is None or targets == "all-linear":
         conv1d = [path for path, m in model.named_modules() if type(m).__name__ == "Conv1D"]
@@ -266,7 +266,7 @@ def _is_target(path: str, is_head: bool, config: ReLoRaConfig) -> bool:
     if config.target_modules is None:
         return not is_head and re.fullmatch(_DEFAULT_TARGETS, path, re.IGNORECASE) is not None
     if config.target_modules == "all-linear":
-        return not is_head and _HEADS.isdisjoint(path.split("."))
+        return not is_head and path.rpartition(".")[2] not in _HEADS
     return _matches(path, config.target_modules)
 
 

@@ -123,7 +123,7 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
         if not (plain and set(checks.FLOATS).issuperset([t.dtype for t in moments])):
             for _, state in states:
                 _refuse_other_state(inner, state, key)
-    if isinstance(inner, _OTHER_OPTIMIZERS):
+    if type(inner) in _OTHER_OPTIMIZERS:
         _refuse(f"{type(inner).__name__}, which keeps others")
     return states
 

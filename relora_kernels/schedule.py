@@ -132,7 +132,7 @@ class JaggedLR(LRScheduler):
         """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
         left_out = ("base_schedules", "recorded", "total_steps")
         state = {k: v for k, v in super().state_dict().items() if k not in left_out}
-        return state | {"first_rates": self.recorded and self.recorded.rates[0]}
+        return state | {"first": self.recorded and self.recorded.first()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from `state_dict`, before or after the optimizer's own, also if that was loaded before
@@ -141,12 +141,17 @@ class JaggedLR(LRScheduler):
             saved = state_dict.get(key)
             _require("JaggedLR.load_state_dict", saved == getattr(self, key),
                      f"{key} = {getattr(self, key)} as constructed", saved)  # fmt: skip
+        groups, rates = self.optimizer.param_groups, self.get_last_lr()
+        _require("JaggedLR.load_state_dict", len(state_dict["base_lrs"]) == len(groups),
+                 f"{len(groups)} param groups", len(state_dict["base_lrs"]))  # fmt: skip
         state = dict(state_dict)
-        first = state.pop("first_rates", None)
+        first = state.pop("first", None)
         super().load_state_dict(state)
-        if first is not None and self.recorded is not None:
+        if first is not None and self.recorded is not None and first != self.recorded.first():
             self.recorded.walk_from(first)
-        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+        for group, before, rate in zip(groups, rates, self.get_lr(), strict=True):
+            if float(group["lr"]) != float(before):
+                continue  # the optimizer's state has brought another since
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -161,29 +166,38 @@ class _Recorded:
         fresh = not isinstance(scheduler, ReduceLROnPlateau) and step == 0
         _require("JaggedLR", fresh, "a base_schedule that follows the step alone, not stepped yet",
                  f"{type(scheduler).__name__} at step {step}")  # fmt: skip
-        _require("JaggedLR", not getattr(scheduler, "cycle_momentum", False),
+        _require("JaggedLR", not _cycles_momentum(scheduler),
                  "a base_schedule that changes learning rates alone",
                  f"{type(scheduler).__name__} with cycle_momentum=True")  # fmt: skip
         self.scheduler = scheduler
         # OneCycleLR ends, while a restart's warm-up asks for the rate that it leads to.
-        self.last_step = scheduler.total_steps if isinstance(scheduler, OneCycleLR) else math.inf
-        self.walk_from([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+        self.last_step = (
+            scheduler.total_steps - 1 if isinstance(scheduler, OneCycleLR) else math.inf
+        )
+        groups = scheduler.optimizer.param_groups
+        self.initial = [float(group["initial_lr"]) for group in groups]
+        self._walk([float(group["lr"]) for group in groups])
+
+    def first(self) -> list[float]:
+        """The multipliers at step 0."""
+        return [self(i, 0) for i in range(len(self.initial))]
 
     def walk_from(self, first: list[float]) -> None:
-        """Step 0 anew, with these rates. The optimizer's are others if its state was loaded before."""
+        """Step 0 anew, with these multipliers. The optimizer's rates are of a later step if its state was
+        loaded before the scheduler was made."""
+        self._walk([multiplier * lr for multiplier, lr in zip(first, self.initial)])
+
+    def _walk(self, rates: list[float]) -> None:
         groups = self.scheduler.optimizer.param_groups
-        _require("JaggedLR.load_state_dict", len(first) == len(groups), f"{len(groups)} param groups",
-                 len(first))  # fmt: skip
         stand_in = torch.optim.Optimizer(
             [
-                {**g, "params": [torch.zeros(1)], **_rates(g), "lr": lr}
-                for g, lr in zip(groups, first)
+                {**g, "params": [torch.zeros(1)], "lr": lr, "initial_lr": initial}
+                for g, lr, initial in zip(groups, rates, self.initial)
             ],
             {},
         )
         self.ahead = copy.deepcopy(self.scheduler, {id(self.scheduler.optimizer): stand_in})
-        self.initial = [float(group["initial_lr"]) for group in groups]
-        self.rates = [list(first)]  # [step][param group]
+        self.rates = [rates]  # [step][param group]
 
     def __call__(self, group: int, step: int) -> float:
         step = min(step, self.last_step)
@@ -197,9 +211,9 @@ class _Recorded:
         return self.rates[step][group] / self.initial[group] if self.initial[group] else 0.0
 
 
-def _rates(group: dict) -> dict:
-    """The group's rates as numbers: a learning rate may be a tensor, which is written in place."""
-    return {k: float(group[k]) for k in ("lr", "initial_lr") if k in group}
+def _cycles_momentum(scheduler: LRScheduler) -> bool:
+    inner = getattr(scheduler, "_schedulers", ())  # of SequentialLR and ChainedScheduler
+    return getattr(scheduler, "cycle_momentum", False) or any(map(_cycles_momentum, inner))
 
 
 class ReLoRaSchedule:
@@ -411,7 +425,7 @@ def _warn_untrained(layers: dict) -> None:
     if untrained:
         warnings.warn(
             f"ReLoRaSchedule: {len(untrained)} of {len(layers)} layers come to a restart with lora_B = 0 "
-            f"({', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}): no gradient has come to "
+            f"({', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}): nothing has trained "
             f"them. A model that reads .weight instead of calling its module needs that left out with "
             f"exclude_modules",
             UserWarning,

@@ -52,6 +52,13 @@ def test_a_taken_warm_start_is_as_good_as_an_own_one(text, donor, tmp_path):
         [(r["step"], r["loss"]) for r in RunFolder(o).rows() if "loss" in r] for o in (own, taken)
     ]
     assert losses[0] == losses[1]
+    # Once it has checkpoints of its own, a run needs its donor no more.
+    (RunFolder(taken).phase("relora") / "checkpoint-24").rename(tmp_path / "lost")
+    (RunFolder(taken).config).write_text(
+        RunFolder(taken).config.read_text().replace(str(donor), str(tmp_path / "gone"))
+    )
+    resumed = cli.main(["--resume", "--output_dir", str(taken)])
+    assert resumed == 0 and digest(taken) == digest(own)
 
 
 @pytest.mark.parametrize(

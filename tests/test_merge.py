@@ -564,6 +564,14 @@ def test_autocast_changes_no_merge(backend, autocast, device):
             with cast:
                 merge_(weight, lora_A * size, lora_B, scaling)
         assert torch.equal(weight, expected)
+    for dtype in (torch.float16, torch.bfloat16):
+        weight, lora_A, lora_B = (t.to(device) for t in factors(8, 8, 2, dtype, autocast))
+        expected = weight.clone()
+        with use_backend(backend):
+            merge_(expected, lora_A, lora_B, 1.0)
+            with cast:
+                merge_(weight, lora_A, lora_B, 1.0)
+        assert torch.equal(weight, expected)
     # Settled element by element: the bound r max|A| max|B| alone is over the range.
     lora_A, lora_B = torch.eye(64, device=device) * 1e19, torch.eye(64, device=device) * 1e18
     weight = torch.zeros(64, 64, device=device)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from relora_kernels import (
     FusedReLoRaLinear,
@@ -70,7 +70,7 @@ def test_any_base_schedule():
 
 BASES = [
     lambda o: LambdaLR(o, [lambda t: 1 / (t + 1), lambda t: 0.5]),
-    lambda o: lr_scheduler.CosineAnnealingLR(o, 40, eta_min=0.01),
+    lambda o: CosineAnnealingLR(o, 40, eta_min=0.01),
     lambda o: lr_scheduler.OneCycleLR(o, [1.0, 2.0], total_steps=50, cycle_momentum=False),
     lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     lambda o: lr_scheduler.SequentialLR(
@@ -138,12 +138,35 @@ def test_a_one_cycle_schedule_ends_with_its_last_rate():
         for o, s in ((optimizer, scheduler), (plain, expected)):
             o.step()
             s.step()
-    assert scheduler.multiplier(49) == pytest.approx(19 / 25 * scheduler.multiplier(55))
-    assert scheduler.multiplier(55) * scheduler.base_lrs[0] < 0.05  # on the way to min_lr
-    with pytest.raises(
-        ValueError, match="learning rates alone, got OneCycleLR with cycle_momentum"
-    ):
-        JaggedLR(optimizer, lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50), 10, 3)
+    # Step 49 is its last: initial_lr / final_div_factor.
+    assert scheduler.multiplier(55) == pytest.approx(1e-4)
+    assert scheduler.multiplier(49) == pytest.approx(19 / 25 * 1e-4)
+    cycling = lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50)
+    for base in (cycling, lr_scheduler.ChainedScheduler([cycling])):
+        with pytest.raises(ValueError, match="learning rates alone, got .* with cycle_momentum"):
+            JaggedLR(optimizer, base, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "base", [BASES[0], *BASES[3:], lambda o: lambda t: 0.9**t, lambda o: CosineAnnealingLR(o, 40)]
+)
+@pytest.mark.parametrize("optimizer_first", [False, True])
+def test_a_resumed_run_keeps_its_rates_whatever_the_new_optimizer_began_with(base, optimizer_first):
+    """Of bases that are multiples of the optimizer's rates: OneCycleLR and eta_min set others."""
+    optimizer, other = some_optimizer(groups=2), some_optimizer(lr=2.0, groups=2)
+    scheduler, resumed = (JaggedLR(o, base(o), 10, 3) for o in (optimizer, other))
+    rates(scheduler, optimizer, 12)
+    states = [(other, copy.deepcopy(optimizer.state_dict())), (resumed, scheduler.state_dict())]
+    for target, state in states if optimizer_first else reversed(states):
+        target.load_state_dict(state)
+    expected = rates(scheduler, optimizer, 20, group=1)
+    assert rates(resumed, other, 20, group=1) == pytest.approx(expected)
+
+
+def test_states_of_another_number_of_groups_are_refused():
+    state = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 3).state_dict()
+    with pytest.raises(ValueError, match="expected 2 param groups, got 1"):
+        JaggedLR(some_optimizer(groups=2), lambda t: 1.0, 10, 3).load_state_dict(state)
 
 
 def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():

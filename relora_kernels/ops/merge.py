@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -224,6 +225,13 @@ def check_finite(updates) -> None:
     updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0 and not u[1].is_meta]
     if not updates:
         return
+    with contextlib.ExitStack() as stack:
+        for device_type in {"cpu", *(u[1].device.type for u in updates)}:
+            stack.enter_context(no_autocast(device_type))
+        _check_finite(updates)
+
+
+def _check_finite(updates) -> None:
     scalings = torch.tensor([u[3] for u in updates], dtype=torch.float64)
     for update, narrow, found in zip(updates, scalings.float().tolist(), _magnitudes(updates)):
         weight, lora_A, lora_B, scaling, residual, name = update
@@ -231,9 +239,8 @@ def check_finite(updates) -> None:
         if _is_bounded(weight.dtype, lora_A.shape[0], scaling, *found):
             continue
         in_range = weight.dtype == torch.float64 or max(found[:2]) < _FACTORS_END
-        with no_autocast(lora_A.device.type):
-            if in_range and _is_finite(weight, lora_A, lora_B, update[3], residual):
-                continue
+        if in_range and _is_finite(weight, lora_A, lora_B, update[3], residual):
+            continue
         work = torch.promote_types(weight.dtype, torch.float32)
         expected = f"lora_B @ lora_A, and scaling times it, in the range of {work}"
         if work == torch.float32:

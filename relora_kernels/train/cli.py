@@ -208,6 +208,9 @@ class Run:
             self._rehearse()
         if is_main_process():
             self.folder.lock()
+            self.folder.check(
+                self.args.resume, self.args.overwrite
+            )  # again: nobody else may write now
         state.wait_for_everyone()  # every process has checked the folder
         if self.args.resume:
             before = self.folder.corpus_record()

@@ -95,7 +95,7 @@ class RunFolder:
         return left.issuperset(self.root.iterdir())
 
     def _is_a_run(self) -> bool:
-        """By corpus.json, the first file written and the last deleted, and the settings if they are there."""
+        """By corpus.json, the first file written and never deleted, and the settings if they are there."""
         try:
             settings = {}
             if self.config.exists():
@@ -128,9 +128,10 @@ class RunFolder:
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def create(self) -> None:
-        """Makes the folder, and deletes an earlier run's files from it, but nobody else's."""
-        for path in sorted(self._own_files(), key=lambda path: path == self.corpus):
-            if not path.is_dir():
+        """Makes the folder, and deletes an earlier run's files from it, but nobody else's. Not corpus.json,
+        which the new run's replaces: without it a process killed here would leave nobody's files."""
+        for path in self._own_files():
+            if not path.is_dir() and path != self.corpus:
                 path.unlink()
         for path in sorted(self.root.rglob("*"), reverse=True):
             if path.is_dir() and not any(path.iterdir()):
