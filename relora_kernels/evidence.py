@@ -316,12 +316,13 @@ def write(path: Path, here: dict[str, str], entries: list[dict]) -> None:
     """Put `entries` into the section of this device: replacing those of the same class where the rest
     was made with the same versions, else all. Other devices' sections stay. A file of another format is
     kept beside, as <name>.old. Raises OSError."""
+    content = {"format": FORMAT, "devices": {}}
     try:
         content = _read(path)
-    except (FileNotFoundError, ValueError) as error:
-        content = {"format": FORMAT, "devices": {}}
-        if isinstance(error, ValueError):
-            path.replace(path.with_name(path.name + ".old"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        path.replace(path.with_name(path.name + ".old"))
     try:
         kept = _section(content, here, "cache")["entries"]
     except (ValueError, _OtherDevice):

@@ -220,6 +220,12 @@ class FusedReLoRaLinear(nn.Linear):
                     f"which is computed (a parametrization, weight_norm): what a merge wrote to it "
                     f"would be lost; remove that first"
                 )
+        for key in (
+            "lora_A",
+            "lora_B",
+            "lora_scaling",
+        ):  # the weight's is nobody's: it was trained once
+            parameter = getattr(self, key)
             gradient = None if parameter is None else parameter.grad
             if gradient is not None and not gradient.is_meta and sharding.whole(gradient).any():
                 raise RuntimeError(

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from relora_kernels import ranks, sharding
-from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
+from relora_kernels.model import _some, lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, own_states, reset_optimizer
 from relora_kernels.reference import philox
@@ -132,7 +132,7 @@ class JaggedLR(LRScheduler):
         """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
         left_out = ("base_schedules", "recorded", "total_steps")
         state = {k: v for k, v in super().state_dict().items() if k not in left_out}
-        return state | {"first": self.recorded and self.recorded.first()}
+        return state | {"first_multipliers": self.recorded and self.recorded.first()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from `state_dict`, before or after the optimizer's own, also if that was loaded before
@@ -145,7 +145,7 @@ class JaggedLR(LRScheduler):
         _require("JaggedLR.load_state_dict", len(state_dict["base_lrs"]) == len(groups),
                  f"{len(groups)} param groups", len(state_dict["base_lrs"]))  # fmt: skip
         state = dict(state_dict)
-        first = state.pop("first", None)
+        first = state.pop("first_multipliers", None)
         super().load_state_dict(state)
         if first is not None and self.recorded is not None and first != self.recorded.first():
             self.recorded.walk_from(first)
@@ -425,7 +425,7 @@ def _warn_untrained(layers: dict) -> None:
     if untrained:
         warnings.warn(
             f"ReLoRaSchedule: {len(untrained)} of {len(layers)} layers come to a restart with lora_B = 0 "
-            f"({', '.join(untrained[:4])}{', ...' if len(untrained) > 4 else ''}): nothing has trained "
+            f"({_some(untrained)}): nothing has trained "
             f"them. A model that reads .weight instead of calling its module needs that left out with "
             f"exclude_modules",
             UserWarning,

@@ -335,6 +335,15 @@ def test_pending_gradients_refuse_the_layers_own_merge_case50():
     assert layer.merge_count == 0
 
 
+def test_a_gradient_of_the_weight_from_before_refuses_no_merge():
+    """Of a full-rank warm start: no optimizer holds the frozen weight, so none clears it."""
+    linear = nn.Linear(8, 8)
+    linear(torch.randn(2, 8)).sum().backward()
+    layer = FusedReLoRaLinear.from_linear(linear, r=2)
+    layer.merge()
+    assert layer.weight.grad is not None and layer.merge_count == 1
+
+
 def test_unloading_gives_the_dtype_back_that_narrowing_took():
     linear = nn.Linear(16, 8)
     exact = linear.weight.detach().clone()
