@@ -163,6 +163,25 @@ def test_a_resumed_run_keeps_its_rates_whatever_the_new_optimizer_began_with(bas
     assert rates(resumed, other, 20, group=1) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_part_of_a_sequence_leaves_the_loaded_rate_alone(stop):
+    """The rate may be another part's, or this one's: the optimizer's state has it."""
+
+    def sequence(optimizer):
+        parts = (
+            lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5),
+            JaggedLR(optimizer, lambda t: 0.9**t, 10, 3),
+        )
+        return lr_scheduler.SequentialLR(optimizer, list(parts), [5])
+
+    optimizer, other = some_optimizer(), some_optimizer()
+    scheduler, resumed = sequence(optimizer), sequence(other)
+    rates(scheduler, optimizer, stop)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(scheduler.state_dict())
+    assert rates(resumed, other, 20) == rates(scheduler, optimizer, 20)
+
+
 def test_states_of_another_number_of_groups_are_refused():
     state = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 3).state_dict()
     with pytest.raises(ValueError, match="expected 2 param groups, got 1"):
