@@ -269,6 +269,41 @@ def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch, capsys):
     assert "8.0 minutes are over; call again" in told.err
 
 
+@pytest.mark.parametrize(
+    "option, says", [("--jobs", "--jobs >= 1, got 0"), ("--minutes", "--minutes > 0, got 0.0")]
+)
+def test_no_jobs_and_no_minutes_are_refused(ablation, monkeypatch, capsys, option, says):
+    monkeypatch.setattr(sys, "argv", ["ablation", option, "0"])
+    with pytest.raises(SystemExit):
+        ablation.parse_options()
+    assert says in capsys.readouterr().err
+
+
+def test_jobs_is_how_many_train_at_once(ablation, tmp_path, monkeypatch):
+    alive, most = set(), []
+
+    def start(name, seed, *_):
+        steps = iter([None, None, 0])  # alive for two looks
+        process = SimpleNamespace(returncode=0, poll=lambda: look(process, next(steps)))
+        alive.add(id(process))
+        most.append(len(alive))
+        return process
+
+    def look(process, ended):
+        if ended == 0:
+            alive.discard(id(process))
+        return ended
+
+    monkeypatch.setattr(
+        ablation, "time", SimpleNamespace(monotonic=lambda: 0, sleep=lambda _: None)
+    )
+    monkeypatch.setattr(ablation, "start", start)
+    monkeypatch.setattr(sys, "argv", ["ablation", "--jobs", "3"])
+    runs = [("lora", seed) for seed in range(7)]
+    assert ablation.train_all(runs, ablation.parse_options(), tmp_path) == []
+    assert len(most) == 7 and max(most) == 3
+
+
 def test_figures_of_a_run_that_diverged(ablation):
     import ablation_report
 

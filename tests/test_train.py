@@ -1,6 +1,7 @@
 """relora-train: whole runs of a tiny model through main(), its folder, and the callbacks."""
 
 import dataclasses
+import errno
 import json
 import math
 import shutil
@@ -19,7 +20,13 @@ from safetensors.torch import load_file
 from train_runs import RESTARTS, digest, finished_run, flags, one_thread, poison, series, words
 from transformers import LlamaForCausalLM, Trainer, TrainerState, TrainingArguments
 
-from relora_kernels import ReLoRaConfig, ReLoRaSchedule, apply_relora, cosine_with_warmup
+from relora_kernels import (
+    BackendUnavailable,
+    ReLoRaConfig,
+    ReLoRaSchedule,
+    apply_relora,
+    cosine_with_warmup,
+)
 from relora_kernels.model import relora_layers
 from relora_kernels.train import ReLoRaCallback, SkipNonFiniteCallback, cli, data
 from relora_kernels.train.args import parse_args
@@ -55,6 +62,19 @@ def test_a_backend_that_cannot_serve_is_told_before_the_warm_start(
     monkeypatch.setenv("RELORA_KERNELS_BACKEND", name)
     assert cli.main(flags(text, tmp_path / "out")) == 2
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", ["merge_and_reinit", "reset_optimizer"])
+def test_each_step_of_a_restart_is_tried_before_the_warm_start(
+    text, tmp_path, capsys, monkeypatch, step
+):
+    def refused(*args, **kwargs):
+        raise BackendUnavailable("expected what this machine lacks")
+
+    monkeypatch.setattr(cli, step, refused)
+    assert cli.main(flags(text, tmp_path / "out")) == 2
+    assert "what this machine lacks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -222,6 +242,17 @@ def test_a_folder_in_which_another_process_trains_is_refused(finished, tmp_path,
     folder.close()
     folder.lock()
     folder.close()
+
+
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, capsys, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    folder = RunFolder(tmp_path / "out")
+    folder.lock()
+    folder.close()
+    assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 
 def test_a_diverged_run_ends_with_its_summary(text, tmp_path):
