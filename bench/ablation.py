@@ -56,7 +56,7 @@ GRIDS = {
         "reset-independent-20": {"restart_warmup_steps": 20, "no_paired": True},
         **{f"bf16-{rounding}": BF16 | {"merge_rounding": rounding} for rounding in ROUNDINGS},
         "upstream": UPSTREAM,
-        # As much re-warm-up as independent masks ask for.
+        # As much restart warm-up as independent masks ask for.
         "upstream-warmup100": UPSTREAM | {"restart_warmup_steps": 100, "cycle_steps": 200},
     },
     # Many small merges, as at the end of a long run or in fine-tuning.

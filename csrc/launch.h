@@ -88,11 +88,7 @@ cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const in
                              int shift, int bits, int64_t* counts, int64_t* lowest,
                              int64_t* highest, cudaStream_t stream);
 
-}  // namespace relora
-
 // ---- The two-segment product -------------------------------------------------------------------
-
-namespace relora {
 
 // How x and w are stored, as in BLAS: n as the product reads them, t transposed.
 //   nt  x (m, k), w (n, k), p (m, r), b (n, r)   y = x W^T + P B^T, P = x A^T

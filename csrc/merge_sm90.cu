@@ -38,8 +38,9 @@ using two_segment::Ring;
 using two_segment::swizzled;
 
 // A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
-// it may reach 2^142, which float32 does not hold. So rows are worth less, and columns more; and as much
-// as the scaling says, which leaves a unit of up to 2^105 in float32, and of 2^-126 nearly all of it.
+// it may reach 2^142, which float32 does not hold. So a row's unit is divided by kShift and a column's
+// multiplied by it. The columns' units carry the scaling, too: at most 2^105 * 2^15 * 2^7 = 2^127, which
+// float32 holds; at least 2^-126 * 2^15 * 2^-16 = 2^-127, a subnormal that loses one bit at most.
 constexpr float kShift = 0x1p15f;
 constexpr float kLeastScaling = 0x1p-16f, kMostScaling = 0x1p7f;
 

@@ -23,8 +23,8 @@ constexpr int kLocal = 8192;    // listed elements that a block collects before 
 constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
 constexpr int kBlocksThatClear = 3;  // by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32
 // Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. These are 32,764 bytes from
-// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver. Of a chain of launches fewer, whose
-// lists and histograms need memory, too: parameters take time for every launch.
+// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver. A chain takes fewer,
+// kChainRows: its tensors need memory for lists and histograms, and each of its launches pays for the table.
 #if CUDART_VERSION >= 13000
 constexpr int kRows = 400, kChainRows = 128, kParameters = 32764;
 #else

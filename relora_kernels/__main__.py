@@ -16,6 +16,9 @@ from relora_kernels.ops import lora_linear, merge, prune
 def main() -> int:
     if sys.argv[1:2] == ["tune"]:
         return tune.main(sys.argv[2:])
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if sys.argv[1:]:
         print(f"expected nothing or 'tune', got {' '.join(sys.argv[1:])}", file=sys.stderr)
         return 2

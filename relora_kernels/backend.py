@@ -3,11 +3,12 @@
 Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
 signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
 in words. `auto` takes the first that can, of those on record for this kind of call on this device, fastest
-first (evidence.py), then of the op's order; a named backend that cannot raises.
+first (evidence.py), then in the order of the dict; a named backend that cannot raises.
 
-The order holds what needs no record: the reference, which on a GPU runs on cuBLAS, comes first; with
-dropout `triton_mask` before it, the same plan with a mask drawn in one pass. Another kernel that is not on
-record, on that device, as right and as faster serves by name alone. `reference` by name is PyTorch alone.
+Of the dict `auto` comes as far as the reference, which runs on cuBLAS on a GPU and can always serve. Before
+it is what needs no record: with dropout `triton_mask`, the same plan with a mask drawn in one pass. A kernel
+behind it that is not on record, on that device, as right and as faster serves by name alone. `reference` by
+name is PyTorch alone.
 """
 
 from __future__ import annotations
@@ -45,17 +46,23 @@ class BackendUnavailable(RuntimeError):
 
 
 def current_backend() -> str:
-    """`auto` or the name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`."""
-    for block in _named[-1:]:
-        return block.name
-    return _checked(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+    """The name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`.
+
+    Raises ValueError where the variable holds no backend's name.
+    """
+    return _checked(_asked_for() or "auto", ENVIRONMENT_VARIABLE)
 
 
 def is_named(name: str) -> bool:
     """Whether use_backend or the environment asks for this backend."""
+    return name == _asked_for()
+
+
+def _asked_for() -> str | None:
+    # A slice: between a test of the list and its last element another thread may end its block.
     for block in _named[-1:]:
-        return name == block.name
-    return name == os.environ.get(ENVIRONMENT_VARIABLE)
+        return block.name
+    return os.environ.get(ENVIRONMENT_VARIABLE)
 
 
 @contextlib.contextmanager
@@ -93,7 +100,7 @@ def _checked(name: str, where: str) -> str:
 def resolve(op: str, implementations: dict, why_not: str, *args):
     """The module of `implementations` that serves op(*args): the named one, or `auto`'s first.
 
-    Raises BackendUnavailable where the named backend cannot, or none can.
+    Raises BackendUnavailable where the named backend cannot.
     """
     name = current_backend()
     if name == "auto":
@@ -118,17 +125,11 @@ def reason_against(name: str, op: str, implementations: dict, why_not: str, args
 
 
 def _first_that_can(op: str, implementations: dict, why_not: str, args):
-    for name in evidence.order(op, args):
+    for name in (*evidence.order(op, args), *implementations):
         module = implementations.get(name)  # None: on record, and not installed any more
         if module is not None and getattr(module, why_not)(*args) is None:
             return module
-    reasons = []
-    for name, module in implementations.items():
-        reason = getattr(module, why_not)(*args)
-        if reason is None:
-            return module
-        reasons.append(f"{name}: {reason}")
-    raise BackendUnavailable(f"{op}: no backend can serve this call: {'; '.join(reasons)}")
+    raise AssertionError(f"{op}: the reference cannot serve this call")
 
 
 @functools.cache
@@ -137,6 +138,15 @@ def triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
     return None
+
+
+def why_not_in_triton(tensor: torch.Tensor, kernel, name: str = "triton") -> str | None:
+    """None where Triton can run `kernel`, of backend `name`, on `tensor`'s device, else the reason in words."""
+    from triton import JITFunction
+
+    if tensor.is_cuda or (not isinstance(kernel, JITFunction) and is_named(name)):  # interpreted
+        return None
+    return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
 
 
 @functools.cache

@@ -193,7 +193,7 @@ class FusedReLoRaLinear(nn.Linear):
         if self.lora_scaling is not None:
             self.lora_scaling.fill_(1.0)
 
-    def update(self) -> tuple:
+    def update_to_check(self) -> tuple:
         """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them.
 
         Whole tensors, so that all ranks of a sharded model come to one verdict. A weight whose values
@@ -202,10 +202,10 @@ class FusedReLoRaLinear(nn.Linear):
         weight, residual = self.weight.detach(), self.weight_residual
         if sharding.is_sharded(weight):
             residual = None  # each rank's own; less than one rounding of float16's bound
-            narrow = weight.dtype == torch.float16
-            weight = (
-                sharding.whole(weight) if narrow else weight.new_empty(weight.shape, device="meta")
-            )
+            if weight.dtype == torch.float16:
+                weight = sharding.whole(weight)
+            else:
+                weight = weight.new_empty(weight.shape, device="meta")
         lora_A, lora_B = sharding.whole(self.lora_A.detach()), sharding.whole(self.lora_B.detach())
         return weight, lora_A, lora_B, self.scaling, residual, self.name or "FusedReLoRaLinear"
 
@@ -220,11 +220,8 @@ class FusedReLoRaLinear(nn.Linear):
                     f"which is computed (a parametrization, weight_norm): what a merge wrote to it "
                     f"would be lost; remove that first"
                 )
-        for key in (
-            "lora_A",
-            "lora_B",
-            "lora_scaling",
-        ):  # the weight's is nobody's: it was trained once
+        # Not the weight's: one from a full-rank phase is no optimizer's any more, so nobody would clear it.
+        for key in ("lora_A", "lora_B", "lora_scaling"):
             parameter = getattr(self, key)
             gradient = None if parameter is None else parameter.grad
             if gradient is not None and not gradient.is_meta and sharding.whole(gradient).any():
@@ -240,28 +237,32 @@ class FusedReLoRaLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- round(W + s B A), A drawn anew, B zeroed, merge_count + 1, in this order.
+        """W <- round(W + s B A), A drawn anew, B zeroed, a trained scaling 1 again, merge_count + 1, in
+        this order.
 
         The function that the layer computes stays the same up to the rounding of W. Raises
-        RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters, and
-        FloatingPointError if the update is not finite; nothing is changed then.
+        RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
+        FloatingPointError if the update is not finite, and BackendUnavailable where a named backend cannot
+        merge; nothing is changed then.
         """
         merge_layers([self])
 
     def check_unload(self) -> None:
-        """Raise TypeError for parameters from which no nn.Linear can be made here: sharded ones."""
+        """Raise where no nn.Linear can be made here: for sharded parameters, or by the backend in force."""
         if sharding.is_sharded(self.weight):
             raise TypeError(
                 f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
                 f"load the full state_dict into an unsharded model and merge that"
             )
+        merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # what is asked of it
+        check_backend(merged, self.lora_A.detach(), self.lora_B.detach(), "nearest")
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone.
 
         It has the dtype that the layer was made from. Raises FloatingPointError if the update is not
-        finite, TypeError for sharded parameters.
+        finite, TypeError for sharded parameters, BackendUnavailable where a named backend cannot merge.
         """
         self.check_unload()
         merged = self.weight.detach().to(self.unloaded_dtype, copy=True)
@@ -414,7 +415,7 @@ def merge_layers(layers: Sequence[FusedReLoRaLinear]) -> None:
         layer.check_merge()
     factors = [p for layer in layers for p in (layer.weight, layer.lora_A, layer.lora_B)]
     checks.apart("merge", [sharding.local_rows(p.detach())[0] for p in factors])
-    check_finite([layer.update() for layer in layers])
+    check_finite([layer.update_to_check() for layer in layers])
     waiting, staged = [], 0
     for layer in layers:
         waiting.append((layer, int(layer.merge_count), *layer._restart()))

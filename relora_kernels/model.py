@@ -90,7 +90,7 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     if wrapped:
         raise ValueError(
             f"apply_relora: expected a model without FusedReLoRaLinear modules, got {len(wrapped)} "
-            f"({_some(wrapped)}); call merge_and_unload(model) first"
+            f"({checks.some(wrapped)}); call merge_and_unload(model) first"
         )
     if isinstance(model, nn.Linear):
         raise ValueError(
@@ -107,7 +107,7 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
                 linear, config.r, config.lora_alpha, config.lora_dropout, config.use_rslora,
                 config.lora_dtype, weight_dtype=config.weight_dtype,
                 trainable_scaling=config.trainable_scaling, merge_rounding=config.merge_rounding,
-                seed=config.seed, name=_plain_path(path),
+                seed=config.seed, name=plain_path(path),
             )  # fmt: skip
     except BaseException:  # out of memory, say: the model stays as it was
         for path, linear in targets.items():
@@ -133,7 +133,10 @@ def relora_layers(model: nn.Module, required: bool = True) -> list[tuple[str, Fu
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_A, lora_B and, where trained, lora_scaling of every layer: what an optimizer reset is for."""
+    """lora_A, lora_B and, where trained, lora_scaling of every layer: what an optimizer reset is for.
+
+    Raises ValueError for a model without FusedReLoRaLinear modules.
+    """
     for _, layer in relora_layers(model):
         for parameter in (layer.lora_A, layer.lora_B, layer.lora_scaling):
             if parameter is not None:
@@ -152,12 +155,13 @@ def merge_and_reinit(model: nn.Module) -> int:
     it on every rank then.
 
     Raises RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
-    and FloatingPointError if any layer's update is not finite; nothing is changed then.
+    FloatingPointError if any layer's update is not finite, and BackendUnavailable where a named backend
+    cannot merge one; nothing is changed then.
     """
     sharding.reshard(model)
     layers = relora_layers(model)
     for path, layer in layers:
-        layer.name = layer.name or _plain_path(path)
+        layer.name = layer.name or plain_path(path)
     merge_layers([layer for _, layer in layers])
     return len(layers)
 
@@ -168,14 +172,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     In place; returns `model` (the new nn.Linear, if `model` is itself one layer). W is rounded to
     nearest, residual included. What users have put on the layers goes over as in apply_relora. Raises,
-    with nothing changed, FloatingPointError if an update is not finite, TypeError for a sharded model
-    and ValueError for a layer whose forward is replaced.
+    with nothing changed, FloatingPointError if an update is not finite, TypeError for a sharded model,
+    ValueError for a layer whose forward is replaced and BackendUnavailable where a named backend cannot
+    merge one.
     """
     layers = relora_layers(model)
     for path, layer in layers:
         layer.check_unload()
         _refuse_replaced("merge_and_unload", path, layer)
-    check_finite([layer.update() for _, layer in layers])
+    check_finite([layer.update_to_check() for _, layer in layers])
     # A layer may be a child of several modules, or of one under several names.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for _, layer in layers}
     for parent in model.modules():
@@ -229,7 +234,7 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     raise ValueError(
         f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
         f"{config.exclude_modules!r}) to match nn.Linear modules, got none of {len(linears)}; "
-        f"candidates: {_some(linears, 12) or 'none'}"
+        f"candidates: {checks.some(linears, 12) or 'none'}"
         + (f"; {conv1d} Conv1D modules are no nn.Linear: convert them first" if conv1d else "")
     )
 
@@ -251,7 +256,7 @@ def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn
         for paths, what in ((conv1d, "Conv1D modules"), (experts, "3-D parameters")):
             paths = [path for path in paths if _is_target(path, False, config)]
             if paths:
-                left.append(f"{len(paths)} {what} stay at full rank ({_some(paths)})")
+                left.append(f"{len(paths)} {what} stay at full rank ({checks.some(paths)})")
     elif not isinstance(targets, str):
         missing = [name for name in targets if not any(_matches(p, [name]) for p in linears)]
         if missing:
@@ -355,10 +360,6 @@ def _plain_class(module: nn.Module) -> type:
     return type(module).__bases__[0] if parametrized else type(module)
 
 
-def _plain_path(path: str) -> str:
+def plain_path(path: str) -> str:
+    """Without what wrappers (DDP, torch.compile, FSDP, checkpointing) put into it."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-
-
-def _some(names, count: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -49,12 +49,14 @@ def reset_optimizer(
         paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
             mask, as the ReLoRA authors' code does: where m is kept and v dropped the next updates are
             some ten times too large, which only a long learning-rate warm-up hides; a warning says so.
-        reset_step: also set Adam's step count (and NAdam's mu_product) to their start. Without it the first updates from zeroed moments
-            are about three times the learning rate (0.1 / sqrt(0.001)).
+        reset_step: also set Adam's step count (and NAdam's mu_product) to their start. Without it the
+            first updates from zeroed moments are about three times the learning rate
+            (0.1 / sqrt(0.001)).
 
     Raises ValueError for parameters that are not the optimizer's or arguments out of range, and
     TypeError, naming the optimizer and the state, for state that is not floating Adam moments (8-bit
-    codes, momentum buffers); nothing is changed then. Moments sharded by FSDP2 give the unsharded
+    codes, momentum buffers), BackendUnavailable where a named backend cannot prune; nothing is changed
+    then. Moments sharded by FSDP2 give the unsharded
     result; call it on every rank then.
     """
     checks.one_of("reset_optimizer", "mode", mode, MODES)

@@ -29,7 +29,7 @@ except ImportError as error:
 
 from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear
-from relora_kernels.model import ReLoRaConfig, _plain_path, apply_relora, relora_layers
+from relora_kernels.model import ReLoRaConfig, apply_relora, plain_path, relora_layers
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -73,7 +73,7 @@ def save_adapter(
     folder lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters;
     nothing is written then.
     """
-    layers = {_plain_path(path): layer for path, layer in relora_layers(model)}
+    layers = {plain_path(path): layer for path, layer in relora_layers(model)}
     if "" in layers:
         raise ValueError(
             "save_adapter: expected a model that holds FusedReLoRaLinear modules, got one itself"
@@ -129,7 +129,7 @@ def load_adapter(
     folder = Path(folder)
     settings, weights = _read(folder)
     pairs, others = _sort(folder, weights)
-    modules = {_plain_path(path): (path, module) for path, module in model.named_modules()}
+    modules = {plain_path(path): (path, module) for path, module in model.named_modules()}
     for name, (lora_A, lora_B) in pairs.items():
         got = modules.get(name, (name, None))[1]
         if type(got) is not nn.Linear:
@@ -158,7 +158,7 @@ def load_adapter(
     apply_relora(model, config)
     with torch.no_grad():
         for path, layer in relora_layers(model):
-            name = _plain_path(path)
+            name = plain_path(path)
             layer.r, layer.lora_alpha = ranks[name], alphas[name]
             for key, value in zip(("lora_A", "lora_B"), pairs[name]):
                 like = getattr(layer, key)
@@ -193,7 +193,7 @@ def _save_base(model, layers, folder: Path) -> None:
         for path in layers
         for key in ("lora_A", "lora_B", "lora_scaling", "merge_count", "weight_residual")
     }
-    state = {_plain_path(k): v.detach() for k, v in model.state_dict().items()}
+    state = {plain_path(k): v.detach() for k, v in model.state_dict().items()}
     state = {k: v for k, v in state.items() if k not in drop}
     for path, layer in layers.items():
         weight = layer.weight.detach()
@@ -229,7 +229,7 @@ def _adapter_config(model, layers, base: str | None) -> dict:
             )
     names = {path.rpartition(".")[2] for path in layers}
     ambiguous = any(
-        _plain_path(path) not in layers and path.rpartition(".")[2] in names
+        plain_path(path) not in layers and path.rpartition(".")[2] in names
         for path, _ in model.named_modules()
     )
     generates = callable(getattr(model, "generate", None))
@@ -320,8 +320,8 @@ def _fitting_parameters(model, folder: Path, others) -> dict[str, nn.Parameter]:
     owners: dict[int, list[str]] = {}
     parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(_plain_path(name))
-        parameters[_plain_path(name)] = parameter
+        owners.setdefault(id(parameter), []).append(plain_path(name))
+        parameters[plain_path(name)] = parameter
     for name, value in others.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != value.shape:

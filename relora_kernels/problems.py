@@ -228,9 +228,7 @@ class LinearOperands:
         self.problem = problem
         self.x, self.dy = leaf(M, K), leaf(M, N).detach()
         self.weight = leaf(N, K, scale=K**-0.5).requires_grad_(False)
-        self.trained_weight = torch.nn.Parameter(
-            self.weight.detach()
-        )  # full rank's; the same memory
+        self.trained_weight = torch.nn.Parameter(self.weight.detach())  # full rank's, in its memory
         self.lora_A = leaf(r, K, scale=K**-0.5, dtype=factors)
         self.lora_B = leaf(N, r, scale=0.1, dtype=factors)
         self.scaling, self.dropout = SCALING, problem.dropout
@@ -477,7 +475,7 @@ def _our_merge(name: str) -> Row:
         def merge_list():  # as merge_and_reinit merges a model
             module.merge_many_([(*call, 0) for call in o.calls()])
 
-        return merge_list if len(o.weights) > 1 and hasattr(module, "merge_many_") else merge
+        return merge_list if len(o.weights) > 1 else merge
 
     def why_not(o):
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, o.rounding

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from relora_kernels import ranks, sharding
-from relora_kernels.model import _some, lora_parameters, merge_and_reinit, relora_layers
+from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, own_states, reset_optimizer
 from relora_kernels.reference import philox
@@ -27,11 +27,14 @@ def cosine_with_warmup(
 
     f(t) = t / w for t < w, else min + (1 - min) * (1 + cos(pi (t - w) / (T - w))) / 2 (ReLoRA,
     arXiv 2307.05695), and min from T on. Steps count optimizer updates.
+
+    Raises ValueError unless 0 <= warmup_steps < total_steps and 0 <= min_ratio <= 1, TypeError for a
+    min_ratio that is no number.
     """
     for name, value in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
         checks.whole_number("cosine_with_warmup", name, value, 0)
     checks.fraction("cosine_with_warmup", "min_ratio", min_ratio)
-    _require("cosine_with_warmup", 0 <= warmup_steps < total_steps, "0 <= warmup_steps < total_steps",
+    _require("cosine_with_warmup", warmup_steps < total_steps, "0 <= warmup_steps < total_steps",
              f"{warmup_steps} and {total_steps}")  # fmt: skip
 
     def multiplier(step: int) -> float:
@@ -60,7 +63,7 @@ class JaggedLR(LRScheduler):
             <= restart_every.
         total_steps: length of the run, if known: there is no restart at or after it.
 
-    Raises ValueError for other values.
+    Raises ValueError for other values, TypeError for what is no optimizer.
     """
 
     def __init__(
@@ -71,7 +74,6 @@ class JaggedLR(LRScheduler):
         restart_warmup_steps: int,
         anneal_steps: int = 0,
         total_steps: int | None = None,
-        last_epoch: int = -1,
     ) -> None:
         for name, value, least in (
             ("restart_every", restart_every, 1),
@@ -102,7 +104,7 @@ class JaggedLR(LRScheduler):
         # each layer's merge count when the restart began that has not come to its end.
         self.restarts_done = 0
         self.restarting: dict[str, int] | None = None
-        super().__init__(optimizer, last_epoch)
+        super().__init__(optimizer)
 
     def restarts_due(self, step: int) -> int:
         """How many restarts lie at or before `step`: one at every multiple of restart_every."""
@@ -202,9 +204,8 @@ class _Recorded:
     def __call__(self, group: int, step: int) -> float:
         step = min(step, self.last_step)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # the stand-in is never stepped, which torch warns about
+            # The stand-in is never stepped, which torch warns about.
+            warnings.simplefilter("ignore")
             while len(self.rates) <= step:
                 self.ahead.step()
                 self.rates.append([float(g["lr"]) for g in self.ahead.optimizer.param_groups])
@@ -255,9 +256,8 @@ class ReLoRaSchedule:
         paired: bool = True,
         reset_step: bool = False,
     ) -> None:
-        _require("ReLoRaSchedule", reset_mode in (None, *MODES), f"reset_mode None or one of {MODES}",
-                 repr(reset_mode))  # fmt: skip
-        _require("ReLoRaSchedule", 0.0 <= reset_ratio <= 1.0, "0 <= reset_ratio <= 1", reset_ratio)
+        checks.one_of("ReLoRaSchedule", "reset_mode", reset_mode, (None, *MODES))
+        checks.fraction("ReLoRaSchedule", "reset_ratio", reset_ratio)
         if (
             reset_mode in ("magnitude", "random")
             and not paired
@@ -289,7 +289,10 @@ class ReLoRaSchedule:
         return self.lr_scheduler.restarts_done
 
     def step(self) -> bool:
-        """After optimizer.step() and zero_grad(): step the learning rate, and restart where due."""
+        """After optimizer.step() and zero_grad(): step the learning rate, and restart where due.
+
+        True if it restarted. Raises as `restart_if_due` does.
+        """
         self.lr_scheduler.step()
         return self.restart_if_due()
 
@@ -425,7 +428,7 @@ def _warn_untrained(layers: dict) -> None:
     if untrained:
         warnings.warn(
             f"ReLoRaSchedule: {len(untrained)} of {len(layers)} layers come to a restart with lora_B = 0 "
-            f"({_some(untrained)}): nothing has trained "
+            f"({checks.some(untrained)}): nothing has trained "
             f"them. A model that reads .weight instead of calling its module needs that left out with "
             f"exclude_modules",
             UserWarning,

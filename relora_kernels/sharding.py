@@ -30,7 +30,7 @@ def row_dimension(tensor: torch.Tensor) -> int | None:
     if len(sharded) > 1 or any(not tensor.placements[dim].is_shard(0) for dim in sharded):
         raise ValueError(
             f"expected a parameter sharded by rows over one mesh dimension, as "
-            f"torch.distributed.fsdp.fully_shard does by default, got {tensor.placements}"
+            f"torch.distributed.fsdp.fully_shard does by default, got {tensor.placements}; shard it so"
         )
     return sharded[0] if sharded else None
 
@@ -59,7 +59,7 @@ def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
     mesh, (rows, first) = parameter.device_mesh, local_rows(parameter)
     if len(local) != len(rows):
-        local = local[first : first + len(rows)]
+        local = local[first : first + len(rows)].clone()  # a view would keep all rows in memory
     return DTensor.from_local(
         local.to(mesh.device_type), mesh, parameter.placements,
         shape=parameter.shape, stride=parameter.stride(),

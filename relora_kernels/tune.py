@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--r", type=_positive, default=128, help="rank; default: 128")
     parser.add_argument("--dropout", type=_share, default=0.0, help="lora_dropout; default: 0")
-    parser.add_argument("--minutes", type=float, default=2.5, help="at most; default: 2.5")
+    parser.add_argument("--minutes", type=_minutes, default=2.5, help="at most; default: 2.5")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu tries the command out: `auto` never looks a CPU up",
@@ -107,9 +109,20 @@ def _positive(text: str) -> int:
 
 
 def _share(text: str) -> float:
-    number = float(text)
-    if not 0.0 <= number < 1.0:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1), got {text!r}")
+    return _number(text, lambda number: 0.0 <= number < 1.0, "in [0, 1)")
+
+
+def _minutes(text: str) -> float:
+    return _number(text, lambda number: 0.0 < number < math.inf, "> 0")
+
+
+def _number(text: str, is_good: Callable[[float], bool], what: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not is_good(number):
+        raise argparse.ArgumentTypeError(f"expected a number {what}, got {text!r}")
     return number
 
 

@@ -156,8 +156,9 @@ def print_table(rows) -> None:
         "by which sm_90a's kernels move their tiles, is not counted. They have 229 440 or 229 472 bytes of"
     )
     print(
-        "dynamic shared memory, sm_90's merge 220 944, sm_80's products 65 536. Form 0, 1, 2: nt, nn, tn of csrc/launch.h; behind it\n"
-        "whether there is dropout, and whether it is Q and dB in one launch.\n"
+        "dynamic shared memory, sm_90's merge 220 944, sm_80's products 65 536. Form 0, 1, 2: nt, nn, tn of\n"
+        "csrc/launch.h; behind it whether there is dropout, and whether it is Q and dB in one launch. Rounding\n"
+        "0, 1, 2: nearest, stochastic, compensated. held_kernel below sm_90 is empty: it needs clusters.\n"
     )
     print("| kernel | sm | registers | spills | shared | tensor cores | load | copy | store |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -418,9 +418,8 @@ def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monk
 
         return function
 
-    if at == "_merge":  # as the default of merge_many_
-        merge_one = interrupted(reference_merge.merge_)
-        monkeypatch.setattr(reference_merge.merge_many_, "__defaults__", (None, merge_one))
+    if at == "_merge":
+        monkeypatch.setattr(reference_merge, "merge_", interrupted(reference_merge.merge_))
     else:
         monkeypatch.setattr(layers[0], "_merged", interrupted(layers[0]._merged))
     handler = signal.getsignal(signal.SIGINT)

@@ -547,11 +547,21 @@ class TestCommand:
 
     def test_a_bound_of_no_time_writes_nothing(self, tmp_path):
         done = run_tune(
-            "--device", "cpu", "--shapes", "24x40", "--minutes", "0",
+            "--device", "cpu", "--shapes", "24x40", "--minutes", "1e-9",
             RELORA_KERNELS_CACHE=str(tmp_path),
         )  # fmt: skip
         assert done.returncode == 1 and "nothing was written" in done.stderr
         assert "left out" in done.stdout and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "option, value, says",
+        [("--minutes", "0", "> 0"), ("--minutes", "soon", "> 0"), ("--dropout", "1", "in [0, 1)"),
+         ("--dropout", "half", "in [0, 1)")],
+    )  # fmt: skip
+    def test_bad_numbers_are_refused(self, capsys, option, value, says):
+        with pytest.raises(SystemExit):
+            tune.main([option, value])
+        assert f"{option}: expected a number {says}, got '{value}'" in capsys.readouterr().err
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").write_text("")

@@ -250,31 +250,13 @@ def reduce_kernel(partial_ptr, out_ptr, size, slabs, scale, BLOCK: tl.constexpr)
 def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
     if x.dtype not in DTYPES:
         return f"x in {x.dtype}; the kernels take bfloat16, float16 and float32"
-    if not x.is_cuda and not (interpreted() and backend.is_named("triton")):
-        return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
-    return None
+    return backend.why_not_in_triton(x, low_rank_kernel)
 
 
 def why_not_backward(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-) -> str | None:
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, *needed
+) -> str | None:  # fmt: skip
     return why_not_forward(x, weight, lora_A, lora_B, scaling, None, dropout_p, seed)
-
-
-def interpreted() -> bool:
-    return not isinstance(low_rank_kernel, triton.JITFunction)
 
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_segment=None):

@@ -42,34 +42,18 @@ def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -
 
 
 def why_not_backward(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-) -> str | None:
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, *needed
+) -> str | None:  # fmt: skip
     return _why_not(x, dropout_p)
 
 
 def _why_not(x, dropout_p) -> str | None:
-    if not x.is_cuda and not (interpreted() and backend.is_named(NAME)):
-        return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
+    if reason := backend.why_not_in_triton(x, mask_kernel, NAME):
+        return reason
     # `auto` takes it without a record that a kernel ever ran here.
     nothing = "nothing is dropped, and all else is the reference's" if dropout_p == 0.0 else None
     reason = nothing or backend.triton_cannot_start()
     return None if reason is None or backend.is_named(NAME) else reason
-
-
-def interpreted() -> bool:
-    return not isinstance(mask_kernel, triton.JITFunction)
 
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):

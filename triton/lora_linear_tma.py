@@ -19,10 +19,8 @@ from relora_kernels._triton import philox
 from relora_kernels.reference.lora_linear import dropout_constants
 
 NAME = "triton_tma"
-DTYPES = (
-    torch.bfloat16,
-    torch.float16,
-)  # float32, not multiplied on tensor cores, spills 700 times
+# Not float32, which is not multiplied on tensor cores and spills 700 times.
+DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, of a row's start
 
 
@@ -75,32 +73,17 @@ def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -
 
 
 def why_not_backward(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-) -> str | None:
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed, *needed
+) -> str | None:  # fmt: skip
     return _why_not(x)
 
 
 def _why_not(x) -> str | None:
     if x.dtype not in DTYPES:
         return f"x in {x.dtype}; the kernel takes bfloat16 and float16"
-    if not x.is_cuda:
-        if not (portable.interpreted() and backend.is_named(NAME)):
-            return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
-    elif torch.cuda.get_device_capability(x.device) < (9, 0):
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         return "TMA needs a GPU of compute capability 9.0 or newer"
-    return None
+    return backend.why_not_in_triton(x, two_segment_tma_kernel, NAME)
 
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):

@@ -80,13 +80,7 @@ def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row
     for name, tensor in (("weight", weight), ("lora_A and lora_B", lora_A)):
         if tensor.dtype not in DTYPES:
             return f"{name} in {tensor.dtype}; the kernel takes bfloat16, float16 and float32"
-    if not weight.is_cuda and not (interpreted() and backend.is_named("triton")):
-        return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
-    return None
-
-
-def interpreted() -> bool:
-    return not isinstance(merge_kernel, triton.JITFunction)
+    return backend.why_not_in_triton(weight, merge_kernel)
 
 
 def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> None:

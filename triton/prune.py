@@ -247,13 +247,9 @@ def why_not(tensors, ratio, paired_with) -> str | None:
     for t in (*tensors, *paired_with):
         if t.dtype not in DTYPES:
             return f"a tensor in {t.dtype}; the kernels take bfloat16, float16 and float32"
-        if not t.is_cuda and not (interpreted() and backend.is_named("triton")):
-            return "the tensors are on a CPU (Triton runs there under TRITON_INTERPRET=1, by name only)"
+        if reason := backend.why_not_in_triton(t, count_kernel):
+            return reason
     return None
-
-
-def interpreted() -> bool:
-    return not isinstance(count_kernel, triton.JITFunction)
 
 
 def prune_(tensors, ratio, paired_with) -> None:

@@ -107,28 +107,36 @@ def _table(module, device, kind, layers: int) -> torch.Tensor | None:
 def _launch(
     module, device, weight_dtype, factor_dtype, restart_dtype, rounding, kind, group, table
 ) -> None:
-    layers = bytearray().join(
-        _LAYER.pack(
+    layers, counts = bytearray(), []
+    for weight, lora_A, lora_B, (*_, scaling, _, residual, seed, first_row), restart in group:
+        drawn, zeroed, count, bound, drawn_seed, drawn_row = restart or (
+            None,
+            None,
+            None,
+            0.0,
+            0,
+            0,
+        )
+        layers += _LAYER.pack(
             *_matrix(weight),
-            *_matrix(merge[5] if rounding == "compensated" else None),
+            *_matrix(residual if rounding == "compensated" else None),
             *_matrix(lora_A),
             *_matrix(lora_B),
-            *(_NOTHING if restart is None else _matrix(restart[0])),
-            *(_NOTHING if restart is None else _matrix(restart[1])),
+            *_matrix(drawn),
+            *_matrix(zeroed),
             *weight.shape,
             lora_A.shape[0],
-            0 if restart is None else restart[0].shape[0],
-            merge[6] % 2**64,
-            0 if restart is None else restart[4] % 2**64,
-            merge[7],
-            0 if restart is None else restart[5],
-            merge[3],
-            0.0 if restart is None else restart[3] * 2.0**-23,
+            0 if drawn is None else drawn.shape[0],
+            seed % 2**64,
+            drawn_seed % 2**64,
+            first_row,
+            drawn_row,
+            scaling,
+            bound * 2.0**-23,
             restart is not None, 0, 0, 0,
-        )
-        for weight, lora_A, lora_B, merge, restart in group
-    )  # fmt: skip
-    counts = [restart[2] for *_, restart in group if restart is not None]
+        )  # fmt: skip
+        if count is not None:
+            counts.append(count)
     with torch.cuda.device(device):
         if counts:  # first: no layer may be merged and then, for want of memory, not counted
             torch._foreach_add_(counts, 1)

@@ -40,6 +40,12 @@ def describe(tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
+def some(names, count: int = 4) -> str:
+    """The first `count` of them, for a message."""
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
 def plain_tensors(op: str, **tensors) -> None:
     """Every argument is an ordinary strided floating-point tensor; all sit on one device."""
     for name, tensor in tensors.items():
@@ -56,7 +62,9 @@ def plain_tensors(op: str, **tensors) -> None:
                 f"got {describe(tensor)}"
             )
         if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: expected {name} to be strided, got {tensor.layout}")
+            raise TypeError(
+                f"{op}: expected {name} to be strided, got {tensor.layout}; call to_dense() on it"
+            )
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())

@@ -12,15 +12,19 @@ from relora_kernels.cuda import lora_linear as _cuda
 from relora_kernels.ops import LIBRARY, checks, no_autocast
 from relora_kernels.reference import lora_linear as _reference
 
-IMPLEMENTATIONS = {"reference": _reference}  # in `auto`'s order: see backend.py
+# What is before the reference `auto` takes without a record: see backend.py.
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear as _triton
     from relora_kernels._triton import lora_linear_mask as _triton_mask
     from relora_kernels._triton import lora_linear_tma as _triton_tma
 
-    IMPLEMENTATIONS = {_triton_mask.NAME: _triton_mask, **IMPLEMENTATIONS}
-    IMPLEMENTATIONS |= {"triton": _triton, _triton_tma.NAME: _triton_tma}
-IMPLEMENTATIONS["cuda"] = _cuda
+    IMPLEMENTATIONS = {
+        _triton_mask.NAME: _triton_mask,
+        **IMPLEMENTATIONS,
+        "triton": _triton,
+        _triton_tma.NAME: _triton_tma,
+    }
 
 LIBRARY.define(
     "_lora_linear_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "

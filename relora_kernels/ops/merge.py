@@ -14,7 +14,7 @@ from relora_kernels.cuda import merge as _cuda
 from relora_kernels.ops import LIBRARY, checks, no_autocast
 from relora_kernels.reference import merge as _reference
 
-IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 if backend.triton_missing() is None:
     from relora_kernels._triton import merge as _triton
 
@@ -112,7 +112,8 @@ def merge_(
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
     share memory with weight or residual, and FloatingPointError where the update cannot be computed in
     finite numbers: NaN, a factor's element of 2^120 or more, B @ A or the update beyond float32's range,
-    a float16 sum beyond its own. W is untouched then.
+    a float16 sum beyond its own. W is untouched then. BackendUnavailable where a named backend cannot
+    serve the call.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
@@ -122,7 +123,8 @@ def merge_(
 def merge_checked(
     weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row=0, check=False
 ) -> torch.Tensor:
-    """merge_ for arguments that have been checked; `check`: all but the update's being finite.
+    """merge_ without check_arguments. `check`: still refuse tensors that share memory and an update that
+    is not finite.
 
     `first_row` is the logical row of weight[0], where weight and lora_B are rows of a larger layer.
     """
@@ -184,7 +186,10 @@ def check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed) -
     narrow = weight.dtype in (torch.bfloat16, torch.float16)
     if residual is not None:
         if rounding != "compensated":
-            raise ValueError(f"{op}: residual goes with rounding='compensated', got {rounding!r}")
+            raise ValueError(
+                f"{op}: expected residual=None with rounding={rounding!r}, got a tensor; leave it out, "
+                f"or use rounding='compensated'"
+            )
         checks.plain_tensors(op, residual=residual)
         if residual.shape != weight.shape or residual.dtype != weight.dtype:
             raise ValueError(

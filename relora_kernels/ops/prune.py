@@ -13,7 +13,7 @@ from relora_kernels.ops import LIBRARY, checks
 from relora_kernels.ops.checks import Tensors
 from relora_kernels.reference import prune as _reference
 
-IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}  # in `auto`'s order: see backend.py
+IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 RANDOM_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 COUNTS_IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 if backend.triton_missing() is None:
@@ -106,8 +106,8 @@ def prune_(
         ratio: share to drop, 0 <= ratio <= 1. 0 still drops the smallest value, 1 drops all.
         paired_with: as many tensors of the same shapes, zeroed where their partner in `tensors` is.
 
-    Raises TypeError or ValueError for anything else, tensors that share memory among them, before
-    anything is changed.
+    Raises TypeError or ValueError for anything else, tensors that share memory among them, and
+    BackendUnavailable where a named backend cannot serve the call, before anything is changed.
     """
     tensors = _as_list("tensors", tensors)
     paired = [] if paired_with is None else _as_list("paired_with", paired_with)
@@ -139,10 +139,19 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
 
 
 def _check_shapes(op: str, tensors, paired) -> None:
-    if [t.shape for t in tensors] != [t.shape for t in paired]:
+    if len(tensors) != len(paired):
         raise ValueError(
-            f"{op}: expected paired_with to have the shapes of tensors, "
-            f"{[tuple(t.shape) for t in tensors]}, got {[tuple(t.shape) for t in paired]}"
+            f"{op}: expected as many paired_with as tensors, {len(tensors)}, got {len(paired)}"
+        )
+    if [t.shape for t in tensors] != [t.shape for t in paired]:
+        i, t, partner = next(
+            (i, *pair)
+            for i, pair in enumerate(zip(tensors, paired))
+            if pair[0].shape != pair[1].shape
+        )
+        raise ValueError(
+            f"{op}: expected paired_with[{i}] of tensors[{i}]'s shape {tuple(t.shape)}, "
+            f"got {tuple(partner.shape)}"
         )
 
 

@@ -54,14 +54,15 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
     weight.copy_(merged)
 
 
-def merge_many_(merges, restarts=None, merge_one=merge_) -> None:
-    """Every merge, a tuple of merge_'s arguments, one after the other, by `merge_one`.
+def merge_many_(merges, restarts=None, merge_one=None) -> None:
+    """Every merge, a tuple of merge_'s arguments, one after the other, by merge_ or another backend's.
 
     `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Once W
     is written lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
     (seed, first_row), lora_B zeroed, and 1 added to merge_count. What can fail for want of memory
     comes before the write: a layer is merged and restarted, or untouched.
     """
+    merge_one = merge_one or merge_
     for merge, restart in zip(merges, restarts or [None] * len(merges)):
         if restart is None:
             merge_one(*merge)

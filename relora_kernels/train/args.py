@@ -18,9 +18,9 @@ from transformers import HfArgumentParser
 CONFIG_FILE = "config.yaml"  # in output_dir: the settings of the run
 
 # One column per preset. Shapes, batch, steps, merge interval, learning rate and rank of 60m to 1.3b
-# are the ReLoRA paper's; micro is sized for a few minutes on two CPU cores,
-# with one thread: a second makes 7.6k tokens/s of 5.9k (two CPU cores, 2026-11-21, 60 full-rank steps),
-# less than another run would.
+# are the ReLoRA paper's; micro is sized for a few minutes on two CPU cores.
+# It takes one thread: a second raises 5.9k tokens/s to 7.6k only (two CPU cores, 2026-11-21, 60 full-rank
+# steps), so two runs side by side do more.
 _PRESET_TABLE = """
                          micro    60m      130m     250m     350m     1.3b
 vocab_size               1024     32100    32100    32100    32100    32100
@@ -63,8 +63,6 @@ def _preset(name: str, help: str):
 
 
 def _option(default, help: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -176,7 +174,10 @@ class ReLoRaArgs:
         "Names of the linear layers to wrap, or one regular expression, or all-linear. Unset: the "
         "attention and MLP projections.",
     )
-    cycle_steps: int = _preset("cycle_steps", "Steps between two restarts (merge, new A and B).")
+    cycle_steps: int = _preset(
+        "cycle_steps",
+        "Steps between two restarts (merge, new A and B): ReLoRaSchedule's restart_every.",
+    )
     restart_warmup_steps: int = _preset(
         "restart_warmup_steps", "Learning rate warm-up after a restart."
     )

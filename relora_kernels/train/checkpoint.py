@@ -285,16 +285,8 @@ def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None
 
 
 def place_like(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of `whole`, as a DTensor, if `target` is one; else `whole`."""
-    if not sharding.is_sharded(target) or whole.shape != target.shape:
-        return whole
-    from torch.distributed.tensor import DTensor
-
-    rows, first = sharding.local_rows(target)
-    local = whole[first : first + len(rows)].to(rows.device, copy=True)
-    return DTensor.from_local(
-        local, target.device_mesh, target.placements, shape=target.shape, stride=target.stride()
-    )
+    """This rank's rows of `whole`, as a DTensor, if `target` is one of its shape; else `whole`."""
+    return sharding.like(target, whole) if whole.shape == target.shape else whole
 
 
 # --- trees of numbers and tensors ---------------------------------------------------------------------

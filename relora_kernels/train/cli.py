@@ -208,9 +208,8 @@ class Run:
             self._rehearse()
         if is_main_process():
             self.folder.lock()
-            self.folder.check(
-                self.args.resume, self.args.overwrite
-            )  # again: nobody else may write now
+            # Again: from now on nobody else may write.
+            self.folder.check(self.args.resume, self.args.overwrite)
         state.wait_for_everyone()  # every process has checked the folder
         if self.args.resume:
             before = self.folder.corpus_record()

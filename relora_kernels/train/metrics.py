@@ -22,8 +22,8 @@ class MetricsCallback(TrainerCallback):
 
     A row holds phase, step, tokens, seconds, cycle, and either loss, lr, grad_norm,
     tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true),
-    or what `diagnostics` measured. Steps and tokens are counted over both phases. Put it behind ReLoRaCallback. A sink that fails is told
-    once and does not stop the training.
+    or what `diagnostics` measured. Steps and tokens are counted over both phases. Put it behind
+    ReLoRaCallback. A sink that fails is told once and does not stop the training.
     """
 
     def __init__(

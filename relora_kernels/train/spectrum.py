@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from relora_kernels import ReLoRaSchedule, sharding
 from relora_kernels.layer import FusedReLoRaLinear
-from relora_kernels.model import _plain_path, relora_layers
+from relora_kernels.model import plain_path, relora_layers
 
 from .output import write_text
 
@@ -92,7 +92,7 @@ def measure(model: nn.Module, folder: Path) -> dict | None:
     folder = Path(folder)
     if not (folder / START).exists() or not (folder / CYCLE).exists():
         return None
-    modules = {_plain_path(path): module for path, module in model.named_modules()}
+    modules = {plain_path(path): module for path, module in model.named_modules()}
     measured, r = [], 0
     with (
         safe_open(folder / START, "pt") as start,
@@ -160,7 +160,7 @@ def _measured(layers) -> list[tuple[str, FusedReLoRaLinear]]:
     groups: dict[str, list] = {}
     cost = 0.0
     for path, layer in layers:
-        groups.setdefault(path.rpartition(".")[2], []).append((_plain_path(path), layer))
+        groups.setdefault(path.rpartition(".")[2], []).append((plain_path(path), layer))
         cost += layer.in_features * layer.out_features * min(layer.in_features, layer.out_features)
     share = min(1.0, _BUDGET / cost) if cost else 1.0
     chosen = []

@@ -68,9 +68,8 @@ class ReLoRaTrainer(Trainer):
         sharded = any(sharding.is_sharded(p) for p in self.model.parameters())
         self._sharded_by_caller = sharded and not self.is_fsdp_enabled
         if self._sharded_by_caller:
-            self.model._is_accelerate_prepared = (
-                True  # else Accelerate refuses it, or wraps it in DDP
-            )
+            # Else Accelerate refuses it, or wraps it in DDP.
+            self.model._is_accelerate_prepared = True
 
     # --- training ------------------------------------------------------------------------------------
 
@@ -259,7 +258,7 @@ class ReLoRaTrainer(Trainer):
         self._resumed_ranks = [checkpoint.unpack(rank, {}) for rank in state["ranks"]]
 
     def _load_scaler(self, checkpoint_folder: str | None) -> None:
-        """_load_optimizer_and_scheduler has."""
+        """Nothing: _load_optimizer_and_scheduler has loaded it already."""
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         """Called when the first batches of the resumed run are drawn, which moves the generators."""
