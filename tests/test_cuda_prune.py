@@ -308,8 +308,35 @@ def test_every_kind_of_large_tensor_with_its_own_dtypes_partner(shim, kind, dtyp
         check_against_reference([t], ratio, [partner])
 
 
+def test_lists_of_many_small_tensors(shim):
+    """More than one table holds, which is 400: none is left out."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = [1 + i % 37 for i in range(450)]
+
+    def drawn(offset=0.0):
+        return [
+            Guarded((torch.randn(n, generator=generator) + offset).to(DTYPES[i % 3]), 0)
+            for i, n in enumerate(sizes)
+        ]
+
+    check_against_reference(drawn(), 0.5, drawn(5.0))
+    plain = [g.tensor for g in drawn()]
+    prefixes = torch.zeros(len(plain), dtype=torch.int64)
+    for ours, expected in zip(
+        launcher.magnitude_counts(plain, prefixes, 13, 3),
+        reference.magnitude_counts(plain, prefixes, 13, 3),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+    keys, ours = (list(range(450)), [0] * 450), drawn()
+    theirs = [g.copy() for g in ours]
+    launcher.prune_random_([g.tensor for g in ours], 0.5, [], *keys)
+    reference.prune_random_([g.tensor for g in theirs], 0.5, [], *keys)
+    assert_equal_lists(ours, theirs)
+
+
 def test_lists_of_many_tensors(shim):
-    """More of either kind than one table holds."""
+    """More of the small ones than a block takes, and many chains'."""
     generator = torch.Generator().manual_seed(5)
     rng = np.random.default_rng(5)
     sizes = [*rng.integers(1, 3000, 100), *[SPAN + 1 + int(i) for i in rng.integers(0, 99, 52)]]
@@ -335,12 +362,16 @@ def test_a_bin_that_lies_in_one_block(shim, paired):
     check_against_reference([Guarded(t, 0)], ratio, partners)
 
 
-def thresholds_that_round_up_to_an_element_above_the_bin():
+NEAR_ABOVE = (  # the least key above, steps between the two, how many of them that key decides at least
+    (0x3FC00000, [step / 10 for step in range(-12, 13)], 4),
+    (0x3FC00064, [0.9, 0.9975, 0.998, 0.9985, 0.999], 4),
+)
+
+
+def thresholds_that_round_up_to_an_element_above_the_bin(n=SPAN + 501, cases=NEAR_ABOVE):
     """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them; 0x3FC00064
     where the weight is as near to 1 as it comes."""
-    n = SPAN + 501
-    near = [step / 10 for step in range(-12, 13)]
-    for above, steps in ((0x3FC00000, near), (0x3FC00064, [0.9, 0.9975, 0.998, 0.9985, 0.999])):
+    for above, steps, least in cases:
         keys = torch.full((n,), above, dtype=torch.int32)
         keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
         keys[n // 2 - 3 : n // 2] = 0x3FBFFFFF
@@ -351,11 +382,17 @@ def thresholds_that_round_up_to_an_element_above_the_bin():
             ratio = (n // 2 - 1 + step) / (n - 1)
             decided_above += reference.magnitude_quantile(t, ratio).item() == t[n // 2].item()
             check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
-        assert decided_above > 3
+        assert decided_above >= least
 
 
 def test_a_threshold_that_rounds_up_to_an_element_above_the_bin(shim):
     thresholds_that_round_up_to_an_element_above_the_bin()
+
+
+def test_where_the_list_has_room_for_the_bin_a_threshold_above_it_goes_past_the_list(shim):
+    """The bin's keys are listed, and the element above it is in no list."""
+    cases = [(0x3FC00000, [-0.4, 0.1, 0.6, 0.9], 2)]
+    thresholds_that_round_up_to_an_element_above_the_bin(10**6, cases)
 
 
 def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
@@ -582,6 +619,23 @@ def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch,
     assert held.blocks == blocks * len(sizes)
 
 
+def test_clusters_of_the_size_that_a_gpu_has(shim_library, monkeypatch):
+    """Three sweeps a block: whole up to 393,216 elements, by half up to twice as many, a chain from there."""
+    held = Shim(shim_library)
+    held.cluster = 16
+    put_in_place(monkeypatch, launcher, held)
+    whole = 3 * 16 * SWEEP
+    sizes = [SPAN + 1, whole, whole + 1, 2 * whole - 3, 2 * whole, 2 * whole + 1]
+    generator = torch.Generator().manual_seed(12)
+    for ratio, kinds in ((0.9, KINDS), (0.5, KINDS[::-1])):
+        tensors = [Guarded(values_of(kind, n, generator), 0) for kind, n in zip(kinds, sizes)]
+        partners = [Guarded(torch.rand(n, generator=generator) + 1, 0) for n in sizes]
+        check_against_reference(tensors, ratio, partners)
+        assert held.blocks >= 16 * (len(sizes) - 1)
+    held.prune_workspace(rows_of(sizes[:-1], torch.float32, True))
+    assert held.bytes == 0
+
+
 def test_a_device_that_refuses_clusters_has_the_chains(held_library, monkeypatch):
     refusing = Shim(held_library)
     refusing.cluster = -1
@@ -698,6 +752,18 @@ def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype)
     """Of the moments by whose magnitude it goes: their partners do not count."""
     shim.prune_workspace(rows_of(sizes, dtype, paired))
     assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_counters_are_wide_from_2_to_the_32_elements_on(shim, dtype):
+    """Twice the histogram's bytes; and there is no list, whose numbers of elements have 32 bits."""
+    narrow, wide = (shim.prune_workspace(rows_of([n], dtype, False)) for n in (2**32 - 1, 2**32))
+    bins = 2**13 if dtype == torch.float32 else 2**15
+    if dtype == torch.float32:
+        assert narrow > 2**32 // 64 * 4
+    else:
+        assert wide - narrow == 4 * bins
+    assert 8 * bins < wide < 8 * bins + 2**13
 
 
 @pytest.mark.parametrize("sizes", [[SPAN + 1] * 3, [SPAN + 1], [10**6], [450_000]])

@@ -333,12 +333,23 @@ def test_a_list_is_merged_and_restarted_bitwise_as_the_reference(shim, number, l
 
 
 def test_a_list_of_one_kind_is_one_call(shim):
+    """Of 150 layers: the table of 128 is written at a time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(*shape):  # whose products are exact in any order of summation
+        return torch.randint(-8, 9, shape, generator=generator).float()
+
     merges = [
-        (torch.randn(9, 40).bfloat16(), torch.randn(2, 40), torch.randn(9, 2), 1.0, "nearest", None, 0, 0)
-        for _ in range(20)
-    ]  # fmt: skip
+        (torch.randn(9, 40).bfloat16(), whole(2, 40), whole(9, 2), 1.0, "nearest", None, 0, 0)
+        for _ in range(150)
+    ]
+    expected = [merge[0].clone() for merge in merges]
+    for weight, (_, *rest) in zip(expected, merges):
+        reference.merge_(weight, *rest)
     launcher.merge_many_(merges)
     assert shim.calls == 1
+    for weight, (ours, *_) in zip(expected, merges):
+        assert_same_bits(ours, weight)
 
 
 def test_a_large_rank_restarts_whole(shim):
@@ -601,3 +612,8 @@ def test_version_counters_move_for_what_is_written(shim):
     launcher.merge_(weight, A, B, 1.0, "compensated", residual, 0, 0)
     moved = [t._version - v for t, v in zip((weight, residual, A, B), versions)]
     assert moved == [1, 1, 0, 0]
+    count, versions = torch.tensor(0), [t._version for t in (weight, residual, A, B)]
+    merge = (weight, A, B, 1.0, "compensated", residual, 0, 0)
+    launcher.merge_many_([merge], [(A, B, count, 0.5, 3, 0)])
+    moved = [t._version - v for t, v in zip((weight, residual, A, B), versions)]
+    assert moved == [1, 1, 1, 1] and count == 1

@@ -79,8 +79,9 @@ inline long blocks_run = 0;
 inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its size
 inline size_t dynamic_capacity = 0;
 inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
-constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 99 << 10;  // sm_86, 89 and 120: 99 KB
+constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 227 << 10;
 inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that refuses their settings
+inline int most_dynamic() { return most_cluster ? kDynamicMost : 99 << 10; }  // sm_90; sm_86, 89 and 120
 inline long questions = 0;  // about clusters
 
 enum class Wait { none, block, warp, cluster, turn };  // turn: the block's next one
@@ -515,7 +516,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) 
   switch (what) {
     case cudaDevAttrMultiProcessorCount: *value = multiprocessors; break;
     case cudaDevAttrComputeCapabilityMajor: *value = simt::most_cluster ? 9 : 8; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::kDynamicMost; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::most_dynamic(); break;
   }
   return cudaSuccess;
 }
@@ -536,7 +537,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute wh
   if (const cudaError_t error = simt::load(reinterpret_cast<const void*>(kernel))) return error;
   if (what == cudaFuncAttributeNonPortableClusterSizeAllowed && simt::most_cluster < 0) return cudaErrorInvalidValue;
   if (what != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (bytes > simt::kDynamicMost) return cudaErrorInvalidValue;
+  if (bytes > simt::most_dynamic()) return cudaErrorInvalidValue;
   simt::dynamic_allowed[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
