@@ -42,9 +42,9 @@ constexpr int kInlineLayers = 16;
 // W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
 // where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
 // factors are fp32, of the kind `sm90` also bf16. Their elements are finite and below 2^120, which the
-// caller has made sure of: near float32's end tf32 rounds to infinity. `table`: device memory for
-// `count` MergeLayers and kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That
-// one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
+// caller has made sure of: near float32's end tf32 rounds to infinity. Of elements below 2^-115 the kind
+// `streamed` holds multiples of 2^-136 alone. `table`: device memory for `count` MergeLayers and
+// kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
 // other, at most 2^29 of them and from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in
 // [2^-16, 2^7), else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was
 // built without it. Enqueues on `stream`, never synchronises, copies nothing from host memory; launches

@@ -6,6 +6,7 @@ import contextlib
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -209,6 +210,18 @@ class FusedReLoRaLinear(nn.Linear):
         lora_A, lora_B = sharding.whole(self.lora_A.detach()), sharding.whole(self.lora_B.detach())
         return weight, lora_A, lora_B, self.scaling, residual, self.name or "FusedReLoRaLinear"
 
+    def check_placement(self) -> None:
+        """Raise ValueError for parameters that are sharded otherwise than by rows, W and lora_B alike."""
+        for lora in (self.lora_A, self.lora_B):
+            sharding.row_dimension(lora)
+        weight, lora_B = (sharding.local_rows(p.detach()) for p in (self.weight, self.lora_B))
+        if weight[1] != lora_B[1] or len(weight[0]) != len(lora_B[0]):
+            raise ValueError(
+                f"{self.name or type(self).__name__}: expected weight and lora_B of the same rows on a "
+                f"rank, got {len(weight[0])} of weight from row {weight[1]} on and {len(lora_B[0])} of "
+                f"lora_B from row {lora_B[1]} on; shard both, or neither (fully_shard's ignored_params)"
+            )
+
     def check_merge(self) -> None:
         """Raise where a merge is refused: for parameters that are computed, for pending gradients, or by
         the backend in force."""
@@ -230,6 +243,7 @@ class FusedReLoRaLinear(nn.Linear):
                     f"{key}.grad, a gradient of factors that the merge replaces; call "
                     f"optimizer.step() and optimizer.zero_grad() first"
                 )
+        self.check_placement()
         weight, lora_A, lora_B = (
             sharding.local_rows(p.detach())[0] for p in (self.weight, self.lora_A, self.lora_B)
         )
@@ -243,7 +257,9 @@ class FusedReLoRaLinear(nn.Linear):
         The function that the layer computes stays the same up to the rounding of W. Raises
         RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
         FloatingPointError if the update is not finite, and BackendUnavailable where a named backend cannot
-        merge; nothing is changed then.
+        merge; nothing is changed then. Of a model that fully_shard has sharded, merge_and_reinit merges all
+        layers: this layer may hold unsharded parameters after a forward pass, and what is written to those
+        is lost.
         """
         merge_layers([self])
 
@@ -353,7 +369,9 @@ class FusedReLoRaLinear(nn.Linear):
         """A wide W holds the residual itself; a W cast to another narrow type has dropped it."""
         residual, self.weight_residual = self.weight_residual, None
         if residual is not None and self.weight.dtype not in _NARROW:
-            weight, _ = sharding.local_rows(self.weight.data)
+            weight, first_row = sharding.local_rows(self.weight.data)
+            if len(residual) != len(weight):  # made before W was sharded
+                residual = residual[first_row : first_row + len(weight)]
             weight.add_(residual.to(weight))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -377,6 +395,9 @@ class FusedReLoRaLinear(nn.Linear):
             sharding.is_sharded(residual) or bool(residual.any())
         )
         if residual is None:
+            self._warn_of_lost_residual(
+                prefix, *map(state_dict.get, (prefix + "weight", prefix + "merge_count"))
+            )
             return
         if residual.shape != self.weight.shape:
             error_messages = rest[-1]
@@ -393,6 +414,18 @@ class FusedReLoRaLinear(nn.Linear):
         self.weight_residual.copy_(residual)
         if self.weight.dtype not in _NARROW:
             self._fold_residual()
+
+    def _warn_of_lost_residual(self, prefix, weight, merge_count) -> None:
+        if weight is None or merge_count is None or merge_count.is_meta or not merge_count > 0:
+            return
+        if self._keeps_residual and weight.dtype in _NARROW:
+            warnings.warn(
+                f"{prefix}weight is loaded without its weight_residual: what {int(merge_count)} merges could "
+                f"not store in {weight.dtype} is lost. torch.distributed.checkpoint.state_dict needs the "
+                f"model itself, not what DistributedDataParallel or torch.compile has made of it",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         return (

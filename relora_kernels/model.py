@@ -152,9 +152,10 @@ def merge_and_reinit(model: nn.Module) -> int:
     learning rate at the same step (`ReLoRaSchedule` does all three).
 
     Parameters sharded by FSDP2's fully_shard are merged shard by shard, with the same result; call
-    it on every rank then.
+    it on every rank then, with the model that fully_shard was called with.
 
-    Raises RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
+    Raises RuntimeError while gradients of A or B are pending (but for those that FSDP2 keeps back under
+    set_requires_gradient_sync(False)), ValueError for parametrized parameters,
     FloatingPointError if any layer's update is not finite, and BackendUnavailable where a named backend
     cannot merge one; nothing is changed then.
     """
@@ -176,6 +177,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     ValueError for a layer whose forward is replaced and BackendUnavailable where a named backend cannot
     merge one.
     """
+    sharding.reshard(model)
     layers = relora_layers(model)
     for path, layer in layers:
         layer.check_unload()

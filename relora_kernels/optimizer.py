@@ -40,7 +40,8 @@ def reset_optimizer(
         optimizer: any optimizer whose state holds ``exp_avg`` and ``exp_avg_sq`` as floating tensors
             (Adam, AdamW, NAdam, ...; ``max_exp_avg_sq`` is treated as ``exp_avg_sq``).
         params: parameters of `optimizer`. One that has no state yet has nothing to reset, nor has a
-            frozen one that is not the optimizer's.
+            frozen one that is not the optimizer's, nor one whose state ZeroRedundancyOptimizer keeps on
+            another rank.
         mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
             element with probability `ratio`, from (seed, position in `params`, element) alone, None
             drawing a seed from torch's generator (replicas of a model need one seed on all ranks);
@@ -117,7 +118,7 @@ def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
 def adam_states(optimizer, params) -> list[tuple[int, dict]]:
     """(position in `params`, state) of each parameter that has state; raises as reset_optimizer does."""
     states = own_states(optimizer, params)
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's has the user's in it
+    inner = keeper(optimizer)
     for key in MOMENTS:
         moments = [state.get(key) for _, state in states]
         # At a glance, as plain tensors pass. A model has hundreds.
@@ -135,7 +136,7 @@ def own_states(optimizer, params) -> list[tuple[int, dict]]:
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise TypeError(f"reset_optimizer: expected a torch optimizer, got {optimizer!r}")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    state_of, states = optimizer.state, []
+    state_of, states = keeper(optimizer).state, []
     for i, p in enumerate(params):
         if id(p) not in known and p.requires_grad:
             raise ValueError(
@@ -146,6 +147,13 @@ def own_states(optimizer, params) -> list[tuple[int, dict]]:
         if state := state_of.get(p):
             states.append((i, state))
     return states
+
+
+def keeper(optimizer):
+    """The optimizer that holds the state: accelerate's has the user's in it, ZeroRedundancyOptimizer one for
+    the parameters that are this rank's to update."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return getattr(inner, "optim", inner)
 
 
 def _refuse_other_state(optimizer, state, key: str) -> None:

@@ -73,6 +73,8 @@ def save_adapter(
     folder lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters;
     nothing is written then.
     """
+    model = _unwrapped(model)
+    sharding.reshard(model)
     layers = {plain_path(path): layer for path, layer in relora_layers(model)}
     if "" in layers:
         raise ValueError(
@@ -168,6 +170,17 @@ def load_adapter(
     return model
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in DataParallel, DistributedDataParallel and torch.compile's wrapper."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def _refuse_to_lose_the_base(model, layers) -> None:
     merges = max(int(layer.merge_count) for layer in layers.values())
     factors = {id(getattr(layer, k)) for layer in layers.values()
@@ -202,10 +215,8 @@ def _save_base(model, layers, folder: Path) -> None:
             if layer.weight_residual is not None:
                 weight += layer.weight_residual.to(weight)
         state[f"{path}.weight"] = weight
-    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    bare = model.module if wrapped else model
-    if hasattr(bare, "save_pretrained"):
-        bare.save_pretrained(folder, state_dict=state)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, state_dict=state)
         return
     seen: set[int] = set()
     for key, value in state.items():  # safetensors wants no two tensors in one memory

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from relora_kernels import ranks, sharding
 from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
 from relora_kernels.ops import checks
-from relora_kernels.optimizer import MODES, adam_states, own_states, reset_optimizer
+from relora_kernels.optimizer import MODES, adam_states, keeper, own_states, reset_optimizer
 from relora_kernels.reference import philox
 
 _SHORT_WARMUP = 50  # steps: below it, independent masks blew up (beta2 = 0.999)
@@ -99,7 +99,8 @@ class JaggedLR(LRScheduler):
                 f"LRScheduler, got {type(base_schedule).__name__}"
             )
         self.restart_every, self.restart_warmup_steps = restart_every, restart_warmup_steps
-        self.anneal_steps, self.total_steps = anneal_steps, total_steps
+        self.anneal_steps = anneal_steps
+        self.end = total_steps  # accelerate takes what has total_steps for OneCycleLR
         # By ReLoRaSchedule; here because they are saved with the step count. `restarting` is None, or
         # each layer's merge count when the restart began that has not come to its end.
         self.restarts_done = 0
@@ -108,8 +109,8 @@ class JaggedLR(LRScheduler):
 
     def restarts_due(self, step: int) -> int:
         """How many restarts lie at or before `step`: one at every multiple of restart_every."""
-        if self.total_steps is not None:
-            step = min(step, self.total_steps - 1)
+        if self.end is not None:
+            step = min(step, self.end - 1)
         return step // self.restart_every
 
     def multiplier(self, step: int, base: Callable[[int], float] | None = None) -> float:
@@ -132,7 +133,7 @@ class JaggedLR(LRScheduler):
 
     def state_dict(self) -> dict:
         """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
-        left_out = ("base_schedules", "recorded", "total_steps")
+        left_out = ("base_schedules", "recorded", "end")
         state = {k: v for k, v in super().state_dict().items() if k not in left_out}
         return state | {"first_multipliers": self.recorded and self.recorded.first()}
 
@@ -225,11 +226,13 @@ class ReLoRaSchedule:
         loss.backward(); optimizer.step(); optimizer.zero_grad(); schedule.step()
 
     With a trainer that steps schedulers itself, hand it `lr_scheduler` and call `restart_if_due`
-    after each step (ReLoRaCallback does). Restarts are counted by lr_scheduler.last_epoch alone.
+    after each step (ReLoRaCallback does). Restarts are counted by lr_scheduler.last_epoch alone: one that
+    accelerator.prepare has wrapped takes a step for every process, and so comes to them sooner.
 
     With torch.distributed, call it on every rank of the default group, all of which hold this model
     (DDP, or FSDP2's fully_shard): each call sends a few integers, so that ranks which have drifted
-    apart, or hold other factors, end with an error rather than with a wrong model.
+    apart, or hold other factors or residuals of the same rows, end with an error rather than with a wrong
+    model.
 
     Args:
         model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.
@@ -237,9 +240,10 @@ class ReLoRaSchedule:
         reset_mode, reset_ratio, paired, reset_step: see `reset_optimizer` (mode, ratio, ...);
             reset_mode None leaves the moments alone, whatever they are.
 
-    Raises ValueError if LoRA parameters that are trained are not the optimizer's, TypeError if its state
-    holds no Adam moments to reset or it is DeepSpeed's. Warns if independent masks meet a restart warm-up
-    under 50 steps, and at a restart of layers whose lora_B is still 0: nothing has trained them.
+    Raises ValueError if LoRA parameters that are trained are not the optimizer's or are sharded otherwise
+    than by rows, TypeError if its state holds no Adam moments to reset or it is DeepSpeed's. Warns if
+    independent masks meet a restart warm-up under 50 steps, and at a restart of layers whose lora_B is
+    still 0 (nothing has trained them) or with an optimizer that keeps no state.
     """
 
     def __init__(
@@ -273,7 +277,10 @@ class ReLoRaSchedule:
         refuse_deepspeed("ReLoRaSchedule", model, optimizer)
         # What has to hold before a merge as well, and not after it alone.
         self._states = adam_states if reset_mode is not None else own_states
+        sharding.reshard(model)
         self._states(optimizer, list(lora_parameters(model)))
+        for _, layer in relora_layers(model):
+            layer.check_placement()
         self.seed = relora_layers(model)[0][1].seed
         self._place = None  # the ranks' last comparison of step and restart, under way
         self.model, self.optimizer = model, optimizer
@@ -308,6 +315,7 @@ class ReLoRaSchedule:
         self._compare_places(due)
         if due <= self.cycle:
             return False
+        sharding.reshard(self.model)
         params = list(lora_parameters(self.model))
         self._states(self.optimizer, params)
         self._merge()
@@ -335,10 +343,16 @@ class ReLoRaSchedule:
         if not merged or len(merged) + len(untouched) < len(counts):
             self._compare_factors(layers)
             _warn_untrained(layers)
+            if self.reset_mode is not None and not keeper(self.optimizer).state:
+                warnings.warn(
+                    f"ReLoRaSchedule: a restart finds no state in {type(self.optimizer).__name__}, so no "
+                    f"moments are reset: none has been made yet, or another optimizer within it keeps them",
+                    UserWarning,
+                    stacklevel=2,
+                )
             scheduler.restarting = counts  # nothing done yet, or a mark of another course of events
             merge_and_reinit(self.model)  # refuses before it changes anything
             return
-        sharding.reshard(self.model)
         for path in untouched:
             layers[path].merge()
 
@@ -371,29 +385,30 @@ class ReLoRaSchedule:
         """RuntimeError if the ranks' factors or residuals, or what A's next draw depends on, differ."""
         if ranks.count() == 1:
             return
-        keys, found = [], []
+        keys, found = [], []  # of each key two numbers: where it begins, and its digest
         for path, layer in layers.items():
-            draw = philox.derive_seed(layer.seed, layer.name, int(layer.merge_count))
-            values = {"seed, name or merge count": draw % 2**62}
-            for key in ("lora_A", "lora_B"):
-                parameter = getattr(layer, key)
-                values[key] = 0 if sharding.is_sharded(parameter) else _bits(parameter)
-            # No parameter or buffer: DDP and broadcast_from_rank0 send it to nobody.
-            residual = layer.weight_residual
-            if sharding.is_sharded(layer.weight):
-                values["weight_residual"] = int(layer.residual_loaded)
-            else:
-                values["weight_residual"] = 0 if residual is None else _bits(residual)
-            keys += [f"{path}: {key}" for key in values]
-            found += values.values()
-        for key, values in zip(keys, zip(*ranks.gather(found))):
-            if len(set(values)) > 1:
-                others = [rank for rank, value in enumerate(values) if value != values[0]]
-                raise RuntimeError(
-                    f"ReLoRaSchedule: expected the same factors on all ranks, got another {key} on "
-                    f"ranks {others} than on rank 0; nothing was merged. Give all ranks one seed, load "
-                    f"checkpoints on all of them, and train in DistributedDataParallel or fully_shard"
-                )
+            for key, first, digest in _digests(layer):
+                keys.append(f"{path}: {key}")
+                found += [first, digest]
+        most, least = ranks.maximum([len(keys), -len(keys)])
+        if most != -least:
+            raise RuntimeError(
+                f"ReLoRaSchedule: expected the same layers on all ranks, got {len(layers)} on rank "
+                f"{ranks.index()} and other numbers elsewhere; nothing was merged"
+            )
+        table = torch.tensor(ranks.gather(found)).view(ranks.count(), len(keys), 2).tolist()
+        for key, values in zip(keys, zip(*table)):
+            of_first: dict[int, tuple[int, int]] = {}  # of each first row: a rank, its digest
+            for rank, (first, digest) in enumerate(values):
+                before, expected = of_first.setdefault(first, (rank, digest))
+                if digest != expected:
+                    others = [i for i, value in enumerate(values) if value == [first, digest]]
+                    raise RuntimeError(
+                        f"ReLoRaSchedule: expected the same factors on all ranks, got another {key} on "
+                        f"ranks {others} than on rank {before}; nothing was merged. Give all ranks one "
+                        f"seed, load checkpoints on all of them, and train in DistributedDataParallel or "
+                        f"fully_shard"
+                    )
 
     def state_dict(self) -> dict:
         """Plain numbers: step, restarts done and learning rates."""
@@ -434,6 +449,22 @@ def _warn_untrained(layers: dict) -> None:
             UserWarning,
             stacklevel=2,
         )
+
+
+def _digests(layer):
+    """(what, its first row, a number): what ranks that hold the same rows have in common."""
+    draw = philox.derive_seed(layer.seed, layer.name, int(layer.merge_count))
+    yield "seed, name or merge count", 0, draw % 2**62
+    for key in ("lora_A", "lora_B"):
+        rows, first = sharding.local_rows(getattr(layer, key).detach())
+        yield key, first, _bits(rows)
+    # No parameter or buffer: DDP and broadcast_from_rank0 send it to nobody.
+    residual, (weight, first) = layer.weight_residual, sharding.local_rows(layer.weight.detach())
+    if residual is not None and len(residual) != len(weight):  # made before W was sharded
+        residual = residual[first : first + len(weight)]
+    yield "weight_residual", first, 0 if residual is None else _bits(residual)
+    if sharding.is_sharded(layer.weight):  # ranks of other rows have it too, or all have lost it
+        yield "weight_residual", 0, int(layer.residual_loaded)
 
 
 def _bits(tensor: torch.Tensor) -> int:

@@ -12,14 +12,26 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from relora_kernels import FusedReLoRaLinear, ReLoRaSchedule, ranks
+from relora_kernels import (
+    FusedReLoRaLinear,
+    ReLoRaConfig,
+    ReLoRaSchedule,
+    apply_relora,
+    ranks,
+    reset_optimizer,
+)
 from relora_kernels.model import lora_parameters, relora_layers
 from relora_kernels.sharding import whole
-from relora_kernels.train import ReLoRaCallback, cli
+from relora_kernels.train import ReLoRaCallback, ReLoRaTrainer, cli
+from relora_kernels.train.data import Blocks
 
 
 class SpyCallback(ReLoRaCallback):
@@ -73,9 +85,11 @@ def run(case) -> int:
         return end.code
 
 
-def schedule_of(seed=0, dtype=None):
+def schedule_of(seed=0, dtype=None, layers=1):
     torch.manual_seed(seed)
-    model = nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0", dtype=dtype))
+    model = nn.Sequential(
+        *(FusedReLoRaLinear(8, 8, r=2, name=str(i), dtype=dtype) for i in range(layers))
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     return model, ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2)
 
@@ -90,14 +104,10 @@ def expect_error(message, work) -> int:
 
 
 def refuses_to_merge(model, schedule, other: str) -> int:
-    def steps():
-        for _ in range(4):
-            schedule.optimizer.step()
-            schedule.step()
-
     weight = model[0].weight.clone()
     code = expect_error(
-        f"another 0: {other} on ranks [1] than on rank 0; nothing was merged", steps
+        f"another 0: {other} on ranks [1] than on rank 0; nothing was merged",
+        lambda: repeat(4, schedule),
     )
     assert torch.equal(model[0].weight, weight) and model[0].merge_count == 0
     return code
@@ -116,6 +126,95 @@ def other_residual_case42() -> int:
     if ranks.index() == 0:
         model.state_dict()["0.weight_residual"][3, 3] = 1e-3
     return refuses_to_merge(model, schedule, "weight_residual")
+
+
+def other_layers() -> int:
+    _, schedule = schedule_of(layers=1 + ranks.index())
+    return expect_error("expected the same layers on all ranks, got", lambda: repeat(4, schedule))
+
+
+def repeat(steps, schedule):
+    for _ in range(steps):
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def moments_of_zero_redundancy() -> int:
+    """Each rank resets the moments that it keeps, as one process would reset all."""
+    for mode in ("zero", "random", "magnitude"):
+        found = []
+        for shared in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(*(FusedReLoRaLinear(8, 8, r=2, name=str(i)) for i in range(3)))
+            factors = list(lora_parameters(model))
+            if shared:
+                optimizer = ZeroRedundancyOptimizer(factors, torch.optim.AdamW, lr=0.1)
+            else:
+                optimizer = torch.optim.AdamW(factors, lr=0.1)
+            for step in range(2):
+                model(
+                    torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+                ).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            reset_optimizer(optimizer, factors, mode, 0.5, seed=3)
+            state = getattr(optimizer, "optim", optimizer).state
+            found.append({i: state[p]["exp_avg"] for i, p in enumerate(factors) if p in state})
+        alone, mine = found
+        assert 0 < len(mine) < len(alone) == 6
+        assert all(torch.equal(moment, alone[i]) for i, moment in mine.items())
+    return 0
+
+
+def trainer_of(folder, sharded, **settings):
+    """Six steps, a restart at 4, an evaluation and a checkpoint every two."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    model = apply_relora(LlamaForCausalLM(config), ReLoRaConfig(r=4))
+    if sharded:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 1)
+    blocks = np.random.default_rng(0).integers(0, 64, (64, 16))
+    args = TrainingArguments(
+        output_dir=folder, max_steps=6, per_device_train_batch_size=2, save_steps=2, eval_steps=2,
+        eval_strategy="steps", load_best_model_at_end=True, report_to="none", disable_tqdm=True,
+        use_cpu=True, **settings,
+    )  # fmt: skip
+    return ReLoRaTrainer(
+        model, args, train_dataset=Blocks(blocks, 0, 64), eval_dataset=Blocks(blocks, 0, 8),
+        optimizers=(optimizer, schedule.lr_scheduler), callbacks=[ReLoRaCallback(schedule)],
+    )  # fmt: skip
+
+
+def best_model(folder) -> int:
+    """All ranks end with the best checkpoint, and save_model writes whole tensors."""
+    for sharded in (False, True):
+        trainer = trainer_of(f"{folder}/{sharded}", sharded)
+        losses, evaluate = iter([3.0, 1.0, 2.0]), trainer.evaluate
+
+        def ordered(*args, **kwargs):
+            found = evaluate(*args, **kwargs)
+            return found | {"eval_loss": next(losses)}
+
+        trainer.evaluate = ordered
+        trainer.train()
+        best = Path(folder, str(sharded), "checkpoint-4")
+        assert trainer.state.best_model_checkpoint == str(best)
+        trainer.save_model(f"{folder}/{sharded}/saved")
+        ranks.maximum([0])  # rank 0 has written it
+        expected = load_file(best / "model.safetensors")
+        saved = load_file(Path(folder, str(sharded), "saved", "model.safetensors"))
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(whole(parameter.detach()), expected[name]), name
+            assert torch.equal(saved[name], expected[name]), name
+    try:
+        trainer_of(f"{folder}/compiled", True, torch_compile=True)
+    except ValueError as error:
+        assert "call model.compile() before" in str(error)
+        return 0
+    raise AssertionError("torch_compile was left out and nobody told")
 
 
 def another_step_case42() -> int:
@@ -140,7 +239,7 @@ def main() -> None:
     faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for ever tells where
     cases = json.loads(Path(sys.argv[1]).read_text())
     for case in cases:
-        code = globals()[case["check"]]() if "check" in case else run(case)
+        code = globals()[case["check"]](*case.get("args", [])) if "check" in case else run(case)
         assert code == case.get("code", 0), (case, code)
     print(f"rank {ranks.index()} of {ranks.count()} is done", flush=True)
 

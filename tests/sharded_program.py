@@ -19,13 +19,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from relora_kernels import (
+    FusedReLoRaLinear,
     ReLoRaConfig,
     ReLoRaSchedule,
     apply_relora,
     merge_and_reinit,
+    merge_and_unload,
     reset_optimizer,
 )
 from relora_kernels.model import relora_layers
+from relora_kernels.peft import save_adapter
 from relora_kernels.sharding import local_rows, whole
 
 
@@ -49,7 +52,7 @@ def shard(model):
 
 def run(model, mode):
     """Outputs after each restart, factors, weights and moments of ten steps with two restarts."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = adam_for(model)
     schedule = ReLoRaSchedule(
         model, optimizer, lambda t: 1.0, 4, 2, reset_mode=mode, reset_ratio=0.7
     )
@@ -181,14 +184,11 @@ def checkpoint_agrees() -> None:
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(sent, full if dist.get_rank() == 0 else {}, options=options)
     get_model_state_dict(sent, options=StateDictOptions(full_state_dict=True))  # hangs nobody
-    optimizer = torch.optim.AdamW([p for p in sent.parameters() if p.requires_grad])
-    refused = ""
-    try:
-        ReLoRaSchedule(sent, optimizer, lambda t: 1.0, 1, 0).step()
-    except RuntimeError as error:
-        refused = str(error)
-    alone = dist.get_world_size() == 1
-    assert ("another 0.0: weight_residual on ranks [1" in refused) != alone, refused
+    schedule, alone = scheduled(sent), dist.get_world_size() == 1
+    if alone:
+        assert schedule.step()
+    else:
+        refused(RuntimeError, "another 0.0: weight_residual on ranks [1", schedule.step)
     assert all(layer.merge_count == 1 + alone for _, layer in relora_layers(sent))
 
 
@@ -205,6 +205,93 @@ def one_row_agrees() -> None:
                 assert isinstance(tensor, DTensor), key
                 assert torch.equal(whole(tensor), expected[key])
         merge_and_reinit(sharded)  # of B = 0: the residuals stay as they are
+
+
+def adam_for(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+
+
+def scheduled(model, optimizer=None):
+    """With a restart at every step."""
+    return ReLoRaSchedule(model, optimizer or adam_for(model), lambda t: 1.0, 1, 0)
+
+
+def refused(error, says, work) -> None:
+    try:
+        work()
+    except error as found:
+        assert says in str(found), found
+        return
+    raise AssertionError(f"expected {error.__name__}: {says}")
+
+
+def unsharded_parameters_are_put_back() -> None:
+    """After a forward pass without a backward the root may hold whole parameters, to which nobody writes."""
+    model = fully_shard(build(torch.bfloat16), reshard_after_forward=False)
+    x = torch.randn(6, 24)
+
+    def evaluate():
+        with torch.no_grad():
+            model(x.bfloat16())
+        return isinstance(model[0][0].weight, DTensor)
+
+    optimizer = adam_for(model)
+    assert not evaluate()
+    schedule = scheduled(model, optimizer)
+    for _, layer in relora_layers(model):
+        local_rows(layer.lora_B.data)[0].fill_(1.0)
+    before = whole(model[0][0].weight).clone()
+    evaluate()
+    assert schedule.step() and not torch.equal(whole(model[0][0].weight), before)
+    evaluate()
+    refused(TypeError, "got a DTensor", lambda: merge_and_unload(model))
+    evaluate()
+    refused(TypeError, "got a DTensor", lambda: save_adapter(model, "nowhere", "no_base"))
+    assert len(relora_layers(model)) == 4
+
+
+def placements_are_refused() -> None:
+    """W cut and the factors not, the other way round, or by columns: before a step is taken."""
+    if dist.get_world_size() == 1:
+        return
+    for of_w in (True, False):
+        model = build()
+        ignored = {p for _, m in relora_layers(model)
+                   for p in ((m.weight,) if of_w else (m.lora_A, m.lora_B))}  # fmt: skip
+        model = fully_shard(model, ignored_params=ignored)
+        refused(ValueError, "of the same rows on a rank", lambda: scheduled(model))
+        refused(ValueError, "of the same rows on a rank", lambda: merge_and_reinit(model))
+    columns = nn.Sequential(FusedReLoRaLinear(24, 48, r=12))
+    fully_shard(columns, shard_placement_fn=lambda p: Shard(p.dim() - 1))
+    refused(ValueError, "sharded by rows over one mesh dimension", lambda: scheduled(columns))
+
+
+def replicas_are_compared() -> None:
+    """Rows over two ranks, twice: a factor or a residual of the second pair is another."""
+    if dist.get_world_size() != 4:
+        return
+    for key in ("lora_A", "weight_residual"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "rows"))
+        model = fully_shard(build(torch.bfloat16), mesh=mesh)
+        schedule = scheduled(model)
+        assert schedule.step()
+        if dist.get_rank() == 3:
+            local_rows(getattr(model[0][0], key).detach())[0][0, 0] += 1
+        says = f"another 0.0: {key} on ranks [3] than on rank 1; nothing was merged"
+        refused(RuntimeError, says, schedule.step)
+
+
+def wide_weights_take_their_rows_of_a_residual() -> None:
+    """One made for the whole weight, before that was cut."""
+    model = build(torch.bfloat16)
+    model.state_dict()
+    for _, layer in relora_layers(model):
+        layer.weight_residual.copy_(torch.arange(len(layer.weight))[:, None] / 256)
+    alone = build(torch.bfloat16)
+    alone.load_state_dict(model.state_dict())
+    shard(model).float()
+    for (_, a), (_, b) in zip(relora_layers(alone.float()), relora_layers(model)):
+        assert torch.equal(whole(b.weight), a.weight)
 
 
 def refusal_agrees() -> None:
@@ -231,6 +318,10 @@ def main() -> None:
     pruning_agrees()
     checkpoint_agrees()
     one_row_agrees()
+    unsharded_parameters_are_put_back()
+    placements_are_refused()
+    replicas_are_compared()
+    wide_weights_take_their_rows_of_a_residual()
     refusal_agrees()
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees")
     dist.destroy_process_group()

@@ -5,6 +5,7 @@
 
 import copy
 import signal
+import warnings
 
 import pytest
 import torch
@@ -192,8 +193,13 @@ def test_state_dict_round_trip_with_residual():
     assert not other.weight_residual.any()
     del fresh["weight_residual"]
     other.weight_residual.fill_(1.0)
-    other.load_state_dict(fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was merged, so nothing is lost
+        other.load_state_dict(fresh)
     assert other.weight_residual is None
+    del state["weight_residual"]
+    with pytest.warns(UserWarning, match="what 1 merges could not store in torch.bfloat16 is lost"):
+        other.load_state_dict(state)
     parent = nn.Sequential(nn.Identity(), layer)
     twin = nn.Sequential(nn.Identity(), FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
     twin.load_state_dict(parent.state_dict())

@@ -380,10 +380,12 @@ def test_names_that_other_modules_share_are_written_in_full(tmp_path):
     assert sum("lora_A" in key for key in theirs.state_dict()) == 1
 
 
-def test_a_compiled_model_saves_under_plain_names(tmp_path):
+def test_a_wrapped_and_compiled_model_saves_as_itself(tmp_path):
     model = wrapped()
     save_adapter(model, tmp_path / "plain")
-    save_adapter(torch.compile(model), tmp_path / "compiled", tmp_path / "base")
+    save_adapter(torch.compile(nn.DataParallel(model)), tmp_path / "compiled", tmp_path / "base")
+    config = json.loads((tmp_path / "compiled" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
     a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "compiled"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")

@@ -341,6 +341,17 @@ def test_other_optimizers_are_refused_before_their_first_step_case48(kind):
     assert model[0].merge_count == 1
 
 
+def test_a_restart_without_any_optimizer_state_is_told():
+    """As of a wrapper that keeps it in another optimizer."""
+    model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
+    model[0].lora_B.data.fill_(1.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 1, 0)
+    with pytest.warns(UserWarning, match="no state in AdamW, so no moments are reset"):
+        optimizer.step()  # without gradients it makes none
+        schedule.step()
+
+
 def test_frozen_factors_need_no_optimizer_and_untrained_ones_are_told():
     model = torch.nn.Sequential(*(FusedReLoRaLinear(8, 8, r=2) for _ in range(3)))
     model[0].lora_A.requires_grad_(False)

@@ -96,6 +96,9 @@ def runs(tmp_path_factory):
         resume(base / "stopped"),
         {"check": "other_factors_case42"},
         {"check": "other_residual_case42"},
+        {"check": "other_layers"},
+        {"check": "moments_of_zero_redundancy"},
+        {"check": "best_model", "args": [str(base / "best")]},
         {"check": "another_step_case42"},
     ], base)  # fmt: skip
     two = interrupted(base / "two-full", base / "two-to-one")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 # transformers no longer calls would leave runs without checkpoints, so their absence is an error.
 _HOOKS = (
     "_save_checkpoint",
+    "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_load_scaler",
@@ -52,7 +53,8 @@ class ReLoRaTrainer(Trainer):
       one Accelerate puts into DDP. Checkpoints hold whole tensors, gathered and written by rank 0, on
       a file system that all ranks see.
 
-    Raises RuntimeError on construction where transformers has no longer what this class overrides.
+    Raises on construction RuntimeError where transformers has no longer what this class overrides, and
+    ValueError for torch_compile with a model sharded by the caller.
     """
 
     def __init__(self, *args, fingerprint: dict | None = None, **kwargs):
@@ -68,6 +70,11 @@ class ReLoRaTrainer(Trainer):
         sharded = any(sharding.is_sharded(p) for p in self.model.parameters())
         self._sharded_by_caller = sharded and not self.is_fsdp_enabled
         if self._sharded_by_caller:
+            if self.args.torch_compile:
+                raise ValueError(
+                    "ReLoRaTrainer: expected torch_compile=False with a model that fully_shard has sharded, "
+                    "got True, which Accelerate leaves out for it; call model.compile() before"
+                )
             # Else Accelerate refuses it, or wraps it in DDP.
             self.model._is_accelerate_prepared = True
 
@@ -131,7 +138,7 @@ class ReLoRaTrainer(Trainer):
         keep = ranks.index() == 0
         tensors = checkpoint.gather_model(self._plain_model, keep)
         state = None if self.args.save_only_model else self._training_state(keep)
-        failed = 0
+        failed, best = 0, self.state.best_model_checkpoint
         if keep:
             self._note_best(folder)
             try:
@@ -140,9 +147,11 @@ class ReLoRaTrainer(Trainer):
                     folder, self.args.save_total_limit, self.state.best_model_checkpoint
                 )
             except OSError as error:
-                failed = 1
+                failed, self.state.best_model_checkpoint = 1, best
                 logger.warning("training goes on without %s: %s", folder, error)
         [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
+        if not failed:
+            self._note_best(folder)
         stopping = (
             self.control.should_training_stop and self.state.global_step < self.state.max_steps
         )
@@ -150,6 +159,16 @@ class ReLoRaTrainer(Trainer):
             raise OSError(f"{folder} could not be written: the run stops at an earlier checkpoint")
         if self.args.push_to_hub and not failed:
             self._push_from_checkpoint(str(folder))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self._sharded_by_caller:
+            super().save_model(output_dir, _internal_call)
+            return
+        keep = ranks.index() == 0
+        tensors = checkpoint.gather_model(self._plain_model, keep)
+        if keep:
+            self._save(output_dir or self.args.output_dir, tensors)
+        ranks.maximum([0])  # rank 0 has written when the others go on
 
     def _fill(self, folder: Path, tensors: dict, state: dict | None) -> None:
         checkpoint.save_tensors(folder / "model.safetensors", tensors)
@@ -237,6 +256,12 @@ class ReLoRaTrainer(Trainer):
             raise checkpoint.OtherRun(f"{folder} is of another run: " + "; ".join(lines))
         tensors = checkpoint.load_tensors(folder / "model.safetensors")
         checkpoint.load_model(self._plain_model if model is None else model, tensors)
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint)
+        logger.info("loading the best model from %s", folder)
+        tensors = checkpoint.load_tensors(folder / "model.safetensors")
+        checkpoint.load_model(self._plain_model, tensors)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is None:
