@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -106,9 +107,7 @@ def main() -> None:
     seeds = options.seeds or (seeds_in(output) if options.report else [0])
     runs = [(n, s) for s in dict.fromkeys(seeds) for n in names]
     if wrong := mixed(runs, output, None if options.report else options.base):
-        sys.exit(
-            f"ablation: runs in {output} differ, give another --output: " + "; ".join(wrong[:5])
-        )
+        _refuse(f"runs in {output} differ, give another --output: " + "; ".join(wrong[:5]))
     failed = [] if options.report else train_all(runs, options, output)
     over = [(name, seed) for name, seed in runs if is_over(output / f"{name}-{seed}")]
     left = [f"{name}-{seed}" for name, seed in runs if (name, seed) not in over]
@@ -148,7 +147,7 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"expected --minutes > 0, got {options.minutes}")
     options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
     options.words = ["--preset", options.size, "--diagnostics", "true", *more]
-    if options.steps:
+    if options.steps is not None:
         options.words += ["--steps", str(options.steps)]
     if options.train_files:
         options.words += ["--train_files", *options.train_files]
@@ -159,8 +158,13 @@ def parse_options() -> argparse.Namespace:
 def chosen(grids: list[str], only: list[str] | None) -> list[str]:
     names = list(dict.fromkeys(name for grid in grids for name in GRIDS[grid]))
     if unknown := set(only or ()) - set(names):
-        sys.exit(f"ablation: expected --only out of {', '.join(names)}, got {', '.join(unknown)}")
+        _refuse(f"expected --only out of {', '.join(names)}, got {', '.join(unknown)}")
     return list(dict.fromkeys(only or names))
+
+
+def _refuse(why: str) -> NoReturn:
+    print(f"ablation: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def seeds_in(output: Path) -> list[int]:

@@ -8,6 +8,7 @@ memory.png into FOLDER. --readme rewrites what stands between `<!-- figures -->`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -44,11 +45,18 @@ class Results:
 
 def load(path: Path) -> Results:
     """Either kind of file. Raises ValueError for anything else."""
-    try:
+    with whole(path):
         results = _load(Path(path))
         results.source, groups(results.rows)  # what every table needs
         return results
-    except (KeyError, TypeError, AttributeError) as error:
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """What is made of a file that lacks something, or holds a 0 or a word for a time, is a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, json.JSONDecodeError) as error:
         raise ValueError(f"expected whole results in {path}; {error!r} is amiss") from error
 
 
@@ -585,14 +593,18 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         results = load(args.results)
-        print(f"{results.source}\n\n{ratio_table(results.rows)}")
-        print(train_table(results.rows))
-        print(bars_table(bars(results)))
-        if args.output:
-            for path in draw(results, args.output):
-                print(path)
-        if args.readme:
-            rewrite(args.readme, results)
+        with whole(args.results):
+            tables = (
+                f"{results.source}\n\n{ratio_table(results.rows)}",
+                train_table(results.rows),
+                bars_table(bars(results)),
+            )
+            print(*tables, sep="\n")
+            if args.output:
+                for path in draw(results, args.output):
+                    print(path)
+            if args.readme:
+                rewrite(args.readme, results)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

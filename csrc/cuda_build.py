@@ -31,6 +31,9 @@ PYPI_NVCC = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"
 OLDEST_DRIVER = 580  # for CUDA 13
 # sm_86's machine code runs on sm_89, for which ptxas makes the very same: tests/test_cuda_compile.py.
 DEFAULT_ARCHS = ("80", "86", "90", "100", "120")
+# What the sources compile for; and the suffixes there are, each with the architectures that have it.
+OLDEST = 80
+OLDEST_WITH = {"": OLDEST, "a": 90, "f": 100}
 # -Og is for the host's code, which runs once a launch: -O1 takes bindings.cpp a fifth longer, -O3 twice
 # as long. What runs on the device is optimised in full whatever it says.
 COMPILE_FLAGS = ["-std=c++17", "-Xcompiler", "-Og,-fPIC,-fvisibility=hidden,-Wall"]
@@ -54,7 +57,7 @@ class KnobError(BuildError):
 
 
 def mode() -> str:
-    value = os.environ.get("RELORA_KERNELS_CUDA", "auto")
+    value = os.environ.get("RELORA_KERNELS_CUDA") or "auto"
     if value not in ("auto", "on", "off"):
         raise KnobError(f"RELORA_KERNELS_CUDA: expected auto, on or off, got {value!r}")
     return value
@@ -144,21 +147,30 @@ def native_archs() -> list[str]:
         lines = run(*command).split()
     except BuildError as error:
         raise KnobError(f"RELORA_KERNELS_ARCHS=native: no GPU to ask: {error}") from error
-    return sorted({line.replace(".", "") for line in lines}, key=int)
+    found = sorted({line.replace(".", "") for line in lines}, key=int)
+    old = [name for name in found if int(name) < OLDEST]
+    if old == found:
+        raise KnobError(
+            f"RELORA_KERNELS_ARCHS=native: expected a GPU of sm_{OLDEST} or newer, got {', '.join(old)}"
+        )
+    return found[len(old) :]
 
 
 def archs(nvcc: Path) -> list[str]:
     """GPU architectures to build for, e.g. ["80", "90a"]."""
     known = re.findall(r"compute_(\d+)\b", run(nvcc, "--list-gpu-arch"))
+    known = [name for name in known if int(name) >= OLDEST]
     wanted = os.environ.get("RELORA_KERNELS_ARCHS")
     if not wanted:
         return [arch for arch in DEFAULT_ARCHS if arch in known]
     names = native_archs() if wanted == "native" else wanted.split(";")
     for name in names:
-        if not re.fullmatch(r"\d+[af]?", name) or name.rstrip("af") not in known:
+        number, suffix = re.fullmatch(r"(\d*)(.*)", name).groups()
+        if number not in known or int(number) < OLDEST_WITH.get(suffix, 10**9):
             raise KnobError(
                 f'RELORA_KERNELS_ARCHS: expected "native" or a list like "80;90a" out of '
-                f"{', '.join(known)} ({nvcc}), got {name!r} in {wanted!r}"
+                f"{', '.join(known)} ({nvcc}), with an a from 90 or an f from 100 on, got {name!r} in "
+                f"{wanted!r}"
             )
     return names
 
@@ -286,10 +298,10 @@ def compile_module(nvcc: Path, work: Path) -> Path:
 
 
 def build_into(package: Path, work: Path) -> Path:
-    """Put `_C` into the package, or `_C.missing.txt` with the reason; returns that file."""
-    for stale in package.glob("_C.*"):  # of another build, maybe with other settings
-        stale.unlink()
-    package.mkdir(parents=True, exist_ok=True)
+    """Put `_C` into the package, or `_C.missing.txt` with the reason; returns that file.
+
+    What an earlier build has left there stays where this one ends with an error.
+    """
     wanted, nvcc = mode(), find_nvcc()
     jobs()
     if wanted == "off":
@@ -298,8 +310,7 @@ def build_into(package: Path, work: Path) -> Path:
         reason = why_no_fetch() or f"no nvcc found: install a CUDA toolkit, or '{PYPI_NVCC}'"
     else:
         try:
-            module = compile_module(nvcc, work)
-            return Path(shutil.copy2(module, package))
+            return put_into(package, compile_module(nvcc, work))
         except KnobError:
             raise
         except BuildError as error:
@@ -307,9 +318,23 @@ def build_into(package: Path, work: Path) -> Path:
     if wanted == "on":
         raise BuildError(f"RELORA_KERNELS_CUDA=on: {reason}")
     print(f"relora_kernels: no CUDA kernels: {reason}", flush=True)
-    note = package / "_C.missing.txt"
+    work.mkdir(parents=True, exist_ok=True)
+    note = work / "_C.missing.txt"
     note.write_text(reason + "\n")
-    return note
+    return put_into(package, note)
+
+
+def put_into(package: Path, file: Path) -> Path:
+    """In one step, for processes that import the package meanwhile; then without what others have left."""
+    package.mkdir(parents=True, exist_ok=True)
+    target = package / file.name
+    temporary = package / f".{file.name}.new"
+    shutil.copy2(file, temporary)
+    temporary.replace(target)
+    for stale in package.glob("_C.*"):  # of another build, maybe with other settings
+        if stale != target:
+            stale.unlink()
+    return target
 
 
 # ---- PEP 517 and 660 hooks: setuptools' own, except for these ------------------------------------

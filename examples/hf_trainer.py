@@ -108,6 +108,8 @@ def main() -> None:
         weight_decay=training.weight_decay,
     )
     steps, every = training.max_steps, args.restart_every
+    if steps < 1:
+        raise SystemExit(f"expected --max_steps >= 1, by which restarts are counted, got {steps}")
     cosine = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
     schedule = ReLoRaSchedule(model, optimizer, cosine, every, every // 5, steps)  # [ReLoRA]
     trainer = Trainer(

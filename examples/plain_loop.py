@@ -67,7 +67,7 @@ def main() -> None:
         torch.set_rng_state(saved["rng"])  # of the dropout masks
         first = saved["step"]
 
-    last = args.stop_at or args.steps
+    last = args.steps if args.stop_at is None else args.stop_at
     for step in range(first, last):
         ids = batch(step)
         loss = nn.functional.cross_entropy(model(ids), ids.amax(1))

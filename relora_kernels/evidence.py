@@ -229,7 +229,7 @@ def _digest(*patterns: str) -> str:
 def cache_path() -> Path:
     """Raises OSError where the variable is not set and the user has no home folder, as in a container."""
     if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]) / "tune.json"
+        return Path(os.environ[CACHE_VARIABLE]).expanduser() / "tune.json"
     try:
         return Path.home() / ".cache" / "relora_kernels" / "tune.json"
     except RuntimeError as error:
@@ -310,6 +310,14 @@ def _is_entry(entry) -> bool:
         and isinstance(entry.get("order"), list)
         and all(isinstance(name, str) for name in entry["order"])
     )
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where `write` would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        _read(path)
 
 
 def write(path: Path, here: dict[str, str], entries: list[dict]) -> None:

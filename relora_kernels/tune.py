@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +24,18 @@ from relora_kernels.worker import Worker
 FIRST_LIMIT_S, LIMIT_S = 75.0, 25.0
 DIRECTIONS = ("forward", "backward")
 ROUNDINGS = ("compensated", "nearest", "stochastic")
+# Models of transformers' whose layers have these seven linears: q, k, v, o, gate, up, down.
+LLAMA_LIKE = (
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2",
+    "olmo3", "smollm3", "granite", "cohere", "seed_oss", "exaone4", "hunyuan_v1_dense", "ernie4_5",
+)  # fmt: skip
 # What the workers must not take over: a backend named for the user's own runs.
 WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here."""
+    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here, 130 interrupted and what was
+    finished until then written."""
     args = _parser().parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -47,14 +52,13 @@ def main(arguments: list[str]) -> int:
         return 2
     try:  # before minutes of measuring, not after them
         path = evidence.cache_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        evidence.check_writable(path)
     except OSError as error:
         return _cannot_write(error)
     cases = _cases(linears, args)
     here = evidence.identity(device)
     print(f"tune: {len(cases)} rows at {len(set(linears))} shapes on {evidence.section_name(here)}")
-    records = _measure(cases, args)
+    records, interrupted = _measure(cases, args)
     entries = problems.entries(records)
     _print_table(records, entries)
     if not entries:
@@ -66,7 +70,7 @@ def main(arguments: list[str]) -> int:
         return _cannot_write(error)
     follows = "`auto` follows them" if device.type == "cuda" else "`auto` follows none on a CPU"
     print(f"tune: wrote {len(entries)} entries to {path}; {follows}")
-    return 0
+    return 130 if interrupted else 0
 
 
 def _cannot_write(error: OSError) -> int:
@@ -140,11 +144,21 @@ def _linears(args) -> list[tuple[int, int]]:
     if args.model_config is None:
         hidden, feed_forward, layers = problems.MODELS[args.preset]
         return problems.projections(hidden, feed_forward) * layers
-    config = json.loads(args.model_config.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(args.model_config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {args.model_config}, got {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a model's settings in {args.model_config}, got {config!r:.60}")
+    if config.get("model_type") not in (None, *LLAMA_LIKE):
+        raise ValueError(
+            f"expected {args.model_config} of a model with Llama's linears ({', '.join(LLAMA_LIKE)}), got "
+            f"model_type {config['model_type']!r}; give --shapes instead"
+        )
     try:
         hidden, feed_forward = config["hidden_size"], config["intermediate_size"]
         heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(
             f"expected {args.model_config} to name hidden_size, intermediate_size, "
             f"num_attention_heads and num_hidden_layers, got no {error}; give --shapes instead"
@@ -153,6 +167,11 @@ def _linears(args) -> list[tuple[int, int]]:
     sizes += [config.get(name) or 1 for name in ("head_dim", "num_key_value_heads")]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"expected the sizes in {args.model_config} to be >= 1, got {sizes}")
+    if not config.get("head_dim") and hidden % heads:
+        raise ValueError(
+            f"expected hidden_size in {args.model_config} to be a multiple of num_attention_heads {heads}, "
+            f"got {hidden}"
+        )
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
     layer = [
@@ -193,28 +212,35 @@ def run_case(case: dict) -> dict:
     return {**record, "row": case["row"]}
 
 
-def _measure(cases: list[dict], args) -> list[dict]:
+def _measure(cases: list[dict], args) -> tuple[list[dict], bool]:
+    """A record of each case; and whether Ctrl-C has cut it short."""
     from tqdm import tqdm
 
     deadline, records, compiled = time.monotonic() + 60 * args.minutes, [], set()
+    interrupted = False
     with Worker("relora_kernels.tune:run_case", environment=WORKER_ENVIRONMENT) as worker:
         for case in tqdm(cases, unit="row", dynamic_ncols=True):
             left = deadline - time.monotonic()
             group = problems.from_dict(case["problem"]).name
             record = {"row": case["row"], "group": group, "status": "left out"}
-            over = not left > 0
+            over = interrupted or not left > 0
             if not over:
                 kernels = case["problem"]["kind"], case["row"]
                 limit = LIMIT_S if kernels in compiled else FIRST_LIMIT_S
                 compiled.add(kernels)
-                answer = worker.call(case, min(limit, left))
-                over = answer["status"] == "hung" and left < limit  # no verdict on the row
-                if not over:
-                    record |= answer.pop("value", {}) if answer["status"] == "ok" else answer
+                try:
+                    answer = worker.call(case, min(limit, left))
+                except KeyboardInterrupt:
+                    interrupted = over = True
+                else:
+                    over = answer["status"] == "hung" and left < limit  # no verdict on the row
+                    if not over:
+                        record |= answer.pop("value", {}) if answer["status"] == "ok" else answer
             if over:
-                record["reason"] = f"--minutes {args.minutes:g} were over"
+                minutes = f"--minutes {args.minutes:g} were over"
+                record["reason"] = "interrupted" if interrupted else minutes
             records.append(record)
-    return records
+    return records, interrupted
 
 
 def _print_table(records: list[dict], entries: list[dict]) -> None:

@@ -660,6 +660,20 @@ class TestReport:
         assert report.main([str(path)]) == 1
         assert capsys.readouterr().err.startswith("report: ")
 
+    @pytest.mark.parametrize(
+        "key, value", [("median_s", None), ("median_s", "1"), ("median_s", 0), ("baseline_s", None),
+                       ("baseline_s", 0), ("problem", None)],
+    )  # fmt: skip
+    def test_a_damaged_row_is_told_with_its_file(self, results, key, value, capsys):
+        content = json.loads(results.read_text())
+        for row in content["cases"].values():
+            if key in row:
+                row[key] = value
+        results.write_text(json.dumps(content))
+        assert report.main([str(results)]) == 1
+        told = capsys.readouterr()
+        assert f"report: expected whole results in {results}" in told.err and not told.out
+
 
 def test_the_json_of_a_cpu_run_feeds_the_report(tmp_path, capsys):
     """`pytest bench/ --benchmark-only`, a few rows of it, to tables and plots without edits."""

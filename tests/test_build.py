@@ -86,13 +86,15 @@ def test_knobs_have_defaults(machine, monkeypatch):
 def test_archs_are_filtered_by_what_nvcc_knows(machine, monkeypatch):
     nvcc = fake_nvcc(machine / "bin/nvcc", "75 80 90 100 121")
     assert cuda_build.archs(nvcc) == ["80", "90", "100"]
-    monkeypatch.setenv("RELORA_KERNELS_ARCHS", "75;90a")
-    assert cuda_build.archs(nvcc) == ["75", "90a"]
+    monkeypatch.setenv("RELORA_KERNELS_ARCHS", "80;90a;100f")
+    assert cuda_build.archs(nvcc) == ["80", "90a", "100f"]
 
 
-@pytest.mark.parametrize("value", ["8.0", "sm_80", "80,90", "130", "80;", "90b", "Native"])
-def test_archs_that_nvcc_does_not_know_are_refused(machine, monkeypatch, value):
-    nvcc = fake_nvcc(machine / "bin/nvcc")
+@pytest.mark.parametrize(
+    "value", ["8.0", "sm_80", "80,90", "130", "80;", "90b", "Native", "75", "80a", "90f"]
+)
+def test_archs_that_cannot_be_built_are_refused(machine, monkeypatch, value):
+    nvcc = fake_nvcc(machine / "bin/nvcc", "75 80 90 120")
     monkeypatch.setenv("RELORA_KERNELS_ARCHS", value)
     with pytest.raises(cuda_build.KnobError, match="expected .* out of 80, 90, 120 .* got"):
         cuda_build.archs(nvcc)
@@ -103,8 +105,11 @@ def test_native_archs_come_from_the_gpus(machine, monkeypatch):
     monkeypatch.setenv("RELORA_KERNELS_ARCHS", "native")
     with pytest.raises(cuda_build.KnobError, match="native: no GPU to ask: nvidia-smi"):
         cuda_build.archs(nvcc)
-    script(machine / "bin/nvidia-smi", "echo 12.0; echo 9.0; echo 9.0\n")
+    script(machine / "bin/nvidia-smi", "echo 12.0; echo 7.5; echo 9.0; echo 9.0\n")
     assert cuda_build.archs(nvcc) == ["90", "120"]
+    script(machine / "bin/nvidia-smi", "echo 7.5\n")
+    with pytest.raises(cuda_build.KnobError, match="a GPU of sm_80 or newer, got 75"):
+        cuda_build.archs(nvcc)
 
 
 def test_ptx_of_the_highest_plain_arch():
@@ -251,8 +256,10 @@ def test_a_failed_build_is_a_note_or_an_error(monkeypatch, package, tmp_path):
     note = note_of(package)
     assert f"the build with {nvcc} failed" in note and "ptxas fatal: broken on purpose" in note
     monkeypatch.setenv("RELORA_KERNELS_CUDA", "on")
+    (package / "_C.earlier.so").write_text("")
     with pytest.raises(cuda_build.BuildError, match="broken on purpose"):
         cuda_build.build_into(package, tmp_path / "work")
+    assert (package / "_C.earlier.so").exists()
 
 
 @pytest.mark.parametrize("name", ["RELORA_KERNELS_ARCHS", "MAX_JOBS"])
@@ -261,6 +268,7 @@ def test_a_bad_knob_is_an_error_in_auto_too(machine, monkeypatch, package, name)
     monkeypatch.setenv(name, "many")
     with pytest.raises(cuda_build.KnobError, match=f"{name}: expected"):
         cuda_build.build_into(package, machine / "work")
+    assert [path.suffix for path in package.iterdir()] == [".so"]  # what was there works on
 
 
 def test_wheel_and_sdist_hold_the_triton_kernels_and_no_stale_module(tmp_path):

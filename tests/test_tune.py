@@ -571,7 +571,7 @@ class TestCommand:
             "error": 0.0, "error_over_eager": 1.0, "fraction_of_floor": 1.0,
             "evidence": ("merge_", ["x"]),
         }  # fmt: skip
-        monkeypatch.setattr(tune, "_measure", lambda cases, args: [record])
+        monkeypatch.setattr(tune, "_measure", lambda cases, args: ([record], False))
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: io.StringIO())
         (tmp_path / "disk").mkdir()
         monkeypatch.setattr(evidence, "write", lambda *_: (_ for _ in ()).throw(OSError("full")))
@@ -589,9 +589,9 @@ class TestCommand:
         monkeypatch.setattr(Worker, "call", lambda self, case, limit_s: dict(hung))
         args = tune._parser().parse_args(["--device", "cpu", "--minutes", "1"])
         cases = tune._cases([(8, 8)], args)[:1]
-        assert tune._measure(cases, args)[0]["status"] == "left out"
+        assert tune._measure(cases, args)[0][0]["status"] == "left out"
         args.minutes = 10.0
-        assert tune._measure(cases, args)[0]["status"] == "hung"
+        assert tune._measure(cases, args)[0][0]["status"] == "hung"
 
     @pytest.mark.parametrize(
         "arguments, words",
@@ -608,7 +608,7 @@ class TestCommand:
             tune.main(["--device", "cpu", *arguments])
         assert re.search(words, capsys.readouterr().err)
 
-    def test_shapes_of_a_config_and_of_a_preset(self, tmp_path):
+    def test_shapes_of_a_config_and_of_a_preset(self, tmp_path, capsys):
         config = tmp_path / "config.json"
         config.write_text(
             json.dumps(
@@ -625,10 +625,44 @@ class TestCommand:
         args = tune._parser().parse_args(["--preset", "1.3b"])
         assert tune._linears(args).count((5461, 2048)) == 24
         sizes = json.loads(config.read_text())
-        broken = [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"head_dim": -8}]
+        broken = [{"hidden_size": "64"}, {"num_attention_heads": 0}, {"head_dim": -8},
+                  {"num_attention_heads": 5}, {"model_type": "phi3"}]  # fmt: skip
         for content in ({}, [1], 3, *({**sizes, **wrong} for wrong in broken)):
             config.write_text(json.dumps(content))
             assert tune.main(["--device", "cpu", "--model-config", str(config)]) == 2
+        config.write_text("{")
+        assert tune.main(["--device", "cpu", "--model-config", str(config)]) == 2
+        assert f"expected JSON in {config}" in capsys.readouterr().err
+
+    def test_a_cache_that_cannot_be_replaced_is_told_before_measuring(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        (tmp_path / "tune.json").mkdir()
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path))
+        monkeypatch.setattr(tune, "_measure", None)
+        assert tune.main(["--device", "cpu", "--shapes", "24x40"]) == 1
+        assert "the cache could not be written" in capsys.readouterr().err
+
+    def test_an_interrupt_keeps_what_was_finished(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv(evidence.CACHE_VARIABLE, str(tmp_path))
+        call, calls = tune.Worker.call, []
+
+        def interrupted(self, *args):
+            calls.append(args)
+            if (
+                len(calls) == 12
+            ):  # past the product's rows, of which forward and backward are told apart
+                raise KeyboardInterrupt
+            return call(self, *args)
+
+        monkeypatch.setattr(tune.Worker, "call", interrupted)
+        arguments = ["--device", "cpu", "--shapes", "24x40", "--tokens", "16", "--r", "4"]
+        assert tune.main(arguments) == 130
+        told = capsys.readouterr().out
+        assert len(calls) == 12 and "left out: interrupted" in told
+        [section] = json.loads((tmp_path / "tune.json").read_text())["devices"].values()
+        found = {entry["op"] for entry in section["entries"]}
+        assert found == {"lora_linear", "lora_linear backward"}
 
 
 def test_the_identity_of_a_gpu(monkeypatch, tmp_path):
