@@ -165,7 +165,7 @@ def archs(nvcc: Path) -> list[str]:
         return [arch for arch in DEFAULT_ARCHS if arch in known]
     names = native_archs() if wanted == "native" else wanted.split(";")
     for name in names:
-        number, suffix = re.fullmatch(r"(\d*)(.*)", name).groups()
+        number, suffix = re.fullmatch(r"(\d*)(.*)", name, re.DOTALL).groups()
         if number not in known or int(number) < OLDEST_WITH.get(suffix, 10**9):
             raise KnobError(
                 f'RELORA_KERNELS_ARCHS: expected "native" or a list like "80;90a" out of '
@@ -329,8 +329,12 @@ def put_into(package: Path, file: Path) -> Path:
     package.mkdir(parents=True, exist_ok=True)
     target = package / file.name
     temporary = package / f".{file.name}.new"
-    shutil.copy2(file, temporary)
-    temporary.replace(target)
+    try:
+        shutil.copy2(file, temporary)
+        temporary.replace(target)
+    except BaseException:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise
     for stale in package.glob("_C.*"):  # of another build, maybe with other settings
         if stale != target:
             stale.unlink()

@@ -227,10 +227,10 @@ def _digest(*patterns: str) -> str:
 
 
 def cache_path() -> Path:
-    """Raises OSError where the variable is not set and the user has no home folder, as in a container."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser() / "tune.json"
+    """Raises OSError where it is to be in the home folder and the user has none, as in a container."""
     try:
+        if os.environ.get(CACHE_VARIABLE):
+            return Path(os.environ[CACHE_VARIABLE]).expanduser() / "tune.json"
         return Path.home() / ".cache" / "relora_kernels" / "tune.json"
     except RuntimeError as error:
         raise OSError(str(error)) from error

@@ -215,7 +215,8 @@ class FusedReLoRaLinear(nn.Linear):
         for lora in (self.lora_A, self.lora_B):
             sharding.row_dimension(lora)
         weight, lora_B = (sharding.local_rows(p.detach()) for p in (self.weight, self.lora_B))
-        if weight[1] != lora_B[1] or len(weight[0]) != len(lora_B[0]):
+        cut = [sharding.is_cut(p) for p in (self.weight, self.lora_B)]  # the same on all ranks
+        if cut[0] != cut[1] or weight[1] != lora_B[1] or len(weight[0]) != len(lora_B[0]):
             raise ValueError(
                 f"{self.name or type(self).__name__}: expected weight and lora_B of the same rows on a "
                 f"rank, got {len(weight[0])} of weight from row {weight[1]} on and {len(lora_B[0])} of "
@@ -270,8 +271,9 @@ class FusedReLoRaLinear(nn.Linear):
                 f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
                 f"load the full state_dict into an unsharded model and merge that"
             )
-        merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # what is asked of it
-        check_backend(merged, self.lora_A.detach(), self.lora_B.detach(), "nearest")
+        if not self.weight.is_meta:
+            merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # what is asked of it
+            check_backend(merged, self.lora_A.detach(), self.lora_B.detach(), "nearest")
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -396,7 +398,7 @@ class FusedReLoRaLinear(nn.Linear):
         )
         if residual is None:
             self._warn_of_lost_residual(
-                prefix, *map(state_dict.get, (prefix + "weight", prefix + "merge_count"))
+                *map(state_dict.get, (prefix + "weight", prefix + "merge_count"))
             )
             return
         if residual.shape != self.weight.shape:
@@ -415,14 +417,18 @@ class FusedReLoRaLinear(nn.Linear):
         if self.weight.dtype not in _NARROW:
             self._fold_residual()
 
-    def _warn_of_lost_residual(self, prefix, weight, merge_count) -> None:
-        if weight is None or merge_count is None or merge_count.is_meta or not merge_count > 0:
+    def _warn_of_lost_residual(self, weight, merge_count) -> None:
+        """In the same words for every layer, so that it is told once."""
+        counted = (
+            torch.is_tensor(merge_count) and merge_count.numel() == 1 and not merge_count.is_meta
+        )
+        if weight is None or not counted or not merge_count > 0:
             return
         if self._keeps_residual and weight.dtype in _NARROW:
             warnings.warn(
-                f"{prefix}weight is loaded without its weight_residual: what {int(merge_count)} merges could "
-                f"not store in {weight.dtype} is lost. torch.distributed.checkpoint.state_dict needs the "
-                f"model itself, not what DistributedDataParallel or torch.compile has made of it",
+                f"weights in {weight.dtype} are loaded without their weight_residual: what merges could not "
+                f"store in them is lost. torch.distributed.checkpoint.state_dict needs the model itself, not "
+                f"what DistributedDataParallel or torch.compile has made of it",
                 UserWarning,
                 stacklevel=2,
             )

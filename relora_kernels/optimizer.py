@@ -152,8 +152,13 @@ def own_states(optimizer, params) -> list[tuple[int, dict]]:
 def keeper(optimizer):
     """The optimizer that holds the state: accelerate's has the user's in it, ZeroRedundancyOptimizer one for
     the parameters that are this rank's to update."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return getattr(inner, "optim", inner)
+    inner = getattr(optimizer, "optimizer", None)
+    # Not of one that keeps something itself (Lookahead's slow weights), which a merge would leave behind.
+    own = getattr(optimizer, "state", None)
+    if isinstance(inner, torch.optim.Optimizer) and (not own or own is inner.state):
+        optimizer = inner
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _refuse_other_state(optimizer, state, key: str) -> None:

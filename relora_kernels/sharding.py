@@ -35,6 +35,12 @@ def row_dimension(tensor: torch.Tensor) -> int | None:
     return sharded[0] if sharded else None
 
 
+def is_cut(tensor: torch.Tensor) -> bool:
+    """Whether ranks hold different rows of `tensor`, or could if it had more."""
+    dim = row_dimension(tensor)
+    return dim is not None and tensor.device_mesh.size(dim) > 1
+
+
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(this rank's rows, a view; the logical number of the first of them)."""
     if not is_sharded(tensor):

@@ -27,14 +27,15 @@ ROUNDINGS = ("compensated", "nearest", "stochastic")
 # Models of transformers' whose layers have these seven linears: q, k, v, o, gate, up, down.
 LLAMA_LIKE = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2",
-    "olmo3", "smollm3", "granite", "cohere", "seed_oss", "exaone4", "hunyuan_v1_dense", "ernie4_5",
+    "olmo3", "smollm3", "granite", "cohere", "cohere2", "seed_oss", "exaone4", "hunyuan_v1_dense", "ernie4_5",
+    "ministral3", "internlm3", "vaultgemma", "cwm", "stablelm", "bitnet", "diffllama",
 )  # fmt: skip
 # What the workers must not take over: a backend named for the user's own runs.
 WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here, 130 interrupted and what was
+    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here, 130 interrupted, and what was
     finished until then written."""
     args = _parser().parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
     _print_table(records, entries)
     if not entries:
         print("tune: no shape was finished; nothing was written", file=sys.stderr)
-        return 1
+        return 130 if interrupted else 1
     try:
         evidence.write(path, here, entries)
     except OSError as error:

@@ -281,8 +281,9 @@ def test_minutes_leave_time_to_save(ablation, tmp_path, monkeypatch, capsys):
 )
 def test_nothing_to_do_it_with_is_refused(ablation, monkeypatch, capsys, option, says):
     monkeypatch.setattr(sys, "argv", ["ablation", option, "0"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as end:
         ablation.parse_options()
+    assert end.value.code == 2
     assert says in capsys.readouterr().err
 
 

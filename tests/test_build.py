@@ -91,7 +91,7 @@ def test_archs_are_filtered_by_what_nvcc_knows(machine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", ["8.0", "sm_80", "80,90", "130", "80;", "90b", "Native", "75", "80a", "90f"]
+    "value", ["8.0", "sm_80", "80,90", "130", "80;", "90b", "Native", "75", "80a", "90f", "90\n"]
 )
 def test_archs_that_cannot_be_built_are_refused(machine, monkeypatch, value):
     nvcc = fake_nvcc(machine / "bin/nvcc", "75 80 90 120")

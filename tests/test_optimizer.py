@@ -217,3 +217,28 @@ def test_only_random_resets_draw(mode):
     state = torch.get_rng_state()
     reset_optimizer(optimizer, [parameter], mode)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """As accelerate's, and as Lookahead where it keeps something itself."""
+
+    def __init__(self, optimizer, own=None):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state = optimizer.state if own is None else own
+
+
+def test_state_is_found_in_a_wrapped_optimizer_unless_the_wrapper_keeps_its_own():
+    p = torch.nn.Parameter(torch.ones(4))
+    inner = torch.optim.AdamW([p])
+    p.grad = torch.ones(4)
+    inner.step()
+    for own in (None, {}):
+        inner.state[p]["exp_avg"].fill_(1.0)
+        reset_optimizer(Wrapping(inner, own), [p], "zero")
+        assert not inner.state[p]["exp_avg"].any()
+    slow = Wrapping(inner, {p: {"slow_param": torch.ones(4)}})
+    with pytest.raises(TypeError, match="no 'exp_avg' .state: slow_param. from Wrapping"):
+        reset_optimizer(slow, [p], "zero")
+    named = torch.optim.AdamW([p])
+    named.optim = named.optimizer = "adamw"
+    reset_optimizer(named, [p], "zero")

@@ -164,11 +164,19 @@ class ReLoRaTrainer(Trainer):
         if not self._sharded_by_caller:
             super().save_model(output_dir, _internal_call)
             return
-        keep = ranks.index() == 0
+        output_dir, keep = output_dir or self.args.output_dir, ranks.index() == 0
         tensors = checkpoint.gather_model(self._plain_model, keep)
-        if keep:
-            self._save(output_dir or self.args.output_dir, tensors)
-        ranks.maximum([0])  # rank 0 has written when the others go on
+        failed = int(keep)
+        try:
+            if keep:
+                self._save(output_dir, tensors)
+                failed = 0
+        finally:
+            [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
+        if failed:
+            raise OSError(f"save_model: rank 0 could not write {output_dir}; its error tells why")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _fill(self, folder: Path, tensors: dict, state: dict | None) -> None:
         checkpoint.save_tensors(folder / "model.safetensors", tensors)
@@ -259,6 +267,12 @@ class ReLoRaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
+        wrong = checkpoint.problem(folder) if ranks.index() == 0 else None
+        if ranks.maximum([int(wrong is not None)])[0]:
+            logger.warning(
+                "the last model stays, %s is not loaded: %s", folder, wrong or "see rank 0"
+            )
+            return
         logger.info("loading the best model from %s", folder)
         tensors = checkpoint.load_tensors(folder / "model.safetensors")
         checkpoint.load_model(self._plain_model, tensors)
