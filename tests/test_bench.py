@@ -323,9 +323,14 @@ class TestGpuCheck:
         monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
         steps = main()
         files = [f"tests {name}" for name in gpu_check.TEST_STEPS]
-        assert list(steps) == ["build", *files, "sanitizer memcheck", "sanitizer racecheck"]
+        sanitized = [
+            f"sanitizer {tool} {subject}"
+            for tool in ("memcheck", "racecheck")
+            for subject in ("linear", "merge", "prune")
+        ]
+        assert list(steps) == ["build", *files, *sanitized]
         assert all(steps[name]["status"] == "ok" for name in ("build", *files))
-        for name in ("sanitizer memcheck", "sanitizer racecheck"):
+        for name in sanitized:
             assert steps[name]["status"] == "unavailable"
         assert f"{name}: unavailable in 0 s; compute-sanitizer is not on" in capsys.readouterr().out
         assert " install " in ran[0][0] and ran[0][1] <= 120
@@ -335,14 +340,15 @@ class TestGpuCheck:
 
         monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/cuda/bin/{name}")
         steps = main()
-        assert [command.split()[0] for command, _, _ in ran[1:]] == [
-            "/cuda/bin/compute-sanitizer"
-        ] * 2
-        for (command, limit, environment), tool in zip(ran[1:], gpu_check.SANITIZER_TOOLS):
-            assert f"--tool {tool} --error-exitcode 9" in command
-            assert command.endswith("sanitizer_program.py") and limit <= 120 * 0.2
+        for (command, limit, environment), name in zip(ran[1:], sanitized, strict=True):
+            _, tool, subject = name.split()
+            assert command.startswith(
+                f"/cuda/bin/compute-sanitizer --tool {tool} --error-exitcode 9"
+            )
+            parts = " ".join(gpu_check.SANITIZER_PARTS[subject])
+            assert command.endswith(f"sanitizer_program.py {parts}") and limit <= 120 * 0.25
             assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-            assert steps[f"sanitizer {tool}"]["status"] == "ok"
+            assert steps[name]["status"] == "ok"
         main()
         assert len(ran) == 1  # the build
 
@@ -364,6 +370,9 @@ class TestGpuCheck:
         monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/cuda/bin/{name}")
         of_all = [part for parts in gpu_check.SANITIZER_PARTS.values() for part in parts]
         assert sorted(of_all) == sorted(part.__name__ for part in sanitizer_program.PARTS)
+        assert set(gpu_check.sanitizer(["prune"])) == {
+            f"sanitizer {tool} prune" for tool in gpu_check.SANITIZER_TOOLS
+        }
         for command in gpu_check.sanitizer(["prune"]).values():
             assert command[-4].endswith("sanitizer_program.py")
             assert command[-3:] == ["prunes", "random_prunes", "counts"]
