@@ -2,10 +2,14 @@
 
 import contextlib
 import ctypes
+import fcntl
+import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,30 +20,53 @@ CSRC = TESTS.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402, F401
 
+HOST_FLAGS = "-std=c++17 -fPIC -shared -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
 # -fno-gnu-unique: two libraries with the shim in one process must not share its variables.
-HOST_FLAGS = (
-    "-std=c++17 -O1 -g1 -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
-    "-fsanitize=undefined -fno-sanitize-recover=all -Wall -Wextra -Wno-unknown-pragmas -Werror"
-).split()
+SIMT_FLAGS = (
+    "-O1 -g1 -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
+    "-fsanitize=undefined -fno-sanitize-recover=all"
+).split() + [f"-I{CSRC}"]
 
 
-def host_library(source: str, folder: Path, *includes: Path, flags=()) -> ctypes.CDLL:
-    """tests/simt/`source` as a shared library in `folder`; skips the test where there is no g++.
+def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """The file that `make` writes, made by the first of pytest-xdist's processes that asks for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path, new = folder / name, folder / f"{name}.new"
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make(new)
+            new.rename(path)
+    return path
 
-    With TESTS / "simt" among the includes, the SIMT shim stands in for CUDA's runtime.
-    """
+
+def host_library(tmp_path_factory, source: Path, *arguments) -> ctypes.CDLL:
+    """`source` as a shared library; skips the test where there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA sources for the host")
-    out = folder / f"{source}.so"
-    flags = [*HOST_FLAGS, *flags, *(f"-I{path}" for path in includes), f"-I{CSRC}"]
-    done = subprocess.run(
-        [compiler, *flags, str(TESTS / "simt" / source), "-o", str(out)],
-        capture_output=True,
-        text=True,
+    command = [compiler, *HOST_FLAGS, *map(str, arguments), str(source)]
+
+    def compile_(out: Path) -> None:
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
+    return ctypes.CDLL(str(once(tmp_path_factory, f"{source.stem}-{key}.so", compile_)))
+
+
+def simt_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
+    """tests/simt/`source` with the SIMT shim in the place of CUDA's runtime."""
+    return host_library(
+        tmp_path_factory, TESTS / "simt" / source, *SIMT_FLAGS, *flags, f"-I{TESTS / 'simt'}"
     )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(out))
+
+
+def numerics_library(tmp_path_factory) -> ctypes.CDLL:
+    """csrc/numerics.cuh alone, without the shim."""
+    return host_library(tmp_path_factory, TESTS / "simt" / "numerics.cpp", *SIMT_FLAGS)
 
 
 def put_in_place(monkeypatch, launcher, module) -> None:

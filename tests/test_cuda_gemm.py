@@ -4,9 +4,7 @@ the machine (tests/gemm/model.h), and what nvcc makes of them. test_cuda_gemm_gp
 import contextlib
 import ctypes
 import re
-import shutil
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -16,40 +14,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_as_good_as, check_against_fp64, eager_lora_linear, operands
+from simt_build import CSRC, TESTS, cuda_build, host_library
 
 from relora_kernels import lora_linear, use_backend
 from relora_kernels.cuda import lora_linear as launcher
 from relora_kernels.reference import lora_linear as reference
 from relora_kernels.reference import philox
 
-TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
-sys.path.insert(0, str(CSRC))
-import cuda_build  # noqa: E402
-
-FLAGS = "-std=c++17 -g -fPIC -shared -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
-
-
-def host_library(out: Path, *arguments) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA sources for the host")
-    done = subprocess.run(
-        [compiler, *FLAGS, *map(str, arguments), "-o", str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(out))
-
-
 # ---- The schedule and the descriptors --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    out = tmp_path_factory.mktemp("plan") / "schedule.so"
     library = host_library(
-        out, "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{CSRC}",
-        TESTS / "gemm/schedule.cpp",
+        tmp_path_factory, TESTS / "gemm/schedule.cpp", "-O1", "-g", "-fsanitize=undefined",
+        "-fno-sanitize-recover=all", f"-I{CSRC}",
     )  # fmt: skip
     for function in (library.walk, library.walk_pair, library.turn_ring):
         function.restype = ctypes.c_char_p
@@ -278,9 +257,9 @@ class Shim:
 def model(tmp_path_factory):
     sources = (CSRC / f"two_segment_{name}.cu" for name in ("passes", "sm80", "sm90"))
     return host_library(
-        tmp_path_factory.mktemp("model") / "model.so",
-        *"-O2 -ffp-contract=off -fno-strict-aliasing -x c++ -include model.h".split(),
-        f"-I{TESTS / 'gemm'}", f"-I{CSRC}", TESTS / "gemm/harness.cpp", *sources,
+        tmp_path_factory, TESTS / "gemm/harness.cpp",
+        *"-O2 -g -ffp-contract=off -fno-strict-aliasing -x c++ -include model.h".split(),
+        f"-I{TESTS / 'gemm'}", f"-I{CSRC}", *sources,
     )  # fmt: skip
 
 

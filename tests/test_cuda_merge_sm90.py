@@ -4,12 +4,10 @@ and wgmma, mbarriers, warps at drawn speeds. On a GPU test_cuda_merge.py runs it
 import ctypes
 import mmap
 import random
-import shutil
-import subprocess
 
 import pytest
 import torch
-from simt_build import CSRC, TESTS, assert_same_bits, put_in_place
+from simt_build import CSRC, TESTS, assert_same_bits, host_library, put_in_place
 from test_cuda_source import (
     CODES,
     ENDS,
@@ -25,26 +23,18 @@ from test_cuda_source import (
 from relora_kernels.cuda import merge as launcher
 from relora_kernels.reference import merge as reference
 
-FLAGS = (
-    "-std=c++17 -O2 -g1 -fPIC -shared -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
-    "-Wall -Wextra -Wno-unknown-pragmas -Werror"
-).split()
+FLAGS = "-O2 -g1 -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing".split()
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the CUDA sources for the host")
-    out = tmp_path_factory.mktemp("sm90") / "merge.so"
-    source = TESTS / "gemm/merge_harness.cpp"
-    done = subprocess.run(
-        [compiler, *FLAGS, f"-I{TESTS / 'gemm'}", f"-I{CSRC}", source, "-o", out],
-        capture_output=True,
-        text=True,
+    return host_library(
+        tmp_path_factory,
+        TESTS / "gemm/merge_harness.cpp",
+        *FLAGS,
+        f"-I{TESTS / 'gemm'}",
+        f"-I{CSRC}",
     )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(out))
 
 
 class Model:

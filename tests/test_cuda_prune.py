@@ -11,7 +11,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from simt_build import CSRC, TESTS, assert_same_bits, cuda_build, host_library, put_in_place
+from simt_build import (
+    CSRC,
+    assert_same_bits,
+    cuda_build,
+    numerics_library,
+    put_in_place,
+    simt_library,
+)
 
 from relora_kernels import cuda, prune_, use_backend
 from relora_kernels.cuda import prune as launcher
@@ -30,7 +37,7 @@ GARBAGE = 0xA5
 
 @pytest.fixture(scope="module")
 def numerics(tmp_path_factory):
-    library = host_library("numerics.cpp", tmp_path_factory.mktemp("numerics"))
+    library = numerics_library(tmp_path_factory)
     for name in ("infinity_key", "key_of_32", "key_of_16", "threshold_of"):
         getattr(library, name).restype = ctypes.c_uint32
     library.rank_of.restype = ctypes.c_int64
@@ -183,7 +190,7 @@ class Shim:
 
 @pytest.fixture(scope="module")
 def shim_library(tmp_path_factory):
-    return host_library("prune_harness.cpp", tmp_path_factory.mktemp("simt"), TESTS / "simt")
+    return simt_library(tmp_path_factory, "prune_harness.cpp")
 
 
 @pytest.fixture
@@ -395,10 +402,9 @@ def test_where_the_list_has_room_for_the_bin_a_threshold_above_it_goes_past_the_
     thresholds_that_round_up_to_an_element_above_the_bin(10**6, cases)
 
 
-def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
+def test_wide_counters_and_tensors_without_a_list(tmp_path_factory, monkeypatch):
     """What tensors of 2^32 elements take, here from 60000 on."""
-    flags = ["-DRELORA_WIDE_FROM=60000"]
-    shim = Shim(host_library("prune_harness.cpp", tmp_path, TESTS / "simt", flags=flags))
+    shim = Shim(simt_library(tmp_path_factory, "prune_harness.cpp", "-DRELORA_WIDE_FROM=60000"))
     put_in_place(monkeypatch, launcher, shim)
     for number in range(8):
         shim.order = number % 3
@@ -410,9 +416,7 @@ def test_wide_counters_and_tensors_without_a_list(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def sampled_library(tmp_path_factory):
-    flags = ["-DRELORA_SAMPLED_FROM=50000"]
-    folder = tmp_path_factory.mktemp("sampled")
-    return host_library("prune_harness.cpp", folder, TESTS / "simt", flags=flags)
+    return simt_library(tmp_path_factory, "prune_harness.cpp", "-DRELORA_SAMPLED_FROM=50000")
 
 
 @pytest.fixture
@@ -538,9 +542,7 @@ def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
 
 @pytest.fixture(scope="module")
 def held_library(tmp_path_factory):
-    flags = ["-DRELORA_HELD_SWEEPS=1"]
-    folder = tmp_path_factory.mktemp("held")
-    return host_library("prune_harness.cpp", folder, TESTS / "simt", flags=flags)
+    return simt_library(tmp_path_factory, "prune_harness.cpp", "-DRELORA_HELD_SWEEPS=1")
 
 
 @pytest.fixture(params=[8, 16])

@@ -7,7 +7,7 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from simt_build import TESTS, assert_same_bits, host_library, put_in_place
+from simt_build import assert_same_bits, numerics_library, put_in_place, simt_library
 
 from relora_kernels import cuda
 from relora_kernels.cuda import merge as launcher
@@ -21,7 +21,7 @@ HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(scope="module")
 def numerics(tmp_path_factory):
-    return host_library("numerics.cpp", tmp_path_factory.mktemp("numerics"))
+    return numerics_library(tmp_path_factory)
 
 
 def pointer(array):
@@ -210,7 +210,7 @@ class Shim:
 
 @pytest.fixture(scope="module")
 def shim_library(tmp_path_factory):
-    return host_library("harness.cpp", tmp_path_factory.mktemp("simt"), TESTS / "simt")
+    return simt_library(tmp_path_factory, "harness.cpp")
 
 
 @pytest.fixture
