@@ -44,11 +44,12 @@ constexpr int kInlineLayers = 16;
 // factors are fp32, of the kind `sm90` also bf16. Their elements are finite and below 2^120, which the
 // caller has made sure of: near float32's end tf32 rounds to infinity. Of elements below 2^-115 the kind
 // `streamed` holds multiples of 2^-136 alone. `table`: device memory for `count` MergeLayers and
-// kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That one is for a GPU of compute capability 9.0, a bf16 weight and residual with their columns next to each
-// other, at most 2^29 of them and from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in
-// [2^-16, 2^7), else cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was
-// built without it. Enqueues on `stream`, never synchronises, copies nothing from host memory; launches
-// nothing where there is nothing to do.
+// kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That one is for a GPU of compute
+// capability 9.0, a bf16 weight and residual with their columns next to each other, at most 2^29 of them and
+// from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in [2^-16, 2^7), else
+// cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was built without it.
+// Enqueues on `stream`, never synchronises, copies nothing from host memory; launches nothing where there is
+// nothing to do.
 constexpr int kMostRank = 128, kCounterBytes = 8;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,
