@@ -1,14 +1,13 @@
 // prune.cu's kernel for tensors that the shared memory of a cluster of blocks holds, or half of which it
-// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner at most once; the
-// threshold is found on the way:
+// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner at most once; three
+// digits of the threshold are found on the way:
 //
-//   sample   2048 keys, the same for all blocks: a window of keys that the quantile is in
-//   count    in 4094 bins of the window, as the elements arrive from memory
-//   few      the keys in the quantile's bin, from shared memory; every block sorts all of them out
+//   first    13 bits, counted as the elements arrive from memory
+//   second   10 bits of those whose first 13 are the quantile's; from shared memory
+//   third     8 bits likewise, and the least key above them
 //
-// Where the window fails, or more than a few keys lie in its bin (ties), three digits of the threshold follow,
-// of 13, 10 and 8 bits. What is not held, up to as much again, is read anew for each, from L2: all clusters' are
-// 25 MB at most. While one block of a multiprocessor waits for its cluster, another is at its memory.
+// What is not held, up to as much again, is read three times more, from L2: all clusters' are 25 MB at most.
+// While one block of a multiprocessor waits for its cluster, another is at its memory.
 #pragma once
 
 #include "prune.cuh"
@@ -29,12 +28,6 @@ constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
 // From this ratio on a partner is not fetched ahead, as much of it need not be read: where elements are dropped
 // at random, ratio^16 of its pieces of 64 bytes keep none: 0.44 at 0.95, 0.85 at 0.99.
 constexpr double kSparse = 0.95;
-constexpr int kSampleKeys = 4;                        // of a thread
-constexpr uint32_t kSample = kSampleKeys * kThreads;  // keys
-constexpr uint32_t kWindowBins = 4096;                // the first one of what is below, the last of what is above
-constexpr uint32_t kFew = 64;                         // keys of the quantile's bin that a block hands over
-static_assert(kWindowBins == kHeldHist && kFew * kMostCluster <= kWindowBins, "in the histogram's memory");
-static_assert(kMostCluster * 32 == kThreads, "a warp for each other block's keys");
 static_assert(kMostShare <= 65535, "16-bit counters");
 static_assert(kHeldHist <= kLeastCluster * kThreads, "a word a thread");
 
@@ -118,16 +111,12 @@ struct Slice {
     for (int i = 0; i < kPack<uint32_t>; ++i) visit(strip.key(i));
   }
 
-  // Into L2, while the block asks memory for nothing else.
-  __device__ __forceinline__ void fetch([[maybe_unused]] const uint32_t* from) const {
-#ifdef __CUDA_ARCH__
-    if (threadIdx.x == 0 && 0 < strips)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(16 * strips) : "memory");
-#endif
-  }
-  // If L2 need not keep a part of the tensor.
+  // Into L2, while the block asks memory for nothing else; if L2 need not keep a part of the tensor.
   __device__ __forceinline__ void fetch_partner() const {
-    if (strips <= kHeldStrips) fetch(partner);
+#ifdef __CUDA_ARCH__
+    if (threadIdx.x == 0 && 0 < strips && strips <= kHeldStrips)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(partner), "r"(16 * strips) : "memory");
+#endif
   }
 
   // Strips from the thread's `at` up to `end`, all held or none. Where they are held, it is known which strips
@@ -212,137 +201,34 @@ __device__ __forceinline__ Digit pick_in_cluster(const SharedHist<kPacked>& hist
   return digit;
 }
 
-// ---- The window ---------------------------------------------------------------------------------
-
-struct Window {
-  uint32_t origin, width, shift;  // width 0: there is none
-
-  __device__ __forceinline__ uint32_t begin(uint32_t bin) const { return origin + ((bin - 1) << shift); }
-};
-
-// By all threads of every block of the cluster, with the same result: five standard deviations of the sample's
-// quantile, to both sides. Any window will do that holds it, and one that does not is found out.
-__device__ __forceinline__ Window find_window(const Row& row, double ratio, uint32_t* words) {
-  using F = Format<uint32_t>;
-  constexpr int kShift = F::second + F::third, kEach = F::bins / 2 / kThreads;  // words of a thread
-  __shared__ uint32_t ends[2];  // keys
-  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
-  const uint32_t share = uint32_t(row.size) / kSample;
-  uint32_t keys[kSampleKeys];
-#pragma unroll
-  for (int u = 0; u < kSampleKeys; ++u) {  // somewhere in its share: columns of a matrix are not always the same
-    const uint32_t id = u * kThreads + threadIdx.x;
-    keys[u] = magnitude_key(data[id * share + (id * 2654435761u >> 8) % share]);
-  }
-  SharedHist<true> hist{words};
-  hist.zero(F::bins);
-  __syncthreads();
-#pragma unroll
-  for (int u = 0; u < kSampleKeys; ++u) hist.add(keys[u] >> kShift, 1);
-  __syncthreads();
-  uint32_t count[2 * kEach], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const uint32_t both = words[threadIdx.x * kEach + i];
-    count[2 * i] = both & 0xFFFFu, count[2 * i + 1] = both >> 16;
-    sum += count[2 * i] + count[2 * i + 1];
-  }
-  const uint32_t before = uint32_t(sum_upto(sum)) - sum;
-  const float last = float(kSample - 1), middle = float(ratio) * last;
-  const float margin = 5 * sqrtf(float(ratio) * (1 - float(ratio)) * last) + 1;
-  const uint32_t ranks[2] = {uint32_t(max(middle - margin, 0.f)), uint32_t(min(middle + margin, last))};
-#pragma unroll
-  for (int end = 0; end < 2; ++end) {
-    uint32_t left = ranks[end] - before, bin = 0, here = 0;
-    if (left >= sum) continue;  // another thread's: where rank < before it is huge
-#pragma unroll
-    for (int i = 0; i < 2 * kEach; ++i) {
-      if (here) continue;
-      if (left < count[i]) here = count[i], bin = i;
-      else left -= count[i];
-    }
-    // As if the bin's keys lay evenly in it.
-    const float part = float(left + end) / float(here);
-    ends[end] = ((threadIdx.x * 2 * kEach + bin) << kShift) + uint32_t(part * float(1 << kShift));
-  }
-  __syncthreads();
-  const uint32_t slack = (1u << kShift) / 50, from = ends[0], to = ends[1] + slack;
-  Window window{max(from, slack) - slack, 0, 0};
-  window.width = to - window.origin;
-  window.shift = uint32_t(max(32 - __clz(int((window.width - 1) / (kWindowBins - 2))), 0));
-  // Zeros, of which the bin's keys are not spread; and where a bin would hold a good part of the tensor.
-  if (ranks[0] == 0 || to <= 1u << kShift || window.shift > kMostShift) window.width = 0;
-  return window;
-}
-
-// The threshold, by the few keys that all blocks have at rank `left` of the window's bin and next to it; false where
-// a block has more than a few. All threads of all blocks; the last remote read is over when it returns, and
-// this block has arrived at the cluster's barrier.
-struct Few {
-  uint32_t keys[kFew], count, greatest, beyond;  // beyond: ~(least key above the bin)
-};
-__device__ __forceinline__ bool pick_few(const Few& few, uint32_t left, const Row& row, double ratio, uint32_t blocks,
-                                         uint32_t* all, uint32_t* threshold) {
-  __shared__ uint32_t gathered, too_many, greatest, beyond, found[2];
-  if (threadIdx.x == 0) gathered = too_many = greatest = beyond = 0, found[1] = kAll;
-  cluster_sync();  // all have handed theirs over
-  const uint32_t other = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (other < blocks) {
-    Few* const theirs = &in_block(const_cast<Few*>(&few), other);
-    const uint32_t count = theirs->count;
-    if (lane == 0) {
-      if (count > kFew) atomicMax(&too_many, 1u);
-      atomicMax(&greatest, theirs->greatest);
-      atomicMax(&beyond, theirs->beyond);
-    }
-#pragma unroll
-    for (uint32_t i = lane; i < kFew; i += 32)
-      if (i < count) all[atomicAdd(&gathered, 1u)] = theirs->keys[i];
-  }
-  __syncthreads();
-  __cluster_barrier_arrive();
-  if (too_many) return false;
-  for (uint32_t i = threadIdx.x; i < gathered; i += kThreads) {
-    const uint32_t key = all[i];
-    uint32_t place = 0;
-    for (uint32_t j = 0; j < gathered; ++j) place += all[j] < key || (all[j] == key && j < i);
-    if (place - left < 2) found[place - left] = key;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const float weight = quantile_rank(row.size, ratio).weight;
-    *threshold = holds_nan(DType(row.dtype), greatest)
-                     ? kDropAll
-                     : threshold_key<float>(found[0], min(found[1], ~beyond), weight);
-  }
-  __syncthreads();
-  return true;
-}
-
 // ---- The kernel ---------------------------------------------------------------------------------
 
-// The threshold by digits. All threads of all blocks; this block has arrived at the cluster's barrier when it
-// returns.
-__device__ __forceinline__ void find_by_digits(const Slice& slice, const Row& row, double ratio, uint32_t rank, uint32_t own,
-                                            uint32_t blocks, uint32_t* words, uint32_t* threshold) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __grid_constant__ Table table) {
   using F = Format<uint32_t>;
   constexpr int kSecond = 1 << F::second, kThird = 1 << F::third;
   __shared__ uint32_t extremes[2], whole_extremes[2];  // greatest key, ~(least key above the prefix)
+  __shared__ uint32_t threshold;
+  const uint32_t own = __clusterRelativeBlockRank(), blocks = __clusterSizeInBlocks();
+  const Row& row = table.rows[blockIdx.x / blocks];
+  const Slice slice(row, own, blocks, dynamic_shared);
+  uint32_t* const words = counters(dynamic_shared + kHeldStrips);
+
   SharedHist<true> first{words};
-  __syncthreads();  // nobody counts in the window any more
   first.zero(F::bins);
   if (threadIdx.x < 2) extremes[threadIdx.x] = whole_extremes[threadIdx.x] = 0;
   __syncthreads();
   uint32_t greatest = 0;
   {
     Runs<SharedHist<true>> runs(first);
-    slice.each<false>([&](uint32_t key) {
+    slice.each<true>([&](uint32_t key) {
       greatest = max(greatest, key);
       runs.add(key >> (F::second + F::third));
     });
     runs.flush();
   }
+  if (slice.partner && table.ratio < kSparse) slice.fetch_partner();
   block_max(&extremes[0], greatest);
+  const uint32_t rank = uint32_t(quantile_rank(row.size, table.ratio).low);
   Digit digit = pick_in_cluster(first, F::bins, rank, own, blocks);
 
   uint32_t prefix = digit.bin << (F::second + F::third);  // the threshold's bits so far
@@ -393,63 +279,10 @@ __device__ __forceinline__ void find_by_digits(const Slice& slice, const Row& ro
   __cluster_barrier_arrive();  // this block has read
   const Picked picked = pick(whole, kThird, digit.left);
   if (threadIdx.x == 0)
-    *threshold = holds_nan(DType(row.dtype), whole_extremes[0])
+    threshold = holds_nan(DType(row.dtype), whole_extremes[0])
                     ? kDropAll
-                    : find_threshold(row, ratio, picked, prefix, ~whole_extremes[1]);
+                    : find_threshold(row, table.ratio, picked, prefix, ~whole_extremes[1]);
   __syncthreads();
-}
-
-__global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __grid_constant__ Table table) {
-  __shared__ Few few;
-  __shared__ uint32_t threshold;
-  const uint32_t own = __clusterRelativeBlockRank(), blocks = __clusterSizeInBlocks();
-  const Row& row = table.rows[blockIdx.x / blocks];
-  const Slice slice(row, own, blocks, dynamic_shared);
-  uint32_t* const words = counters(dynamic_shared + kHeldStrips);
-  const uint32_t rank = uint32_t(quantile_rank(row.size, table.ratio).low);
-
-  slice.fetch(slice.data);
-  const Window window = find_window(row, table.ratio, words);
-  SharedHist<false> hist{words};
-  hist.zero(kWindowBins);
-  if (threadIdx.x == 0) few.count = few.greatest = few.beyond = 0;
-  __syncthreads();
-  uint32_t greatest = 0, below = 0, outside = 0;
-  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
-  slice.each<true>([&](uint32_t key) {
-    const uint32_t from = key - window.origin;
-    greatest = max(greatest, key);
-    below += from >> 31;  // both are of 31 bits
-    if (from < window.width) hist.add(1 + (from >> window.shift), one);
-    else ++outside;
-  });
-  if (slice.partner && table.ratio < kSparse) slice.fetch_partner();
-  block_max(&few.greatest, greatest);
-  below = __reduce_add_sync(kAll, below);
-  outside = __reduce_add_sync(kAll, outside);
-  if (threadIdx.x % 32 == 0) {
-    hist.add(0, below);
-    hist.add(kWindowBins - 1, outside - below);
-  }
-  bool found = false;
-  if (window.width) {
-    const Digit digit = pick_in_cluster(hist, kWindowBins, rank, own, blocks);
-    if (digit.bin != 0 && digit.bin != kWindowBins - 1) {
-      const uint32_t begin = window.begin(digit.bin), width = 1u << window.shift, end = begin + width;
-      uint32_t beyond = kAll;  // the least key from `end` on, less `end`; of keys before it 2^31 and more
-      slice.each<false>([&](uint32_t key) {
-        if (key - begin < width) {
-          const uint32_t place = atomicAdd(&few.count, one);
-          if (place < kFew) few.keys[place] = key;
-        }
-        beyond = min(beyond, key - end);
-      });
-      block_max(&few.beyond, beyond >> 31 ? 0 : ~(end + beyond));
-      found = pick_few(few, digit.left, row, table.ratio, blocks, words, &threshold);
-      if (!found) __cluster_barrier_wait();
-    }
-  }
-  if (!found) find_by_digits(slice, row, table.ratio, rank, own, blocks, words, &threshold);
   if (slice.partner) slice.clear_to<true>(threshold);
   else slice.clear_to<false>(threshold);
   __cluster_barrier_wait();  // a block's shared memory is its own while others read it

@@ -602,37 +602,6 @@ def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
     assert held.blocks == held.cluster
 
 
-def sampled_places(n):
-    """Where a cluster looks for its window in a tensor of `n` elements: see find_window."""
-    ids, share = torch.arange(2048), n // 2048
-    return ids * share + ((ids * 2654435761 & 0xFFFFFFFF) >> 8) % share
-
-
-@pytest.mark.parametrize("scale", [30.0, 1 / 30, torch.nan])
-def test_a_sample_that_misleads_a_cluster_is_found_out(held, scale):
-    """The window lies above the quantile, or below it, or there is none."""
-    generator = torch.Generator().manual_seed(3)
-    n = 12_000 * held.cluster + 71
-    for held.order, ratio in enumerate([0.3, 0.9]):
-        t = torch.randn(n, generator=generator)
-        t[sampled_places(n)] *= scale
-        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
-
-
-@pytest.mark.parametrize("equal", [63, 64, 65, 300])
-def test_a_block_with_more_than_a_few_keys_of_the_quantiles_bin(held, equal):
-    """64 are handed over: of one block, at the quantile, and where interpolation takes the next key."""
-    n = 12_000 * held.cluster + 71
-    t = torch.randn(n, generator=torch.Generator().manual_seed(4)).abs()
-    rank = int(0.9 * (n - 1))
-    t[:400] = 0.0  # in the first block
-    at = t.sort().values[rank]
-    t[:equal] = at
-    for step in (-1, 0.5, equal - 1):
-        ratio = ((t < at).sum().item() + step) / (n - 1)
-        check_against_reference([Guarded(t, 0)], ratio, [Guarded(torch.ones(n), 0)])
-
-
 @pytest.mark.parametrize("sizes, blocks", [
     ([131_000, *[60_000] * 3, 65_536, 49_153], 8),  # most of it whole in eight blocks
     ([131_000] * 4 + [60_000], 16),  # little of it is

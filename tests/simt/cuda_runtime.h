@@ -432,14 +432,6 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned v, int line = __builti
     return most;
   });
 }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned v, int line = __builtin_LINE()) {
-  return simt::exchange(mask, v, line, [=](const unsigned* lanes) {
-    unsigned sum = 0;
-    for (int lane = 0; lane < 32; ++lane)
-      if (mask >> lane & 1) sum += lanes[lane];
-    return sum;
-  });
-}
 inline unsigned __reduce_min_sync(unsigned mask, unsigned v, int line = __builtin_LINE()) {
   return ~__reduce_max_sync(mask, ~v, line);
 }
