@@ -212,8 +212,7 @@ class FusedReLoRaLinear(nn.Linear):
 
     def check_placement(self) -> None:
         """Raise ValueError for parameters that are sharded otherwise than by rows, W and lora_B alike."""
-        for lora in (self.lora_A, self.lora_B):
-            sharding.row_dimension(lora)
+        sharding.row_dimension(self.lora_A)
         weight, lora_B = (sharding.local_rows(p.detach()) for p in (self.weight, self.lora_B))
         cut = [sharding.is_cut(p) for p in (self.weight, self.lora_B)]  # the same on all ranks
         if cut[0] != cut[1] or weight[1] != lora_B[1] or len(weight[0]) != len(lora_B[0]):

@@ -209,6 +209,20 @@ def best_model(folder) -> int:
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(whole(parameter.detach()), expected[name]), name
             assert torch.equal(saved[name], expected[name]), name
+    # One that is gone costs a finished run nothing, and a write that fails ends save_model on all ranks.
+    kept = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    ranks.maximum([0])
+    if ranks.index() == 0:
+        (best / "model.safetensors").unlink()
+        Path(folder, "file").touch()
+    trainer._load_best_model()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(whole(parameter.detach()), kept[name]), name
+    try:
+        trainer.save_model(f"{folder}/file/saved")
+        raise AssertionError("wrote below a file")
+    except OSError:
+        ranks.maximum([0])  # all are here
     try:
         trainer_of(f"{folder}/compiled", True, torch_compile=True)
     except ValueError as error:

@@ -261,6 +261,9 @@ def placements_are_refused() -> None:
         model = fully_shard(model, ignored_params=ignored)
         refused(ValueError, "of the same rows on a rank", lambda: scheduled(model))
         refused(ValueError, "of the same rows on a rank", lambda: merge_and_reinit(model))
+    one_row = nn.Sequential(FusedReLoRaLinear(24, 1, r=2))  # rank 0 has it of both; all refuse
+    fully_shard(one_row, ignored_params={one_row[0].weight})
+    refused(ValueError, "of the same rows on a rank", lambda: scheduled(one_row))
     columns = nn.Sequential(FusedReLoRaLinear(24, 48, r=12))
     fully_shard(columns, shard_placement_fn=lambda p: Shard(p.dim() - 1))
     refused(ValueError, "sharded by rows over one mesh dimension", lambda: scheduled(columns))

@@ -15,6 +15,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 # first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
+_NO_RESTART = (None, None, None, 0.0, 0, 0)
 _MOST_PITCH = 2**29  # of the sm90 kernel: elements of a row, and from one to the next
 
 # The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
@@ -109,14 +110,7 @@ def _launch(
 ) -> None:
     layers, counts = bytearray(), []
     for weight, lora_A, lora_B, (*_, scaling, _, residual, seed, first_row), restart in group:
-        drawn, zeroed, count, bound, drawn_seed, drawn_row = restart or (
-            None,
-            None,
-            None,
-            0.0,
-            0,
-            0,
-        )
+        drawn, zeroed, count, bound, drawn_seed, drawn_row = restart or _NO_RESTART
         layers += _LAYER.pack(
             *_matrix(weight),
             *_matrix(residual if rounding == "compensated" else None),
