@@ -55,7 +55,7 @@ STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "lin
 SANITIZER_PARTS = {  # of tests/sanitizer_program.py
     "linear": ["linear"],
     "merge": ["merges", "streamed_merges", "many_tiles", "lists"],
-    "prune": ["prunes", "random_prunes", "counts"],
+    "prune": ["prunes", "windows", "random_prunes", "counts"],
     "train": [],
 }
 SANITIZER = "compute-sanitizer"

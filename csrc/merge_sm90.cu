@@ -280,8 +280,23 @@ struct Rows {
   }
 };
 
+// A unit's part of lora_A into L2, by a warp: whole pieces of 16 bytes of the rows that have any.
+template <typename F>
+__device__ __forceinline__ void prefetch_columns(const Unit& unit, int lane) {
+  const Matrix& m = unit.lora_A;
+  if (unit.rows == 0 || m.col != 1) return;
+  const int cols = min(unit.cols - unit.col0, kUnitCols);
+#pragma unroll 1
+  for (int i = lane; i < unit.r; i += 32) {
+    const F* const row = global_memory<const F>(m.data) + i * m.row + unit.col0;
+    const uintptr_t from = reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15);
+    const int bytes = int(reinterpret_cast<uintptr_t>(row + cols) - from) & ~15;
+    if (bytes) ptx::prefetch(reinterpret_cast<const void*>(from), bytes);
+  }
+}
+
 // A step's rows are on their way while the consumers are at the one before; a unit is known before the
-// one before it begins.
+// one before it begins, and what it needs of lora_A on its way.
 template <typename F>
 __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, int thread) {
   const int lane = thread % 32;
@@ -294,6 +309,7 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
         number = gridDim.x + atomicAdd(table.taken, 1u);
       const Unit next = unit_of(table, ptx::shuffle(number, 0), lane, layer);
       if (lane == 0) unit_at(memory, i) = next;
+      prefetch_columns<F>(next, lane);
     }
     if (i == 0) {
       __syncthreads();
@@ -792,20 +808,47 @@ bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
 
 bool has_work(const MergeLayer& layer) { return layer.r != 0 && layer.n != 0 && layer.k != 0; }
 
+// Steps of all layers' units, `most` at most, that make the least of the rounds in which the blocks take them.
+int even_steps(const MergeLayer* layers, int count, int multiprocessors, int most) {
+  constexpr int kFill = 1;  // steps as long as a unit's beginning
+  int found = 1;
+  int64_t least = INT64_MAX;
+  for (int steps = 1; steps <= most; ++steps) {
+    int64_t units = 0;
+    int longest = 0;
+    for (int i = 0; i < count; ++i) {
+      if (!has_work(layers[i])) continue;
+      const Cut cut(layers[i]);
+      const int down = (cut.steps - 1) / steps + 1;
+      units += int64_t(cut.blocks) * down;
+      longest = std::max(longest, (cut.steps - 1) / down + 1);
+    }
+    const int64_t time = ceil_div(units, multiprocessors) * (longest + kFill);
+    if (time <= least) least = time, found = steps;
+  }
+  return found;
+}
+
 }  // namespace
 
 // A unit's steps: many, since each unit begins with lora_A, and fewer towards the list's end, for the
-// blocks to end together.
+// blocks to end together. Of few layers much the same in all units: as makes the least of the rounds that the
+// blocks take, if to begin with lora_A takes as long as a step. Of 4096 x 11008 these are one round of 11 steps
+// a block, where three rounds of 5 were.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel) {
-  constexpr int64_t kMostSteps = 48, kLeastSteps = 4;
+  constexpr int64_t kMostSteps = 96, kLeastSteps = 4, kFew = 64;  // the latter: for a block
   int64_t left = 0;  // steps of 512 columns
+  int tallest = 1;
   for (int i = 0; i < count; ++i) {
     if (!can_be_sm90(layers[i], rounding)) return cudaErrorInvalidValue;
     const Cut cut(layers[i]);
-    if (has_work(layers[i])) left += int64_t(cut.blocks) * cut.steps;
+    if (!has_work(layers[i])) continue;
+    left += int64_t(cut.blocks) * cut.steps;
+    tallest = std::max(tallest, cut.steps);
   }
-  const int64_t least = std::clamp(ceil_div(left, multiprocessors), int64_t(1), kLeastSteps);
+  const bool few = left <= kFew * multiprocessors;
+  const int64_t same = few ? even_steps(layers, count, multiprocessors, std::min(tallest, int(kMostSteps))) : 0;
   int64_t units = 0;
   for (int i = 0; i < count; ++i) {
     MergeLayer& layer = layers[i];
@@ -813,7 +856,7 @@ cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Round
     layer.unit_steps = 1;
     if (!has_work(layer)) continue;
     const Cut cut(layer);
-    const int64_t most = std::clamp(left / (2 * multiprocessors), least, kMostSteps);
+    const int64_t most = few ? same : std::clamp(left / multiprocessors, kLeastSteps, kMostSteps);
     layer.unit_steps = uint32_t(ceil_div(cut.steps, ceil_div(cut.steps, most)));  // much the same each
     units += cut.blocks * ceil_div(cut.steps, layer.unit_steps);
     left -= int64_t(cut.blocks) * cut.steps;

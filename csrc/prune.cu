@@ -3,12 +3,13 @@
 //
 // A radix selection on magnitude keys (numerics.cuh), a few launches for up to kChainRows tensors:
 //
-//   huge, 32-bit    zero       the histograms; in the other chains a memset does that
-//                   sample     of 512 K elements: a window of keys about the quantile
+//   huge            zero       the histograms; in the other chains a memset does that
+//                   sample     of 2 MB of elements: a window of keys about the quantile
 //                   window     count what lies below it, list the keys in it: if it holds both of
-//                              the quantile's neighbours, count and partition do nothing    one read
-//                   clear      behind recount, in finish's place: zero what the window's threshold
-//                              does not exceed                              one read, one write
+//                              the quantile's neighbours, count and partition do nothing; of 16
+//                              bits count those in it by the key: the threshold itself      one read
+//                   clear      in finish's place: zero what the window's threshold does not
+//                              exceed                                       one read, one write
 //   large, 32-bit   count      histogram of the keys' upper 13 bits; the last block to arrive picks
 //                              the bin that holds the quantile's lower neighbour       one read
 //                   partition  zero what lies below the bin, list what lies in it and count its
@@ -196,9 +197,10 @@ enum class Which { small, held, large, huge, any };
 template <typename Bits>
 Which which(const PruneTensor& t, const Device& device) {
   if (t.size <= kSmall) return Which::small;
-  if (sizeof(Bits) != 4 || !is_wide(t.data)) return Which::large;
+  if (!is_wide(t.data)) return Which::large;
   const bool pair = t.partner && bytes_of(t.partner_dtype) == 4 && is_wide(t.partner);
-  if (t.size <= int64_t(device.cluster) * kMostShare && (pair || !t.partner)) return Which::held;
+  if (sizeof(Bits) == 4 && t.size <= int64_t(device.cluster) * kMostShare && (pair || !t.partner))
+    return Which::held;
   return t.size >= kSampledFrom && t.size < kWideFrom ? Which::huge : Which::large;
 }
 
@@ -230,8 +232,9 @@ void lay_out(Table& table, int64_t share) {
 }
 
 // Of the sample, for the window.
+template <typename Bits>
 void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
-  constexpr int kN = kPack<uint32_t>;
+  constexpr int kN = kPack<Bits>;
   const double last = double(kN * min(row.size / kN, int64_t(kSampleBlocks) * kThreads * kSampleStrips) - 1);
   const double below = double(quantile_rank(row.size, ratio).low) / double(row.size - 1);
   const double middle = below * last, margin = 6 * std::sqrt(below * (1 - below) * last) + 1;
@@ -239,10 +242,11 @@ void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
   ends[1] = uint32_t(min(middle + margin, last));
 }
 
-// Blocks of the pass that lists a window: in whole waves of `slots` but for what rounding leaves, and none of
-// more than kMostSpans. Each tensor has its part of them.
+// Blocks of the pass that counts a window: in whole waves of `slots` but for what rounding leaves, and none of
+// more than kMostWindowSpans. Each tensor has its part of them.
+template <typename Bits>
 void lay_out_waves(Chain& table, int slots) {
-  constexpr int64_t kMost = kMostSpans<uint32_t> * kSpan<uint32_t>;
+  constexpr int64_t kMost = kMostWindowSpans * kSpan<Bits>;
   int64_t least = 0, total = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
     least += blocks_of(table.rows[r].size, kMost);
@@ -251,7 +255,7 @@ void lay_out_waves(Chain& table, int slots) {
   const double blocks = double(blocks_of(least, slots) * slots);
   table.blocks = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
-    const int64_t size = table.rows[r].size, most = blocks_of(size, kSweep<uint32_t>);
+    const int64_t size = table.rows[r].size, most = blocks_of(size, kSweep<Bits>);
     const int64_t part = int64_t(blocks * (double(size) / double(total)));
     table.rows[r].first_block = table.blocks;
     table.blocks += uint32_t(min(max(part, blocks_of(size, kMost)), most));
@@ -403,7 +407,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
       row.dtype = uint8_t(t.dtype);
       row.partner_bytes = uint8_t(t.partner ? bytes_of(t.partner_dtype) : 0);
       row.room = room;
-      row.sampled = room > 0 && of == Which::huge;
+      row.sampled = of == Which::huge && (sizeof(Bits) == 2 || room > 0);
       row.slot = reinterpret_cast<Slot*>(workspace + group.hist_bytes);
       blocks += its_blocks;
       group.hist_bytes += hist_bytes;
@@ -454,20 +458,21 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   };
   if constexpr (kHuge) {
     Sampling sampling{table, {}};
-    for (uint32_t r = 0; r < table.count; ++r) find_ends(table.rows[r], table.ratio, sampling.ends[r]);
+    for (uint32_t r = 0; r < table.count; ++r) find_ends<Bits>(table.rows[r], table.ratio, sampling.ends[r]);
     Chain waves = table;
-    lay_out_waves(waves, device.slots);
-    run(sample_kernel, sampling, table.count * kSampleBlocks, kShared);
-    run(window_kernel, waves, waves.blocks);
+    lay_out_waves<Bits>(waves, device.slots);
+    run(sample_kernel<Bits>, sampling, table.count * kSampleBlocks, 4 << kSampleDigit);
+    run(window_kernel<Bits>, waves, waves.blocks, 4 << kWindowDigit);
   }
-  run(count_kernel<Bits>, table, table.blocks, kShared);
+  const uint32_t most = kHuge ? uint32_t(device.slots) : table.blocks;
+  run(count_kernel<Bits>, table, min(table.blocks, most), kShared);
   if constexpr (sizeof(Bits) == 4) {
     run(partition_kernel, table, table.blocks);
     run(recount_kernel, table, table.blocks);
   }
   if constexpr (kHuge)
     for (uint32_t r = 0; r < table.count; ++r)
-      run(clear_kernel, table.rows[r], uint32_t(blocks_of(table.rows[r].size, kSweep<Bits, 1>)));
+      run(clear_kernel<Bits>, table.rows[r], uint32_t(blocks_of(table.rows[r].size, kSweep<Bits, 1>)));
   else
     run(finish_kernel<Bits>, table, table.blocks);
   return failed;
@@ -522,14 +527,12 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
       return run(group);
     });
   };
-  cudaError_t error = cudaSuccess;
-  if constexpr (sizeof(Bits) == 4) {
-    error = each(Which::huge, [&](const Group& group) {
-      return run_chain<Bits, true>(group, device, workspace, stream);
-    });
+  cudaError_t error = each(Which::huge, [&](const Group& group) {
+    return run_chain<Bits, true>(group, device, workspace, stream);
+  });
+  if constexpr (sizeof(Bits) == 4)
     if (!error)
       error = each(Which::held, [&](Group& group) { return run_held(group.table, device, stream); });
-  }
   if (!error)
     error = each(Which::large, [&](const Group& group) {
       return run_chain<Bits, false>(group, device, workspace, stream);
@@ -570,9 +573,10 @@ cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* 
   };
   Device device{};
   cudaError_t error = find_device(tensors, count, &device);
-  for (const Which of : {Which::huge, Which::large})
+  for (const Which of : {Which::huge, Which::large}) {
     if (!error) error = for_each_group<uint32_t>(tensors, count, of, device, nullptr, measure);
-  if (!error) error = for_each_group<uint16_t>(tensors, count, Which::large, device, nullptr, measure);
+    if (!error) error = for_each_group<uint16_t>(tensors, count, of, device, nullptr, measure);
+  }
   return error;
 }
 

@@ -41,6 +41,8 @@ constexpr int kSampleBlocks = 128, kSampleStrips = 2;  // strips of 16 bytes: of
 constexpr int64_t kKept = 24 << 20;
 constexpr int kMostShift = 12;  // of the digit that recount finds
 
+constexpr int kSampleDigit = 13, kWindowDigit = 10;  // bits of the keys of a sample, and in a window
+
 // Digits of a key, and the histogram of the first one. Two 16-bit counters share a word in shared
 // memory where 32768 bins would not fit; in global memory every bin has a word.
 template <typename Bits>
@@ -74,7 +76,7 @@ struct State {
   uint32_t threshold;
   uint32_t origin, shift;  // prefix and last digit are of key - origin: the latter's bits
   uint32_t width;          // keys in the window from `origin` on; 0: none
-  uint32_t settled;        // 1: by the window, listed are keys; else indices
+  uint32_t settled;        // 1: by the window; listed are keys then, else indices
   uint32_t overflowed;     // 1: a block had more keys in the window than it collects
   unsigned long long below;  // elements below the window
   Source source;   // of recount
@@ -129,9 +131,11 @@ template <typename Bits, int kStrips = kUnroll>
 constexpr int kSweep = kStrips * kThreads * kPack<Bits>;
 template <typename Bits>
 constexpr int kSpan = 3 * kSweep<Bits>;
-// Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span.
+// Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span, but for those
+// of a window.
+constexpr uint32_t kMostWindowSpans = 16;
 template <typename Bits>
-constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? 16 : 1;
+constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? kMostWindowSpans : 1;
 static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters");
 
 // ---- A kernel's place among the launches --------------------------------------------------------
@@ -168,17 +172,21 @@ struct Part {
 };
 
 template <int kMost>
-__device__ __forceinline__ Part find_part(const TableOf<kMost>& table) {
+__device__ __forceinline__ Part find_part(const TableOf<kMost>& table, uint32_t at) {
   uint32_t low = 0, high = table.count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    (table.rows[middle].first_block <= blockIdx.x ? low : high) = middle;
+    (table.rows[middle].first_block <= at ? low : high) = middle;
   }
   const Row& row = table.rows[low];
   const uint32_t next = low + 1 < table.count ? table.rows[low + 1].first_block : table.blocks;
-  const uint32_t block = blockIdx.x - row.first_block;
+  const uint32_t block = at - row.first_block;
   const int64_t begin = block * table.share;
   return {row, block, next - row.first_block, begin, min(row.size, begin + table.share)};
+}
+template <int kMost>
+__device__ __forceinline__ Part find_part(const TableOf<kMost>& table) {
+  return find_part(table, blockIdx.x);
 }
 
 using L2Policy = uint64_t;
@@ -196,6 +204,31 @@ __device__ __forceinline__ L2Policy stay() {
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
 #endif
   return policy;
+}
+
+// 16-bit keys, two of a word at once: the top bit of each half says whether its key is `least` or more, which
+// `both` holds twice and is 2^15 at most.
+__device__ __forceinline__ uint32_t at_least(uint32_t word, uint32_t both) { return (word | 0x80008000u) - both; }
+__device__ __forceinline__ uint32_t twice(uint32_t key) { return key << 16 | key; }
+
+// Bytes of ones or zeros as the top bits of four halves are; or of the halves' own bytes.
+__device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) {
+  uint32_t bytes = 0;
+#ifdef __CUDA_ARCH__
+  asm("prmt.b32 %0, %1, %2, 0xFDB9;" : "=r"(bytes) : "r"(first), "r"(second));
+#else
+  for (int i = 0; i < 4; ++i) bytes |= ((i < 2 ? first : second) >> (i % 2 * 16 + 15) & 1) * 0xFFu << 8 * i;
+#endif
+  return bytes;
+}
+__device__ __forceinline__ uint32_t top_bits(uint32_t word) {
+  uint32_t bytes = 0;
+#ifdef __CUDA_ARCH__
+  asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(bytes) : "r"(word));
+#else
+  for (int i = 0; i < 2; ++i) bytes |= (word >> (i * 16 + 15) & 1) * 0xFFFFu << 16 * i;
+#endif
+  return bytes;
 }
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
@@ -217,6 +250,18 @@ struct Strip {
 #pragma unroll
     for (int i = 0; i < kPack<Bits>; ++i)
       if (mask >> i & 1) w[i / kEach] &= ~(uint32_t(Bits(~Bits(0))) << (i % kEach * 16));
+  }
+  // Ones where an element's key is above `threshold`, else zeros.
+  __device__ __forceinline__ uint4 above(uint32_t threshold) const {
+    uint32_t kept[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      kept[i] = kEach == 1 ? (magnitude_key(w[i]) > threshold ? kAll : 0)
+                           : top_bits(at_least(w[i], twice(min(threshold, 0x7FFFu) + 1)));
+    return {kept[0], kept[1], kept[2], kept[3]};
+  }
+  __device__ __forceinline__ void keep(const uint4& kept) {
+    w[0] &= kept.x, w[1] &= kept.y, w[2] &= kept.z, w[3] &= kept.w;
   }
   __device__ __forceinline__ void set(const uint4& v) { w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w; }
   __device__ __forceinline__ uint4 get() const { return {w[0], w[1], w[2], w[3]}; }
@@ -485,7 +530,8 @@ __device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
   if (threadIdx.x % 32 == 0 && value) atomicMax(out, value);
 }
 
-// Into global memory, once a block: one address takes only so many at a time. With a barrier; once a kernel.
+// Into global memory, once a block: one address takes only so many at a time. With a barrier, and one more
+// before it is called again.
 __device__ __forceinline__ void grid_max(uint32_t* out, uint32_t value) {
   __shared__ uint32_t of_warp[kWarps];
   value = __reduce_max_sync(kAll, value);

@@ -25,13 +25,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) zero_kernel(const 
 }
 
 // kSampleBlocks for every tensor. The window: six standard deviations of the sample's quantile, and a
-// fiftieth of a bin for keys that do not lie evenly in it. Neighbours may be alike; a window that is too
-// narrow is found out.
+// fiftieth of a bin for keys that do not lie evenly in it; of 16-bit keys, whose bins are of four, whole
+// bins. Neighbours may be alike; a window that is too narrow is found out.
+template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 sample_kernel(const __grid_constant__ Sampling sampling) {
-  using F = Format<uint32_t>;
-  constexpr int kShift = 31 - F::first, kN = kPack<uint32_t>, kEach = F::bins / kThreads;
-  constexpr uint32_t kSlack = (1u << kShift) / 50;
+  constexpr bool kWhole = sizeof(Bits) == 2;  // bins
+  constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - kSampleDigit, kN = kPack<Bits>;
+  constexpr int kBins = 1 << kSampleDigit, kEach = kBins / kThreads;
+  constexpr uint32_t kSlack = kWhole ? 0 : (1u << kShift) / 50;
   constexpr int64_t kMost = int64_t(kSampleBlocks) * kThreads * kSampleStrips;
   __shared__ uint32_t ends[2];  // keys
   SharedHist<false> hist{counters(dynamic_shared)};
@@ -40,11 +42,11 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   const uint32_t* const ranks = sampling.ends[blockIdx.x / kSampleBlocks];
   if (!row.sampled) return wait_for_previous();
   State& state = row.slot->state;
-  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
+  const Bits* const data = static_cast<const Bits*>(row.data);
   const int64_t strips = row.size / kN, taken = min(strips, kMost);
   const uint32_t share = max(uint32_t(strips / kMost), 1u);
 
-  Strip<uint32_t> sample[kSampleStrips];
+  Strip<Bits> sample[kSampleStrips];
   int64_t ids[kSampleStrips];
 #pragma unroll
   for (int u = 0; u < kSampleStrips; ++u) {
@@ -54,7 +56,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
     const int64_t first = strips < kMost ? ids[u] : ids[u] * strips / kMost;
     if (ids[u] < taken) sample[u].load(data + (first + drawn % share) * kN);
   }
-  hist.zero(F::bins);
+  hist.zero(kBins);
   __syncthreads();
 #pragma unroll
   for (int u = 0; u < kSampleStrips; ++u)
@@ -64,7 +66,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   __syncthreads();
   wait_for_previous();
   GlobalHist whole(row, false);
-  whole.add_dense(hist, F::bins);
+  whole.add_dense(hist, kBins);
   if (!is_last_block(&state.arrived, kSampleBlocks)) return;
 
   // Both ends at once, of bins in registers.
@@ -90,7 +92,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
       else left -= count[i];
     }
     // As if the bin's keys lay evenly in it.
-    const float part = float(left + end) / float(here);
+    const float part = kWhole ? float(end) : float(left + end) / float(here);
     ends[end] = ((threadIdx.x * kEach + bin) << kShift) + uint32_t(part * float(1 << kShift));
   }
 #pragma unroll
@@ -100,35 +102,129 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   const uint32_t from = ends[0], to = ends[1];
   state.origin = ranks[0] ? max(from, kSlack) - kSlack : 0;
   state.width = to + kSlack - state.origin;
-  // So that the histogram's bins cover it, and are four at least where recount counts keys.
-  state.shift = max(32 - __clz(state.width - 1) - F::second, 2);
-  // Too wide; zeros, of which the bin's keys are not spread; no neighbour above.
-  const bool fails = state.shift > kMostShift || to <= 1u << kShift || sampling.table.ratio == 1;
+  bool fails = sampling.table.ratio == 1;  // no neighbour above
+  if constexpr (kWhole) {
+    fails |= state.width > 1u << kWindowDigit;
+  } else {
+    // So that the histogram's bins cover it, and are four at least where recount counts keys.
+    state.shift = max(32 - __clz(state.width - 1) - kWindowDigit, 2);
+    // Too wide; zeros, of which the bin's keys are not spread.
+    fails |= state.shift > kMostShift || to <= 1u << kShift;
+  }
   if (fails) state.width = 0;
 }
 
+// What a thread of window_kernel sees: the greatest key, how many lie below the window, and what lies in it.
+template <typename Bits>
+struct Seen;
+
+// Of 32 bits these are listed, and counted by shares of the window.
+template <>
+struct Seen<uint32_t> {
+  SharedHist<false> hist;
+  uint32_t* local;
+  uint32_t* found;
+  uint32_t origin, shift, wanted, greatest = 0, below = 0;
+  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
+
+  __device__ __forceinline__ Seen(const Row& row, SharedHist<false> hist, uint32_t* local, uint32_t* found)
+      : hist(hist), local(local), found(found), origin(row.slot->state.origin), shift(row.slot->state.shift),
+        wanted(row.slot->state.width) {}
+
+  __device__ __forceinline__ void add_some(const Strip<uint32_t>& strip, int count) {
+#pragma unroll
+    for (int i = 0; i < kPack<uint32_t>; ++i) {
+      if (i >= count) continue;
+      const uint32_t key = strip.key(i);
+      greatest = max(greatest, key);
+      below += (key - origin) >> 31;  // both are of 31 bits
+      if (key - origin >= wanted) continue;
+      const uint32_t place = atomicAdd(found, one);
+      if (place < kLocal) local[place] = key;
+      else wanted = 0;  // the window fails: equal elements need not all queue up
+      hist.add((key - origin) >> shift, 1);
+    }
+  }
+  __device__ __forceinline__ void add(const Strip<uint32_t>& strip) { add_some(strip, kPack<uint32_t>); }
+  __device__ __forceinline__ void finish() {}
+};
+
+// Of 16 bits they are counted, a key a bin.
+template <>
+struct Seen<uint16_t> {
+  Runs<SharedHist<false>> runs;
+  uint32_t origin, width, past_infinity, nans = 0, greatest = 0, below = 0;
+
+  __device__ __forceinline__ Seen(const Row& row, SharedHist<false> hist, uint32_t*, uint32_t*)
+      : runs(hist), origin(row.slot->state.origin), width(row.slot->state.width),
+        past_infinity((DType(row.dtype) == DType::bf16 ? Keys<bf16>::infinity : Keys<fp16>::infinity) + 1) {}
+
+  __device__ __forceinline__ void add_some(const Strip<uint16_t>& strip, int count) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) add_key(key_of(strip, i));
+  }
+  __device__ __forceinline__ void add_key(uint32_t key) {
+    greatest = max(greatest, key);
+    below += (key - origin) >> 31;
+    if (key - origin < width) runs.add(key - origin);
+  }
+  // The same for all of a strip, two keys at once; few are in the window.
+  __device__ __forceinline__ void add(const Strip<uint16_t>& strip) {
+    uint32_t inside[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t first = strip.w[2 * i], second = strip.w[2 * i + 1];
+      const auto reach = [&](uint32_t least) {
+        return top_bits(at_least(first, twice(least)), at_least(second, twice(least)));
+      };
+      const uint32_t not_below = reach(origin);
+      inside[i] = not_below & ~reach(origin + width);
+      below = uint32_t(__dp4a(int(~not_below), -1, int(below)));
+      nans |= at_least(first, twice(past_infinity)) | at_least(second, twice(past_infinity));
+    }
+    // Bit 8 e + f: of the strip's element e + 4 f.
+    uint32_t hits = (inside[0] & 0x01010101u) | (inside[1] & 0x02020202u);
+#pragma unroll 1
+    while (hits) {
+      const uint32_t hit = 31 - __clz(int(hits));
+      hits ^= 1u << hit;
+      runs.add(key_of(strip, hit / 8 + hit % 8 * 4) - origin);
+    }
+  }
+  // By selects: registers have no index known only at run time.
+  __device__ __forceinline__ static uint32_t key_of(const Strip<uint16_t>& strip, uint32_t i) {
+    const uint32_t first = i & 2 ? strip.w[1] : strip.w[0], second = i & 2 ? strip.w[3] : strip.w[2];
+    return magnitude_key(uint16_t((i & 4 ? second : first) >> i % 2 * 16));
+  }
+  __device__ __forceinline__ void finish() {
+    runs.flush();
+    if (nans & 0x80008000u) greatest = kAll;
+  }
+};
+
+template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 window_kernel(const __grid_constant__ Chain table) {
-  constexpr int kBins = 1 << Format<uint32_t>::second;
-  alignas(16) __shared__ uint32_t words[kBins];
-  __shared__ uint32_t local[kLocal];
+  constexpr bool kLists = sizeof(Bits) == 4;
+  constexpr int kBins = 1 << kWindowDigit;
+  __shared__ uint32_t local[kLists ? kLocal : 1];
   __shared__ uint32_t found, below;
   let_next_in();
   const Part part = find_part(table);
   const Row& row = part.row;
   State& state = row.slot->state;
   if (!row.sampled) return wait_for_previous();
-  SharedHist<false> hist{words};
+  SharedHist<false> hist{counters(dynamic_shared)};
 
   // The blocks side by side from the tensor's start to its end, which L2 then holds for the last pass: it
   // is to forget the rest. The first loads are under way while the sample is not yet.
-  constexpr int kN = kPack<uint32_t>, kAhead = kThreads * kN;
-  constexpr uint32_t kKeptSweeps = kKept / (4 * kSweep<uint32_t>);
-  const uint32_t* const data = static_cast<const uint32_t*>(row.data);
-  const uint32_t sweeps = uint32_t(row.size / kSweep<uint32_t>);
-  const uint32_t* mine = data + int64_t(part.block) * kSweep<uint32_t> + threadIdx.x * kN;
-  const int64_t step = int64_t(part.blocks) * kSweep<uint32_t>;
-  Strip<uint32_t> strips[kUnroll];
+  constexpr int kN = kPack<Bits>, kAhead = kThreads * kN;
+  constexpr uint32_t kKeptSweeps = kKept / (int(sizeof(Bits)) * kSweep<Bits>);
+  const Bits* const data = static_cast<const Bits*>(row.data);
+  const uint32_t sweeps = uint32_t(row.size / kSweep<Bits>);
+  const Bits* mine = data + int64_t(part.block) * kSweep<Bits> + threadIdx.x * kN;
+  const int64_t step = int64_t(part.blocks) * kSweep<Bits>;
+  Strip<Bits> strips[kUnroll];
   if (part.block < sweeps)
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) strips[u].load_once(mine + u * kAhead);
@@ -137,23 +233,7 @@ window_kernel(const __grid_constant__ Chain table) {
   __syncthreads();
   wait_for_previous();
   if (state.width == 0) return;
-  const uint32_t origin = state.origin, width = state.width, shift = state.shift;
-  uint32_t greatest = 0, mine_below = 0, wanted = width;
-  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
-  const auto look_at = [&](const auto& strip, int64_t, int count) {
-#pragma unroll
-    for (int i = 0; i < kPack<uint32_t>; ++i) {
-      if (i >= count) continue;
-      const uint32_t key = strip.key(i);
-      greatest = max(greatest, key);
-      mine_below += (key - origin) >> 31;  // both are of 31 bits
-      if (key - origin >= wanted) continue;
-      const uint32_t place = atomicAdd(&found, one);
-      if (place < kLocal) local[place] = key;
-      else wanted = 0;  // the window fails: equal elements need not all queue up
-      hist.add((key - origin) >> shift, 1);
-    }
-  };
+  Seen<Bits> seen(row, hist, local, &found);
   const L2Policy once = leave_first(), kept = stay();
 #pragma unroll 1
   for (uint32_t sweep = part.block; sweep < sweeps;) {
@@ -162,33 +242,41 @@ window_kernel(const __grid_constant__ Chain table) {
     const L2Policy policy = sweep + kKeptSweeps < sweeps ? once : kept;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const Strip<uint32_t> strip = strips[u];
+      const Strip<Bits> strip = strips[u];
       if (sweep < sweeps) strips[u].load(mine + u * kAhead, policy);
-      look_at(strip, 0, kN);
+      seen.add(strip);
     }
   }
   if (part.block == sweeps % part.blocks)  // whose turn the rest would be
 #pragma unroll 1
-    for (int64_t at = int64_t(sweeps) * kSweep<uint32_t> + threadIdx.x * kN; at < row.size; at += kAhead) {
+    for (int64_t at = int64_t(sweeps) * kSweep<Bits> + threadIdx.x * kN; at < row.size; at += kAhead) {
       const int count = int(min(row.size - at, int64_t(kN)));
       strips[0].load_some(data + at, count);
-      look_at(strips[0], at, count);
+      seen.add_some(strips[0], count);
     }
-  atomicAdd(&below, mine_below);
-  grid_max(&state.greatest, greatest);
+  seen.finish();
+  atomicAdd(&below, seen.below);
+  grid_max(&state.greatest, seen.greatest);
   if (threadIdx.x == 0) {
     atomicAdd(&state.below, (unsigned long long)below);
     if (found > kLocal) atomicMax(&state.overflowed, 1u);
   }
   GlobalHist whole(row, false);
   whole.add_dense(hist, kBins);
-  hand_over(row, local, found > kLocal ? 0 : found);
+  if constexpr (kLists) hand_over(row, local, found > kLocal ? 0 : found);
   if (!is_last_block(&state.arrived, part.blocks)) return;
 
   const unsigned long long rank = quantile_rank(row.size, table.ratio).low, first = state.below;
   const bool all = holds_nan(DType(row.dtype), state.greatest);
-  const bool holds = first <= rank && rank + 1 < first + state.listed && state.listed <= row.room &&
-                     !state.overflowed;
+  if constexpr (!kLists) {
+    static_assert(kBins == 2 * kThreads, "two bins a thread");
+    const unsigned long long upto = sum_upto(whole.words[threadIdx.x] + whole.words[threadIdx.x + kThreads]);
+    if (threadIdx.x == kThreads - 1) found = uint32_t(upto);
+    __syncthreads();
+  }
+  const uint32_t inside = kLists ? state.listed : found;
+  const bool holds = first <= rank && rank + 1 < first + inside &&
+                     (!kLists || (state.listed <= row.room && !state.overflowed));
   Picked picked{};
   if (holds) picked = pick(whole, kBins, rank - first);
   else whole.zero(kBins);
@@ -196,24 +284,25 @@ window_kernel(const __grid_constant__ Chain table) {
   if (threadIdx.x) return;
   state.settled = all || holds;
   state.finish = Source::whole;
-  state.source = all ? Source::nothing : Source::list;
   state.threshold = kDropAll;  // with a NaN; else recount's
-  state.prefix = picked.bin;
-  state.left = picked.left;
-  if (!state.settled) state.listed = 0;
+  if constexpr (kLists) {
+    state.source = all ? Source::nothing : Source::list;
+    state.prefix = picked.bin;
+    state.left = picked.left;
+    if (!state.settled) state.listed = 0;
+  } else if (holds && !all) {
+    state.threshold = find_threshold(row, table.ratio, picked, state.origin, kAll);
+  }
 }
 
+// The barriers of is_last_block() divide one part from the next.
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
-count_kernel(const __grid_constant__ Chain table) {
+__device__ __forceinline__ void count_part(const Chain& table, const Part& part) {
   using F = Format<Bits>;
   constexpr int kShift = 8 * int(sizeof(Bits)) - 1 - F::first;
   SharedHist<F::packed> hist{counters(dynamic_shared)};
-  follow();
-  const Part part = find_part(table);
   const Row& row = part.row;
   State& state = row.slot->state;
-  if (state.settled) return;
 
   hist.zero(F::bins);
   __syncthreads();
@@ -250,6 +339,18 @@ count_kernel(const __grid_constant__ Chain table) {
     }
   }
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
+}
+
+// Blocks may be fewer than the tensors' parts: where windows have settled these, more would only come and go.
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSM)
+count_kernel(const __grid_constant__ Chain table) {
+  follow();
+#pragma unroll 1
+  for (uint32_t at = blockIdx.x; at < table.blocks; at += gridDim.x) {
+    const Part part = find_part(table, at);
+    if (!part.row.slot->state.settled) count_part<Bits>(table, part);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
@@ -401,38 +502,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __g
 // together in memory. An in-place pass of 2.4 GB runs so at 4.21 TB/s on an H200, and at 3.9 in blocks that
 // stay and go through many (2026-11-27). What comes before the loads adds to every block's time: few
 // instructions, and the elements are asked for before it is known what to do with them.
+template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const __grid_constant__ Row row) {
-  constexpr int kN = kPack<uint32_t>;
+  constexpr int kN = kPack<Bits>;
   wait_for_previous();
   const uint32_t strip = (gridDim.x - 1 - blockIdx.x) * kThreads + threadIdx.x;
-  uint32_t* const data = static_cast<uint32_t*>(row.data) + int64_t(strip) * kN;
+  Bits* const data = static_cast<Bits*>(row.data) + int64_t(strip) * kN;
   const bool full = strip < uint32_t(row.size / kN);
-  Strip<uint32_t> mine, other;
+  Strip<Bits> mine, other;
   if (full) mine.load_once(data);
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold;
   const Source source = state.finish;
-  uint32_t* const partner = static_cast<uint32_t*>(row.partner) + int64_t(strip) * kN;
-  const bool pair = row.partner_bytes == 4 && is_wide(row.partner);
+  Bits* const partner = static_cast<Bits*>(row.partner) + int64_t(strip) * kN;
+  const bool pair = row.partner_bytes == sizeof(Bits) && is_wide(row.partner);
   if (full && pair) other.load(partner);
   if (source == Source::whole) {
     if (full && (pair || row.partner_bytes == 0)) {
-      const uint32_t mask = not_above(mine, threshold);
-      mine.clear(mask);
+      const uint4 kept = mine.above(threshold);
+      mine.keep(kept);
       mine.store_once(data);
       if (!pair) return;
-      other.clear(mask);
+      other.keep(kept);
       other.store_once(partner);
     } else if (int64_t(strip) * kN < row.size) {
-      clear_some<uint32_t>(row, int64_t(strip) * kN, full ? kN : int(row.size % kN),
+      clear_some<Bits>(row, int64_t(strip) * kN, full ? kN : int(row.size % kN),
                            [=](const auto& strip, int64_t, int) { return not_above(strip, threshold); });
     }
     return;
   }
   static_assert(kRoomShare > kN, "a thread for every listed element");
+  if constexpr (kN == 8) return;  // nothing is listed
   if (source != Source::list || strip >= state.listed) return;
   const uint32_t listed = row.list[strip];
-  uint32_t* const there = static_cast<uint32_t*>(row.data) + listed;
+  Bits* const there = static_cast<Bits*>(row.data) + listed;
   if (magnitude_key(*there) > threshold) return;
   *there = 0;
   clear_partner(row, listed);

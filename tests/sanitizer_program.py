@@ -105,6 +105,18 @@ def prunes(device):
     return found
 
 
+def windows(device):
+    """Tensors that are sampled first: one that a window is found for, and one of two sorts of elements."""
+    tensors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        t = torch.randn(2**24 + 5)
+        tensors += [t.to(dtype), torch.where(t > 1.2816, 1e9 * t, t).to(dtype)]
+    tensors = [t.to(device) for t in tensors]
+    partners = [torch.ones_like(t) for t in tensors]
+    prune_(tensors, 0.9, partners)
+    return [*tensors, *partners]
+
+
 def random_prunes(device):
     found = []
     for dtype, ratio in itertools.product(DTYPES, (0.0, 0.5, 1.0)):
@@ -137,7 +149,7 @@ def linear(device):
     return []
 
 
-PARTS = (merges, streamed_merges, many_tiles, lists, prunes, random_prunes, counts, linear)
+PARTS = (merges, streamed_merges, many_tiles, lists, prunes, windows, random_prunes, counts, linear)
 
 
 def run(part, backend: str, device: str) -> None:

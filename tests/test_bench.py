@@ -374,8 +374,8 @@ class TestGpuCheck:
             f"sanitizer {tool} prune" for tool in gpu_check.SANITIZER_TOOLS
         }
         for command in gpu_check.sanitizer(["prune"]).values():
-            assert command[-4].endswith("sanitizer_program.py")
-            assert command[-3:] == ["prunes", "random_prunes", "counts"]
+            assert command[-5].endswith("sanitizer_program.py")
+            assert command[-4:] == ["prunes", "windows", "random_prunes", "counts"]
         assert gpu_check.sanitizer(["train"]) == {}
 
         every = [case["name"] for case in gpu_check.list_cases("cuda", [])]

@@ -149,14 +149,32 @@ def test_weight_and_residual_begin_where_they_like(model, seed):
 
 def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
     """More units than blocks, so that blocks take them from the counter; several chunks of rows a layer."""
-    model.processors = 3
     layers = [
-        drawn_layer((900, 40, 3), "odd pitch", "stochastic", torch.bfloat16, seed)
+        drawn_layer((5000, 8, 3), "odd pitch", "stochastic", torch.bfloat16, seed)
         for seed in (1, 2)
     ]
     layers.append(drawn_layer((70, 1100, 3), "aligned", "stochastic", torch.bfloat16, 3))
-    merges_as_the_reference(layers)
-    assert model.calls == 1 and model.blocks == 3
+    for model.processors in (2, 3):  # many for two blocks, few for three
+        merges_as_the_reference(layers)
+        assert model.blocks == model.processors
+    assert model.calls == 2
+
+
+@pytest.mark.parametrize("size, count, units, first, last", [
+    ((2048, 2048), 1, 128, 1, 1),
+    ((4096, 4096), 1, 128, 4, 4),
+    ((4096, 11008), 1, 132, 11, 11),
+    ((8192, 8192), 1, 128, 16, 16),
+    ((2048, 34304), 1, 201, 11, 11),  # 67 columns of units, by thirds: two rounds
+    ((64, 512), 500, 500, 1, 1),
+    ((2048, 2048), 168, None, 32, 4),  # many: shorter towards the end
+    ((40960, 512), 40, None, 92, 4),  # and at most 96 steps
+])  # fmt: skip
+def test_into_what_units_layers_are_cut(library, size, count, units, first, last):
+    """Of an H200's 132 multiprocessors. Few layers: in as few and as even rounds as there are."""
+    steps = (ctypes.c_int * 2)()
+    found = library.model_units(*map(ctypes.c_int64, size), count, 132, steps)
+    assert list(steps) == [first, last] and found == (units or found) > 0
 
 
 @pytest.mark.parametrize("rounding", CODES["rounding"])

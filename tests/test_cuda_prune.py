@@ -537,6 +537,86 @@ def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
     assert sampled.window[1] and not sampled.settled
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_of_16_bit_elements(sampled, kind, dtype):
+    """Every bin is a key: ties and zeros do not make them fail."""
+    generator = torch.Generator().manual_seed(6)
+    n = 2**19 - 3
+    for sampled.order, ratio in enumerate([0.3, 0.9, 0.997]):
+        t = Guarded(values_of(kind, n, generator).to(dtype), 0)
+        partners = [Guarded(torch.rand(n, generator=generator).to(dtype) + 1, 0)]
+        check_against_reference([t], ratio, partners if ratio == 0.9 else [])
+        # At 0.9 there is nothing between numbers and infinities.
+        assert sampled.settled == (kind != "with inf" or ratio != 0.9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_window_of_16_bit_elements_sees_a_nan_anywhere(sampled, dtype):
+    """In either half of a word and behind the last whole sweep; not infinity, which is the key below."""
+    n = 2**16 + 4099
+    t = torch.randn(n)
+    t[torch.randperm(n)[:1000]] = torch.inf
+    check_against_reference([Guarded(t.to(dtype), 0)], 0.5)
+    for sampled.order, at in enumerate((0, 1, 6, 7, 2**15 + 13, 2**16 + 1, n - 2, n - 1)):
+        with_nan = t.index_fill(0, torch.tensor(at), -torch.nan)
+        check_against_reference([Guarded(with_nan.to(dtype), 0)], 0.5)
+        assert sampled.settled
+
+
+@pytest.mark.parametrize("octaves", [7, 9])
+def test_the_widest_window_of_16_bit_elements(sampled, octaves):
+    """The quantile lies in a gap, whose ends are octaves apart, 128 keys each: a window has 1024."""
+    n = 300_001
+    t = torch.rand(n, generator=torch.Generator().manual_seed(7)) / 4 + 1
+    t[torch.randperm(n)[: n // 2]] *= 2.0**octaves
+    for sampled.order in range(3):
+        check_against_reference([Guarded(t.bfloat16(), 0)], 0.5)
+        assert sampled.settled == (octaves == 7)
+        assert (sampled.window[1] > 128 * 6) == sampled.settled
+
+
+def test_both_neighbours_have_to_be_in_the_window_of_16_bit_elements(sampled):
+    """As of 32-bit ones. Strips of eight, one in two of which is looked at."""
+    seen = torch.zeros(2**18, 8, dtype=torch.bool)
+    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
+    seen[torch.arange(2**17) * 2 + drawn % 2] = True
+    seen = seen.flatten()
+    t = (torch.rand(2**21, generator=torch.Generator().manual_seed(8)) + 1.0).bfloat16()
+    low, weight = reference.quantile_rank(2**21, 0.9)
+    assert weight > 0
+
+    def settled(small):
+        rest = torch.full((2**20,), 4.0, dtype=t.dtype)
+        rest[:small] = 0.5
+        t[~seen] = rest
+        check_against_reference([Guarded(t, 0)], 0.9)
+        return sampled.settled
+
+    assert settled(round(0.9 * 2**20))
+    begin, width = sampled.window
+    keys = t[seen].view(torch.int16)
+    below, inside = (keys < begin).sum().item(), (keys < begin + width).sum().item()
+    first, last = low - below, low + 1 - inside
+    assert settled(first) and not settled(first + 1)
+    assert settled(last + 1) and not settled(last)
+
+
+@pytest.mark.parametrize("fail", [(0,), (1,), (0, 1)])
+def test_16_bit_tensors_of_one_launch_some_of_whose_windows_fail(sampled, fail):
+    """A block counts several parts, of one tensor or two, and leaves out what is settled."""
+    generator = torch.Generator().manual_seed(9)
+    tensors = [Guarded(torch.randn(3_300_000, generator=generator), 0)]  # memory for two of the others
+    for i, n in enumerate((200_000, 150_003)):
+        t = torch.randn(n, generator=generator)
+        if i in fail:
+            t = torch.where(torch.rand(n, generator=generator) < 0.9, 1e-4 * t, 1e4 * t)
+        tensors.append(Guarded(t.bfloat16(), 0))
+    for sampled.multiprocessors in (1, 2):
+        check_against_reference([g.copy() for g in tensors], 0.9)
+        assert sampled.settled == (0 not in fail)
+
+
 # ---- Tensors that a cluster holds: of a block, here a sweep and as much again that is not held --
 
 
@@ -827,7 +907,7 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
     kernels = dict(
         re.findall(r"\.entry \w+?\d\d([a-z]+_kernel\w*?)E?v?N\w*\((.*?)\n}", ptx.read_text(), re.S)
     )
-    assert len(kernels) == 17, kernels.keys()
+    assert len(kernels) == 20, kernels.keys()
     for name, body in kernels.items():
         reads = not name.startswith("zero")
         assert bool(re.search(r"ld\.global(\.cs)?\.v4\.\w+", body)) == reads, name
@@ -946,12 +1026,13 @@ def settled(gpu, monkeypatch):
 STATE_SETTLED = 12  # of prune.cuh's State, in words
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("partner", [None, torch.float32, torch.bfloat16])
-def test_gpu_windows(gpu, settled, ratio, partner):
+def test_gpu_windows(gpu, settled, dtype, ratio, partner):
     """Exact, and not by the digits: a window that always failed would only be slower."""
     skip_unless_free(6)
-    t = torch.randn(10**8 if partner is None else 2**24 + 5, device=gpu)
+    t = torch.randn(10**8 if partner is None else 2**24 + 5, device=gpu).to(dtype)
     others = [] if partner is None else [torch.rand(len(t), device=gpu).to(partner) + 1]
     expected = [t.clone()], [o.clone() for o in others]
     reference.prune_(expected[0], ratio, expected[1])
@@ -971,10 +1052,13 @@ def test_gpu_lists_of_every_size_one_behind_the_other(gpu, paired):
     tensors[1].fill_(0.5)  # no window
     tensors[2][77] = torch.nan
     tensors[5] = tensors[5].bfloat16()
+    tensors += [tensors[0].bfloat16(), tensors[3].half(), tensors[1].bfloat16()]
+    tensors[-1][::2] = 1e4  # no window at 0.5
+    sizes = [len(t) for t in tensors]
     others = []
     if paired:
         others = [torch.rand(n, device=gpu, generator=generator) + 1 for n in sizes]
-        others[3], others[5] = others[3].bfloat16(), others[5].half()
+        others[3], others[5], others[7] = others[3].bfloat16(), others[5].half(), others[7].half()
     expected = [t.clone() for t in tensors], [t.clone() for t in others]
     for ratio in (0.5, 0.95):
         reference.prune_(expected[0], ratio, expected[1])
@@ -1004,8 +1088,9 @@ def test_gpu_a_window_of_more_than_two_to_the_31_elements(gpu, settled):
         assert 0 <= left <= least * (piece == 0).sum().item()
 
 
-def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled):
-    t = torch.randn(2**24 + 5, device=gpu)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled, dtype):
+    t = torch.randn(2**24 + 5, device=gpu).to(dtype)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -1014,7 +1099,11 @@ def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled):
     with torch.cuda.graph(graph):
         launcher.prune_([t], 0.9, [])
     for holds in (True, False, True, True, False):
-        t.normal_() if holds else t.random_(-3, 4)
+        t.normal_()
+        if not holds and dtype == torch.float32:
+            t.round_()
+        elif not holds:
+            t[torch.rand(len(t), device=gpu) < 0.1] *= 1e12
         expected = t.clone()
         reference.prune_([expected], 0.9, [])
         graph.replay()

@@ -37,4 +37,17 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   *error = model::last_error.c_str();
   return result;
 }
+// How many units `count` layers (n, k) are cut into, and the steps of the first layer's and the last one's.
+extern "C" int model_units(int64_t n, int64_t k, int count, int processors, int steps[2]) {
+  using namespace relora;
+  MergeLayer layer{};
+  layer.n = n, layer.k = k, layer.r = 128, layer.scaling = 1;
+  layer.weight = {nullptr, k, 1};
+  std::vector<MergeLayer> layers(size_t(count), layer);
+  MergeTable table{};
+  MergeKernel merge;
+  if (sm90_merge(layers.data(), count, false, Rounding::nearest, processors, table, merge)) return -1;
+  steps[0] = int(layers.front().unit_steps), steps[1] = int(layers.back().unit_steps);
+  return table.units;
+}
 extern "C" int model_merge_layer_bytes() { return sizeof(relora::MergeLayer); }

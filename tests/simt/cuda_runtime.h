@@ -71,6 +71,10 @@ inline void __stcs(uint4* to, uint4 value) { *to = value; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += int8_t(a >> i) * int8_t(b >> i);
+  return sum;
+}
 
 namespace simt {
 
