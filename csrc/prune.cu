@@ -32,8 +32,9 @@
 // Bytes an element: 12 in 32 bits, 8 where it is held, 6 in 16, and 8 or 4 for the partner; less from
 // ratio 0.95 on for a held tensor's partner, of what keeps no element. Without a window listed elements are
 // fetched again, twice, by sectors of 32 bytes: of 10^8 elements that took 65 us of 412 on an H200 (ncu,
-// 2026-11-27). A window that fails (ties, few distinct values) costs one read more. If the digits then end
-// with a list, `clear` costs another, for it loads elements before it knows whether they are needed.
+// 2026-11-27). A window that fails (ties, few distinct values; of 16 bits a gap about the quantile) costs one
+// read more. If the digits then end with a list, `clear` costs another, for it loads elements before it knows
+// whether they are needed.
 //
 // The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and
 // holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one

@@ -606,7 +606,9 @@ def test_both_neighbours_have_to_be_in_the_window_of_16_bit_elements(sampled):
 def test_16_bit_tensors_of_one_launch_some_of_whose_windows_fail(sampled, fail):
     """A block counts several parts, of one tensor or two, and leaves out what is settled."""
     generator = torch.Generator().manual_seed(9)
-    tensors = [Guarded(torch.randn(3_300_000, generator=generator), 0)]  # memory for two of the others
+    tensors = [
+        Guarded(torch.randn(3_300_000, generator=generator), 0)
+    ]  # memory for two of the others
     for i, n in enumerate((200_000, 150_003)):
         t = torch.randn(n, generator=generator)
         if i in fail:
