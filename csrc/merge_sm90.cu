@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "merge.cuh"
 #include "ptx.cuh"
@@ -280,7 +281,8 @@ struct Rows {
   }
 };
 
-// A unit's part of lora_A into L2, by a warp: whole pieces of 16 bytes of the rows that have any.
+// A unit's part of lora_A into L2, by a warp: of each row from the 16 bytes on that its first element lies in, but
+// for what is behind the last whole ones.
 template <typename F>
 __device__ __forceinline__ void prefetch_columns(const Unit& unit, int lane) {
   const Matrix& m = unit.lora_A;
@@ -808,47 +810,54 @@ bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
 
 bool has_work(const MergeLayer& layer) { return layer.r != 0 && layer.n != 0 && layer.k != 0; }
 
-// Steps of all layers' units, `most` at most, that make the least of the rounds in which the blocks take them.
-int even_steps(const MergeLayer* layers, int count, int multiprocessors, int most) {
-  constexpr int kFill = 1;  // steps as long as a unit's beginning
-  int found = 1;
-  int64_t least = INT64_MAX;
-  for (int steps = 1; steps <= most; ++steps) {
+// The steps of all layers' units with which these take the least time, in steps: rounds of all blocks, each as
+// long as the longest unit and one step more, in which lora_A comes. Of equal times the longer units'.
+// `blocks`: of all layers of so many steps.
+struct Even {
+  int64_t time;
+  int steps;
+};
+Even even_steps(const std::map<int, int64_t>& blocks, int multiprocessors) {
+  constexpr int kMost = 4096;
+  Even found{INT64_MAX, 1};
+  for (int steps = 1; steps <= kMost;) {
     int64_t units = 0;
-    int longest = 0;
-    for (int i = 0; i < count; ++i) {
-      if (!has_work(layers[i])) continue;
-      const Cut cut(layers[i]);
-      const int down = (cut.steps - 1) / steps + 1;
-      units += int64_t(cut.blocks) * down;
-      longest = std::max(longest, (cut.steps - 1) / down + 1);
+    int longest = 0, next = INT32_MAX;  // next: from there on some layer has fewer units
+    for (const auto& [height, of_height] : blocks) {
+      const int down = (height - 1) / steps + 1;
+      units += of_height * down;
+      longest = std::max(longest, (height - 1) / down + 1);
+      if (down > 1) next = std::min(next, (height - 1) / (down - 1) + 1);
     }
-    const int64_t time = ceil_div(units, multiprocessors) * (longest + kFill);
-    if (time <= least) least = time, found = steps;
+    const int64_t time = ceil_div(units, multiprocessors) * (longest + 1);
+    if (time <= found.time) found = {time, steps};
+    steps = next;
   }
   return found;
 }
 
 }  // namespace
 
-// A unit's steps: many, since each unit begins with lora_A, and fewer towards the list's end, for the
-// blocks to end together. Of few layers much the same in all units: as makes the least of the rounds that the
-// blocks take, if to begin with lora_A takes as long as a step. Of 4096 x 11008 these are one round of 11 steps
-// a block, where three rounds of 5 were.
+// A unit's steps: many, since each unit begins with lora_A. Of few layers much the same in all units, one round of
+// which 4096 x 11008 are, and wherever that takes little more than the steps do; else fewer towards the list's
+// end, for the blocks to end together.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel) {
-  constexpr int64_t kMostSteps = 96, kLeastSteps = 4, kFew = 64;  // the latter: for a block
+  constexpr int64_t kMostSteps = 96, kLeastSteps = 4;
+  constexpr int kFew = 8;
   int64_t left = 0;  // steps of 512 columns
-  int tallest = 1;
+  int with_work = 0;
+  std::map<int, int64_t> blocks;
   for (int i = 0; i < count; ++i) {
     if (!can_be_sm90(layers[i], rounding)) return cudaErrorInvalidValue;
-    const Cut cut(layers[i]);
     if (!has_work(layers[i])) continue;
+    const Cut cut(layers[i]);
     left += int64_t(cut.blocks) * cut.steps;
-    tallest = std::max(tallest, cut.steps);
+    blocks[cut.steps] += cut.blocks;
+    ++with_work;
   }
-  const bool few = left <= kFew * multiprocessors;
-  const int64_t same = few ? even_steps(layers, count, multiprocessors, std::min(tallest, int(kMostSteps))) : 0;
+  const Even even = even_steps(blocks, multiprocessors);
+  const bool alike = with_work <= kFew || (even.time - 5) * multiprocessors <= left + left / 20;
   int64_t units = 0;
   for (int i = 0; i < count; ++i) {
     MergeLayer& layer = layers[i];
@@ -856,7 +865,7 @@ cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Round
     layer.unit_steps = 1;
     if (!has_work(layer)) continue;
     const Cut cut(layer);
-    const int64_t most = few ? same : std::clamp(left / multiprocessors, kLeastSteps, kMostSteps);
+    const int64_t most = alike ? even.steps : std::clamp(left / multiprocessors, kLeastSteps, kMostSteps);
     layer.unit_steps = uint32_t(ceil_div(cut.steps, ceil_div(cut.steps, most)));  // much the same each
     units += cut.blocks * ceil_div(cut.steps, layer.unit_steps);
     left -= int64_t(cut.blocks) * cut.steps;

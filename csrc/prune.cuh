@@ -211,25 +211,25 @@ __device__ __forceinline__ L2Policy stay() {
 __device__ __forceinline__ uint32_t at_least(uint32_t word, uint32_t both) { return (word | 0x80008000u) - both; }
 __device__ __forceinline__ uint32_t twice(uint32_t key) { return key << 16 | key; }
 
-// Bytes of ones or zeros as the top bits of four halves are; or of the halves' own bytes.
-__device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) {
+// Of the bytes of two words, first to last 0 to 7, those that the selector's digits name, the lowest first; of
+// a digit from 8 on ones or zeros as the top bit of byte digit - 8 is.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
   uint32_t bytes = 0;
 #ifdef __CUDA_ARCH__
-  asm("prmt.b32 %0, %1, %2, 0xFDB9;" : "=r"(bytes) : "r"(first), "r"(second));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "n"(kSelector));
 #else
-  for (int i = 0; i < 4; ++i) bytes |= ((i < 2 ? first : second) >> (i % 2 * 16 + 15) & 1) * 0xFFu << 8 * i;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = kSelector >> 4 * i & 15, of = digit % 8;
+    const uint32_t byte = (of < 4 ? first : second) >> of % 4 * 8 & 0xFF;
+    bytes |= (digit < 8 ? byte : byte >> 7 ? 0xFF : 0) << 8 * i;
+  }
 #endif
   return bytes;
 }
-__device__ __forceinline__ uint32_t top_bits(uint32_t word) {
-  uint32_t bytes = 0;
-#ifdef __CUDA_ARCH__
-  asm("prmt.b32 %0, %1, %1, 0xBB99;" : "=r"(bytes) : "r"(word));
-#else
-  for (int i = 0; i < 2; ++i) bytes |= (word >> (i * 16 + 15) & 1) * 0xFFFFu << 16 * i;
-#endif
-  return bytes;
-}
+// Bytes of ones or zeros as the top bits of four halves are; or a word's own halves.
+__device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) { return permute<0xFDB9>(first, second); }
+__device__ __forceinline__ uint32_t top_bits(uint32_t word) { return permute<0xBB99>(word, word); }
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
 template <typename Bits>

@@ -114,7 +114,8 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   if (fails) state.width = 0;
 }
 
-// What a thread of window_kernel sees: the greatest key, how many lie below the window, and what lies in it.
+// What a thread of window_kernel sees: the greatest key, or any key of a NaN, how many keys lie below the window,
+// and what lies in it.
 template <typename Bits>
 struct Seen;
 
@@ -284,7 +285,7 @@ window_kernel(const __grid_constant__ Chain table) {
   if (threadIdx.x) return;
   state.settled = all || holds;
   state.finish = Source::whole;
-  state.threshold = kDropAll;  // with a NaN; else recount's
+  state.threshold = kDropAll;  // with a NaN; else of 16 bits what follows, of 32 recount's
   if constexpr (kLists) {
     state.source = all ? Source::nothing : Source::list;
     state.prefix = picked.bin;

@@ -150,14 +150,13 @@ def test_weight_and_residual_begin_where_they_like(model, seed):
 def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
     """More units than blocks, so that blocks take them from the counter; several chunks of rows a layer."""
     layers = [
-        drawn_layer((5000, 8, 3), "odd pitch", "stochastic", torch.bfloat16, seed)
-        for seed in (1, 2)
+        drawn_layer((n, 8, 3), "odd pitch", "stochastic", torch.bfloat16, n)
+        for n in (1000, 300, 130, 700, 64, 450, 900, 70, 333)
     ]
     layers.append(drawn_layer((70, 1100, 3), "aligned", "stochastic", torch.bfloat16, 3))
-    for model.processors in (2, 3):  # many for two blocks, few for three
-        merges_as_the_reference(layers)
-        assert model.blocks == model.processors
-    assert model.calls == 2
+    for count in (4, len(layers)):  # few are cut evenly
+        merges_as_the_reference(layers[:count])
+        assert model.blocks == model.processors == 2
 
 
 @pytest.mark.parametrize("size, count, units, first, last", [
@@ -167,8 +166,11 @@ def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
     ((8192, 8192), 1, 128, 16, 16),
     ((2048, 34304), 1, 201, 11, 11),  # 67 columns of units, by thirds: two rounds
     ((64, 512), 500, 500, 1, 1),
+    ((128256, 4096), 1, 264, 61, 61),  # 2004 steps in each of 8 columns: two rounds
+    ((40960, 512), 40, 920, 28, 28),  # many, but even in seven rounds
     ((2048, 2048), 168, None, 32, 4),  # many: shorter towards the end
-    ((40960, 512), 40, None, 92, 4),  # and at most 96 steps
+    ((6464, 2048), 168, None, 51, 4),  # at most 96 steps, of 101
+    ((2**30, 512), 1, 4224, 3972, 3972),  # at most 4096
 ])  # fmt: skip
 def test_into_what_units_layers_are_cut(library, size, count, units, first, last):
     """Of an H200's 132 multiprocessors. Few layers: in as few and as even rounds as there are."""
