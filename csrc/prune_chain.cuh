@@ -514,7 +514,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
   if (full) mine.load_once(data);
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold;
-  const Source source = state.finish;
+  const Source source = kN == 8 ? Source::whole : state.finish;  // of 16 bits nothing is listed
   Bits* const partner = static_cast<Bits*>(row.partner) + int64_t(strip) * kN;
   const bool pair = row.partner_bytes == sizeof(Bits) && is_wide(row.partner);
   if (full && pair) other.load(partner);
@@ -533,7 +533,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
     return;
   }
   static_assert(kRoomShare > kN, "a thread for every listed element");
-  if constexpr (kN == 8) return;  // nothing is listed
   if (source != Source::list || strip >= state.listed) return;
   const uint32_t listed = row.list[strip];
   Bits* const there = static_cast<Bits*>(row.data) + listed;
