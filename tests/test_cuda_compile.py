@@ -16,16 +16,16 @@ EXPECTED = {
     "restart_kernel<bf16>": (0, 0, 64, None),
     "restart_kernel<fp16>": (0, 0, 64, None),
     "zero_kernel": (0, 0, 128, None),
-    "sample_kernel": (128, 0, 128, None),
-    "window_kernel": (128, 0, 0, None),
-    "clear_kernel": (128, 0, 128, None),
     "partition_kernel": (128, 0, 128, None),
     "recount_kernel": (128, 0, 0, None),
     **{
         f"{name}_kernel<unsigned {kind}>": (128, 0, store, None)
         for name, store in (
+            ("sample", 128),
+            ("window", 0),
             ("count", 0),
             ("counts", 0),
+            ("clear", 128),
             ("finish", 128),
             ("small", 128),
             ("random", 128),
