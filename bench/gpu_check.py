@@ -62,7 +62,8 @@ SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
 # Of the time that is left, at most: for all tests, then for both tools; and what one of these needs
-# to be worth starting. On an H200 (2026-11-28) memcheck of merge and prune took 15 s, racecheck of merges but lists 21.
+# to be worth starting. On an H200 (2026-11-28) memcheck of merge and prune took 15 s, racecheck of
+# merges, but for lists of them, 21.
 TESTS_SHARE, SANITIZER_SHARE, LEAST_S = 0.25, 0.25, 10.0
 # For one case: check and timing, and the first time that a row of an op is met, its compilation.
 FIRST_LIMIT_S, CASE_LIMIT_S = 90.0, 30.0

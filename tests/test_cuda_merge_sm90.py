@@ -63,6 +63,7 @@ class Model:
             ctypes.byref(blocks),
         )
         self.blocks, self.calls = blocks.value, self.calls + 1
+        self.steps = [numbers[-1] for numbers in launcher._LAYER.iter_unpack(layers)]  # of a unit
         if error:
             raise RuntimeError(f"cudaError {error}: {said.value.decode()}")
 
@@ -148,15 +149,20 @@ def test_weight_and_residual_begin_where_they_like(model, seed):
 
 
 def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
-    """More units than blocks, so that blocks take them from the counter; several chunks of rows a layer."""
+    """More units than blocks, so that blocks take them from the counter; few layers are cut evenly."""
+    sizes = [(64 * steps - 5, 8, 3) for steps in (4, 21, 11, 3, 3, 2, 17, 16, 2)]
+    sizes += [(70, 1100, 3), (64 * 47, 8, 3)]
     layers = [
-        drawn_layer((n, 8, 3), "odd pitch", "stochastic", torch.bfloat16, n)
-        for n in (1000, 300, 130, 700, 64, 450, 900, 70, 333)
+        drawn_layer(size, "odd pitch", "stochastic", torch.bfloat16, i)
+        for i, size in enumerate(sizes)
     ]
-    layers.append(drawn_layer((70, 1100, 3), "aligned", "stochastic", torch.bfloat16, 3))
-    for count in (4, len(layers)):  # few are cut evenly
-        merges_as_the_reference(layers[:count])
-        assert model.blocks == model.processors == 2
+    model.processors = 3
+    merges_as_the_reference(layers)
+    assert model.calls == 1 and model.blocks == 3
+    assert model.steps[1] == 21 and model.steps[-1] < 16
+    merges_as_the_reference(layers[:4])
+    assert model.calls == 2 and model.blocks == 3
+    assert max(model.steps) <= min(model.steps[1:3]) + 1
 
 
 @pytest.mark.parametrize("size, count, units, first, last", [

@@ -264,7 +264,8 @@ def test_large_factors_beside_small_ones_are_merged(backend, dtype, large, small
         with use_backend(backend):
             merge_(weight, *factors, 1e-4)
         exact = factors[1].double() @ factors[0].double() * 1e-4
-        assert torch.allclose(weight.double(), exact, rtol=2.0**-7, atol=2.0**-24)
+        least = 2.0**-24 if dtype == torch.float16 else 0.0  # its step at zero
+        assert torch.allclose(weight.double(), exact, rtol=2.0**-7, atol=least)
 
 
 @pytest.mark.parametrize("backend", backends())
