@@ -81,7 +81,7 @@ namespace simt {
 inline unsigned order = 0;
 inline long blocks_run = 0;
 inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its size
-inline size_t dynamic_capacity = 0;
+inline size_t dynamic_capacity = 0, dynamic_bytes = 0;  // dynamic_bytes: the launch's
 inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
 constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 227 << 10;
 inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that refuses their settings
@@ -168,10 +168,13 @@ inline void perhaps_change_over() {
   if (order > 1 && generator() % 32 == 0) wait(Wait::none, 0, 0);
 }
 
-inline void fiber_main() {
-  body();
-  current->done = true;
-  fibers::leave(current->fiber);
+// A fiber stays for the threads of later blocks.
+[[noreturn]] inline void fiber_main() {
+  for (;;) {
+    body();
+    current->done = true;
+    fibers::leave(current->fiber);
+  }
 }
 
 // This library's thread-local segment is its shared memory.
@@ -266,15 +269,30 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
     f.done = false;
     f.waits = Wait::none;
     f.cluster_barriers = 0;
-    fibers::prepare(f.fiber, 1 << 16, fiber_main);
+    if (!f.fiber.begun) fibers::prepare(f.fiber, 1 << 16, fiber_main);
   }
+}
+
+// What a launch has of the shared memory: all but what lies behind its dynamic part.
+inline void copy_shared(unsigned char* to, const unsigned char* from) {
+  const size_t dynamic = size_t(dynamic_shared - shared_begin);
+  const size_t end = dynamic + dynamic_bytes, next = dynamic + dynamic_capacity;
+  std::memcpy(to, from, end);
+  std::memcpy(to + next, from + next, shared_size - next);
 }
 
 inline void enter(Block& block) {
   if (inside == &block) return;
-  if (inside) std::memcpy(inside->shared.data(), shared_begin, shared_size);
-  std::memcpy(shared_begin, block.shared.data(), shared_size);
+  if (inside) copy_shared(inside->shared.data(), shared_begin);
+  copy_shared(shared_begin, block.shared.data());
   inside = &block;
+}
+
+inline void check_behind_dynamic(const unsigned char* dynamic) {
+  static const std::vector<unsigned char> untouched(4096, 0xFF);
+  for (size_t at = dynamic_bytes; at < dynamic_capacity; at += untouched.size())
+    if (std::memcmp(dynamic + at, untouched.data(), min(untouched.size(), dynamic_capacity - at)))
+      die("write behind the dynamic shared memory", int(at), 0);
 }
 
 inline bool run_thread(Fiber& f) {
@@ -308,7 +326,7 @@ inline bool advance(Block& block) {
   return any || release_block(block);
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned cluster_blocks) {
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blocks) {
   if (grid.y > 65535 || grid.z > 65535) die("grid too large in y or z", int(grid.y), int(grid.z));
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024) die("threads in a block", int(threads), 1024);
@@ -317,6 +335,8 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned clust
   generator.seed(order);
   anchor = 0;
   dl_iterate_phdr(find_own_segment, reinterpret_cast<void*>(&find_own_segment));
+  dynamic_bytes = dynamic;
+  std::memset(dynamic_shared, 0xFF, dynamic_capacity);
   const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z / cluster_blocks);
   const std::vector<unsigned> ranks = sequence(cluster_blocks);
   std::vector<Cluster> clusters(order > 1 ? cluster_blocks > 1 ? 2 : 3 : 1);
@@ -345,8 +365,8 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, unsigned clust
       const bool goes_on = advance(b);
       if (moved) idle = 0;
       if (goes_on) continue;
-      for (size_t at = dynamic_bytes; at < dynamic_capacity; ++at)
-        if (dynamic_shared[at] != 0xFF) die("write behind the dynamic shared memory", int(at), 0);
+      check_behind_dynamic(dynamic_shared);
+      check_behind_dynamic(b.shared.data() + (dynamic_shared - shared_begin));  // what others wrote
       inside = nullptr;
       b.live = false;
       idle = 0;
