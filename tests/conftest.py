@@ -25,9 +25,9 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1" and sys.modules.get("triton", ()) is not None:
-    import interpreted_bf16
+    import interpreter
 
-    interpreted_bf16.install()
+    interpreter.install()
 
 
 # Minutes each: first, so that two processes of pytest end together.

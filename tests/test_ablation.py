@@ -18,13 +18,13 @@ import yaml
 
 pytest.importorskip("transformers")
 
-from train_runs import digest, flags, one_thread, words
+from train_runs import digest, flags, quick, words
 
 from relora_kernels.train import cli, diagnostics
 from relora_kernels.train.args import parse_args
 from relora_kernels.train.output import RunFolder
 
-_ = pytest.fixture(scope="module", autouse=True)(one_thread)
+_ = pytest.fixture(scope="module", autouse=True)(quick)
 BENCH = Path(__file__).parent.parent / "bench"
 
 

@@ -23,8 +23,8 @@ from train_runs import (
     TINY,
     finished_run,
     flags,
-    one_thread,
     poison,
+    quick,
     same_course,
     series,
     words,
@@ -47,7 +47,7 @@ from relora_kernels.train.args import parse_args
 from relora_kernels.train.metrics import json_lines
 from relora_kernels.train.output import RunFolder
 
-_ = pytest.fixture(scope="module", autouse=True)(one_thread)
+_ = pytest.fixture(scope="module", autouse=True)(quick)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from relora_kernels.reference import lora_linear as reference
 if backend.triton_missing() is not None:
     pytest.skip(backend.triton_missing(), allow_module_level=True)
 
-import interpreted_bf16  # noqa: E402
+import interpreter  # noqa: E402
 
 from relora_kernels._triton import lora_linear as kernels  # noqa: E402
 from relora_kernels._triton import lora_linear_tma as tma  # noqa: E402
@@ -53,12 +53,12 @@ class TestInterpretedBfloat16:
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
         wide = bits.view(torch.bfloat16).float()
         assert torch.equal(
-            torch.from_numpy(interpreted_bf16.widen(bits.numpy().view("uint16"))).view(torch.int32),
+            torch.from_numpy(interpreter.widen(bits.numpy().view("uint16"))).view(torch.int32),
             wide.view(torch.int32),
         )
         steps = torch.tensor([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
         values = (wide.view(torch.int32)[:, None] | steps).view(torch.float32).flatten()
-        narrowed = interpreted_bf16.narrow(values.numpy()).view("int16")
+        narrowed = interpreter.narrow(values.numpy()).view("int16")
         got, want = torch.from_numpy(narrowed).view(torch.bfloat16), values.bfloat16()
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got[~got.isnan()], want[~want.isnan()])

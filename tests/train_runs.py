@@ -1,5 +1,6 @@
 """A tiny run of relora-train, and what the tests of it compare."""
 
+import gc
 import hashlib
 from pathlib import Path
 
@@ -113,11 +114,22 @@ def poison(monkeypatch, backward_passes):
 
 
 def one_thread():
-    """Threads gain nothing at this size, and wait for each other on a busy machine."""
+    """Threads gain nothing at this size, and wait for each other on a busy machine. Accelerate collects
+    garbage four times a run, which takes a second of all the imports."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
+
+
+def quick():
+    """One thread, and neither plots nor a sample, which take as long as the training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.report, "plot_metrics", lambda *_: [])
+        patch.setattr(cli.report, "sample_text", lambda *_: "")
+        yield from one_thread()
 
 
 def finished_run(text, out, **settings):
