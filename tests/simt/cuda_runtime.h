@@ -7,11 +7,11 @@
 // that nobody has written yet, or that a faster thread has already overwritten. Blocks, warps and
 // lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
 // seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
-// taking turns after any warp: what one announces before all of its threads have written it, the
-// others miss. (Every write is seen at once: a missing __threadfence() does not show.) A cluster's
-// blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
-// them gets its turn only when no other can go on, and a thread that arrives at the cluster's barrier waits
-// for its block's next turn.
+// taking turns after any warp; one that stopped between barriers may go on only when all others have
+// ended: what it announced before all of its threads had written it, they miss. (Every write is seen at
+// once: a missing __threadfence() does not show.) A cluster's blocks are under way together, and only they
+// may look into each other's shared memory; shuffled, one of them gets its turn only when no other can go
+// on, and a thread that arrives at the cluster's barrier waits for its block's next turn.
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
@@ -115,6 +115,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;  // its shared memory while another block is in
   bool live;
+  bool between;  // barriers: not all of its warps have come to the next
 };
 
 inline Fiber* current = nullptr;
@@ -258,6 +259,7 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
   block.index = unflatten(id, gridDim);
   block.cluster = cluster;
   block.live = true;
+  block.between = false;
   block.shared.assign(shared_size, 0xFF);  // NaNs and wild indices
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   block.fibers.resize(threads);
@@ -308,6 +310,7 @@ inline bool run_thread(Fiber& f) {
 // False where the block has ended.
 inline bool advance(Block& block) {
   blockIdx = block.index;
+  block.between = false;
   bool any = false;
   for (Fiber& f : block.fibers)
     if (f.waits == Wait::turn) f.waits = Wait::none;
@@ -321,7 +324,7 @@ inline bool advance(Block& block) {
       any = any || ran;
       again = ran || release_warp(block.fibers, first);
     } while (again);
-    if (order > 1 && generator() % 8 == 0) return true;
+    if (order > 1 && generator() % 8 == 0) return block.between = true;
   }
   return any || release_block(block);
 }
@@ -351,15 +354,16 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
       start(resident[at * cluster_blocks + i], first + ranks[i], &clusters[at]);
   };
   for (size_t at = 0; at < clusters.size(); ++at) start_cluster(at);
-  // Shuffled, one block of a cluster gets its turn only when no other can go on.
-  const size_t slow = order > 1 && cluster_blocks > 1 ? order % cluster_blocks : resident.size();
+  // Shuffled, there is one that gets its turn only when no other can go on: a block of a cluster, or, by
+  // most orders, one that has stopped between barriers.
+  const size_t slow = order > 1 ? order % (cluster_blocks > 1 ? cluster_blocks : 4) : resident.size();
   for (int idle = 0; ended < queue.size(); ++idle) {
     if (idle > 1000) die("a cluster waits for ever", 0, 0);
     for (size_t i = 0; i < clusters.size() * cluster_blocks; ++i) {
       Block& b = resident[i];
       if (!b.live) continue;
       if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
-      if (i == slow && idle < 20) continue;
+      if (i == slow && idle < 20 && (cluster_blocks > 1 || b.between)) continue;
       enter(b);
       moved = false;
       const bool goes_on = advance(b);

@@ -1,0 +1,170 @@
+// Small kernels, each sound or with one fault, by which tests/test_simt.py tells whether the shim shows it.
+#include "cuda_runtime.h"
+
+namespace {
+
+thread_local uint4 dynamic_shared[simt::kDynamicMost / 16 + 64];
+constexpr int kThreads = 64, kCluster = 2;
+
+struct Given {
+  bool fault;
+  int* out;       // a number a thread of the grid
+  int* arrived;   // 0
+};
+
+int* own(const Given& given) { return given.out + blockIdx.x * kThreads + threadIdx.x; }
+int other() { return kThreads - 1 - int(threadIdx.x); }  // of another warp
+
+void read_too_early(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  if (!given.fault) __syncthreads();
+  *own(given) = words[other()];
+}
+
+void overwritten_too_early(Given given) {
+  __shared__ int words[kThreads];
+  for (int i = 0; i < 3; ++i) {
+    words[threadIdx.x] = i;
+    __syncthreads();
+    *own(given) += words[other()];
+    if (!given.fault) __syncthreads();
+  }
+}
+
+void read_too_early_in_a_warp(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  if (!given.fault) __syncwarp();
+  *own(given) = words[threadIdx.x ^ 31];
+}
+
+void never_written(Given given) {
+  __shared__ int words[kThreads];
+  if (!given.fault) words[threadIdx.x] = 0;
+  *own(given) = words[threadIdx.x];
+}
+
+void outside_its_array(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = 1;
+  __syncthreads();
+  *own(given) = words[threadIdx.x + unsigned(given.fault)];
+}
+
+void misaligned(Given given) {
+  __shared__ uint4 words[kThreads + 1];
+  words[threadIdx.x] = {1, 2, 3, 4};
+  __syncthreads();
+  const char* const at = reinterpret_cast<const char*>(words) + 8 * int(given.fault);
+  *own(given) = int(*reinterpret_cast<const unsigned*>(at)) + int(reinterpret_cast<const uint4*>(at)->y);
+}
+
+// Launched with 16 bytes a thread.
+void behind_dynamic(Given given) {
+  dynamic_shared[threadIdx.x + unsigned(given.fault)].x = 1;
+  *own(given) = int(dynamic_shared[threadIdx.x].x);
+}
+
+void barriers_of_two_lines(Given given) {
+  if (given.fault && threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  *own(given) = 1;
+}
+
+void vote_of_lanes_that_left(Given given) {
+  *own(given) = 1;
+  if (given.fault && threadIdx.x % 32 == 7) return;
+  *own(given) += __any_sync(~0u, 1);
+}
+
+// The last block sums up what all have written.
+void announced_too_early(Given given) {
+  __shared__ int last;
+  *own(given) = int(threadIdx.x);
+  if (!given.fault) __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(given.arrived, 1) == int(gridDim.x) - 1;
+  __syncthreads();
+  if (!last || threadIdx.x) return;
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x * kThreads; ++i) sum += given.out[i];
+  given.out[0] = sum;
+}
+
+int* of_rank(int* words, unsigned rank) { return static_cast<int*>(__cluster_map_shared_rank(words, rank)); }
+
+void cluster_read_too_early(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  __syncthreads();
+  if (!given.fault) {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  }
+  *own(given) = of_rank(words, __clusterRelativeBlockRank() ^ 1)[other()];
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+void cluster_left_too_early(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  *own(given) = of_rank(words, __clusterRelativeBlockRank() ^ 1)[other()];
+  if (given.fault) return;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+}
+
+// Into what lies behind the other block's.
+void behind_the_others_dynamic(Given given) {
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  int* const theirs = of_rank(reinterpret_cast<int*>(dynamic_shared), __clusterRelativeBlockRank() ^ 1);
+  theirs[4 * (threadIdx.x + unsigned(given.fault))] = 1;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  *own(given) = 1;
+}
+
+struct Case {
+  const char* name;
+  void (*kernel)(Given);
+  bool clusters = false;
+};
+constexpr Case kCases[] = {
+    {"read too early", read_too_early},
+    {"overwritten too early", overwritten_too_early},
+    {"read too early in a warp", read_too_early_in_a_warp},
+    {"never written", never_written},
+    {"outside its array", outside_its_array},
+    {"misaligned", misaligned},
+    {"behind dynamic memory", behind_dynamic},
+    {"barriers of two lines", barriers_of_two_lines},
+    {"vote of lanes that left", vote_of_lanes_that_left},
+    {"announced too early", announced_too_early},
+    {"read too early in a cluster", cluster_read_too_early, true},
+    {"left too early in a cluster", cluster_left_too_early, true},
+    {"behind another block's dynamic memory", behind_the_others_dynamic, true},
+};
+
+}  // namespace
+
+// `blocks` of kThreads. `out`: a number for each of their threads, and one more.
+extern "C" int simt_fault(const char* name, bool fault, int blocks, unsigned order, int* out) {
+  simt::order = order;
+  simt::most_cluster = kCluster;
+  simt::dynamic_shared = reinterpret_cast<unsigned char*>(dynamic_shared);
+  simt::dynamic_capacity = sizeof dynamic_shared;
+  for (const Case& one : kCases) {
+    if (std::strcmp(one.name, name)) continue;
+    cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension, {{kCluster, 1, 1}, 0}};
+    const cudaLaunchConfig_t config{
+        dim3(unsigned(blocks)), dim3(kThreads), kThreads * sizeof(uint4), nullptr, &cluster, one.clusters};
+    return cudaLaunchKernelEx(&config, one.kernel, Given{fault, out, out + blocks * kThreads});
+  }
+  return cudaErrorInvalidValue;
+}

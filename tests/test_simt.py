@@ -1,0 +1,57 @@
+"""The shim that runs the CUDA sources on the CPU shows races and bad indices: of small kernels, each sound and
+with one fault."""
+
+import subprocess
+import sys
+
+import pytest
+from simt_build import simt_library
+
+BLOCKS, THREADS, ORDERS = 4, 64, 300  # ascending, descending, shuffled ones
+PROGRAM = f"""
+import ctypes, sys
+path, name, fault = sys.argv[1:]
+run = ctypes.CDLL(path).simt_fault
+for order in range({ORDERS}):
+    out = (ctypes.c_int * {BLOCKS * THREADS + 1})()
+    print(run(name.encode(), fault == "faulty", {BLOCKS}, order, out), list(out), flush=True)
+"""
+# What ends the program; None: it goes on to another result.
+FAULTS = {
+    "read too early": None,
+    "overwritten too early": None,
+    "read too early in a warp": None,
+    "never written": None,
+    "outside its array": "out of bounds",
+    "misaligned": "misaligned address",
+    "behind dynamic memory": "write behind the dynamic shared memory",
+    "barriers of two lines": "threads wait at different barriers",
+    "vote of lanes that left": "a lane in the mask has left",
+    "announced too early": None,
+    "read too early in a cluster": None,
+    "left too early in a cluster": "looks into the shared memory of a block that has ended",
+    "behind another block's dynamic memory": "write behind the dynamic shared memory",
+}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return simt_library(tmp_path_factory, "faults.cpp")._name
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_shows_and_without_it_no_order_matters(library, name):
+    sound, faulty = [
+        subprocess.run(
+            [sys.executable, "-S", "-c", PROGRAM, library, name, kind],
+            capture_output=True, text=True, timeout=60,
+        )
+        for kind in ("sound", "faulty")
+    ]  # fmt: skip
+    results = sound.stdout.splitlines()
+    assert sound.returncode == 0 and len(results) == ORDERS, sound.stderr
+    assert len(set(results)) == 1 and results[0].startswith("0 [")
+    if FAULTS[name]:
+        assert faulty.returncode and FAULTS[name] in faulty.stderr
+    else:
+        assert faulty.returncode == 0 and set(faulty.stdout.splitlines()) != set(results)
