@@ -7,11 +7,12 @@
 // that nobody has written yet, or that a faster thread has already overwritten. Blocks, warps and
 // lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
 // seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
-// taking turns after any warp; one that stopped between barriers may go on only when all others have
-// ended: what it announced before all of its threads had written it, they miss. (Every write is seen at
-// once: a missing __threadfence() does not show.) A cluster's blocks are under way together, and only they
-// may look into each other's shared memory; shuffled, one of them gets its turn only when no other can go
-// on, and a thread that arrives at the cluster's barrier waits for its block's next turn.
+// taking turns after any warp. Once in a launch a block goes on behind some barrier with its first warp
+// alone, and with the rest when all others have ended: what it announced before all of its threads had
+// written it, they miss. (Every write is seen at once: a missing __threadfence() does not show.) A cluster's
+// blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
+// them gets its turn only when no other can go on, and a thread that arrives at the cluster's barrier waits
+// for its block's next turn.
 //
 // Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
 // shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
@@ -115,7 +116,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<unsigned char> shared;  // its shared memory while another block is in
   bool live;
-  bool between;  // barriers: not all of its warps have come to the next
+  unsigned barriers;  // of the block, that have opened
+  bool behind;        // one: no thread has run since
 };
 
 inline Fiber* current = nullptr;
@@ -251,6 +253,8 @@ inline bool release_block(Block& block) {
     if (f.waits != Wait::block) die("lanes of a warp wait for others for ever, line", f.line, 0);
   }
   for (Fiber& f : block.fibers) f.waits = Wait::none;
+  ++block.barriers;
+  block.behind = true;
   moved = true;
   return line != 0;
 }
@@ -259,7 +263,8 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
   block.index = unflatten(id, gridDim);
   block.cluster = cluster;
   block.live = true;
-  block.between = false;
+  block.barriers = 0;
+  block.behind = true;
   block.shared.assign(shared_size, 0xFF);  // NaNs and wild indices
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   block.fibers.resize(threads);
@@ -307,14 +312,14 @@ inline bool run_thread(Fiber& f) {
 }
 
 // Warps of the block to the block's next barrier, or their ends; shuffled, perhaps not all of them.
-// False where the block has ended.
-inline bool advance(Block& block) {
+// Or the first warp alone. False where the block has ended.
+inline bool advance(Block& block, bool first_alone) {
   blockIdx = block.index;
-  block.between = false;
+  block.behind = false;
   bool any = false;
   for (Fiber& f : block.fibers)
     if (f.waits == Wait::turn) f.waits = Wait::none;
-  for (unsigned warp : sequence(unsigned(block.warps.size()))) {
+  for (unsigned warp : first_alone ? std::vector<unsigned>(1) : sequence(unsigned(block.warps.size()))) {
     const unsigned threads = unsigned(block.fibers.size()), first = 32 * warp;
     const std::vector<unsigned> lanes = sequence(min(32u, threads - first));
     bool again;
@@ -324,7 +329,7 @@ inline bool advance(Block& block) {
       any = any || ran;
       again = ran || release_warp(block.fibers, first);
     } while (again);
-    if (order > 1 && generator() % 8 == 0) return block.between = true;
+    if (first_alone || (order > 1 && generator() % 8 == 0)) return true;
   }
   return any || release_block(block);
 }
@@ -354,19 +359,24 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
       start(resident[at * cluster_blocks + i], first + ranks[i], &clusters[at]);
   };
   for (size_t at = 0; at < clusters.size(); ++at) start_cluster(at);
-  // Shuffled, there is one that gets its turn only when no other can go on: a block of a cluster, or, by
-  // most orders, one that has stopped between barriers.
-  const size_t slow = order > 1 ? order % (cluster_blocks > 1 ? cluster_blocks : 4) : resident.size();
+  // Shuffled, one gets its turn only when no other can go on: of a cluster, or behind a barrier.
+  const bool by_barrier = order > 1 && cluster_blocks == 1;
+  const unsigned slow_barrier = order % 6;
+  const size_t nobody = resident.size();
+  size_t slow = order > 1 && !by_barrier ? order % cluster_blocks : nobody;
   for (int idle = 0; ended < queue.size(); ++idle) {
     if (idle > 1000) die("a cluster waits for ever", 0, 0);
     for (size_t i = 0; i < clusters.size() * cluster_blocks; ++i) {
       Block& b = resident[i];
       if (!b.live) continue;
       if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
-      if (i == slow && idle < 20 && (cluster_blocks > 1 || b.between)) continue;
+      if (i == slow && idle < 20) continue;
+      if (i == slow && by_barrier) slow = nobody;
+      const bool first_alone = by_barrier && slow == nobody && b.behind && b.barriers == slow_barrier;
+      if (first_alone) slow = i;
       enter(b);
       moved = false;
-      const bool goes_on = advance(b);
+      const bool goes_on = advance(b, first_alone);
       if (moved) idle = 0;
       if (goes_on) continue;
       check_behind_dynamic(dynamic_shared);
