@@ -3,7 +3,7 @@
 It keeps bfloat16 as its bits in uint16, multiplies those bits as integers in tl.dot, and cuts off where
 float32 is narrowed. `install` mends these two; the kernels do every other arithmetic in float32.
 tests/test_triton.py checks the result against torch. And it goes through all of triton.language at each
-call of a function within a kernel, for the members that it stands in for: a third of the tests' time.
+call of a function within a kernel, for the members that it stands in for: a third of such tests' time.
 """
 
 import functools
