@@ -24,7 +24,7 @@ HOST_FLAGS = "-std=c++17 -fPIC -shared -Wall -Wextra -Wno-unknown-pragmas -Werro
 # -fno-gnu-unique: two libraries with the shim in one process must not share its variables.
 SIMT_FLAGS = (
     "-O1 -g1 -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
-    "-fsanitize=undefined -fno-sanitize=pointer-overflow -fno-sanitize-recover=all"
+    "-fsanitize=undefined -fno-sanitize-recover=all"
 ).split() + [f"-I{CSRC}"]
 
 

@@ -53,5 +53,6 @@ def test_a_fault_shows_and_without_it_no_order_matters(library, name):
     assert len(set(results)) == 1 and results[0].startswith("0 [")
     if FAULTS[name]:
         assert faulty.returncode and FAULTS[name] in faulty.stderr
-    else:
-        assert faulty.returncode == 0 and set(faulty.stdout.splitlines()) != set(results)
+    else:  # by many of the orders: the other tests take few
+        wrong = sum(line != results[0] for line in faulty.stdout.splitlines())
+        assert faulty.returncode == 0 and wrong >= ORDERS / 10
