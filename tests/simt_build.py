@@ -22,10 +22,10 @@ import cuda_build  # noqa: E402, F401
 
 HOST_FLAGS = "-std=c++17 -fPIC -shared -Wall -Wextra -Wno-unknown-pragmas -Werror".split()
 # -fno-gnu-unique: two libraries with the shim in one process must not share its variables.
-SIMT_FLAGS = (
-    "-O1 -g1 -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing "
-    "-fsanitize=undefined -fno-sanitize-recover=all"
-).split() + [f"-I{CSRC}"]
+SIMT_FLAGS = "-O1 -g1 -fno-gnu-unique -ffp-contract=off -fno-strict-aliasing".split() + [
+    f"-I{CSRC}"
+]
+UB_FLAGS = "-fsanitize=undefined -fno-sanitize-recover=all".split()
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
@@ -60,13 +60,29 @@ def host_library(tmp_path_factory, source: Path, *arguments) -> ctypes.CDLL:
 def simt_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
     """tests/simt/`source` with the SIMT shim in the place of CUDA's runtime."""
     return host_library(
-        tmp_path_factory, TESTS / "simt" / source, *SIMT_FLAGS, *flags, f"-I{TESTS / 'simt'}"
+        tmp_path_factory,
+        TESTS / "simt" / source,
+        *SIMT_FLAGS,
+        *UB_FLAGS,
+        *flags,
+        f"-I{TESTS / 'simt'}",
     )
+
+
+def races_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
+    """The same, ended by the first two accesses that clash and have no order: tests/simt/races.h."""
+    races = host_library(tmp_path_factory, TESTS / "simt" / "races.cpp", "-O2", "-DSIMT_RACES")
+    return host_library(
+        tmp_path_factory, TESTS / "simt" / source, *SIMT_FLAGS, *flags, f"-I{TESTS / 'simt'}",
+        "-DSIMT_RACES", "-fsanitize=thread", "-fno-threadsafe-statics", "-Wno-maybe-uninitialized",
+        "-nodefaultlibs", f"-Wl,--no-as-needed,{races._name}",
+        "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc",
+    )  # fmt: skip
 
 
 def numerics_library(tmp_path_factory) -> ctypes.CDLL:
     """csrc/numerics.cuh alone, without the shim."""
-    return host_library(tmp_path_factory, TESTS / "simt" / "numerics.cpp", *SIMT_FLAGS)
+    return host_library(tmp_path_factory, TESTS / "simt" / "numerics.cpp", *SIMT_FLAGS, *UB_FLAGS)
 
 
 def put_in_place(monkeypatch, launcher, module) -> None:

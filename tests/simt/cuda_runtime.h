@@ -39,6 +39,7 @@
 #include <vector>
 
 #include "../fibers.h"
+#include "races.h"
 
 #define __host__
 #define __device__
@@ -84,6 +85,7 @@ inline long blocks_run = 0;
 inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its size
 inline size_t dynamic_capacity = 0, dynamic_bytes = 0;  // dynamic_bytes: the launch's
 inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
+constexpr size_t kStackBytes = 1 << 16;
 constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 227 << 10;
 inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that refuses their settings
 inline int most_dynamic() { return most_cluster ? kDynamicMost : 99 << 10; }  // sm_90; sm_86, 89 and 120
@@ -129,6 +131,14 @@ inline std::function<void()> body;
 inline thread_local unsigned char anchor;  // so that there is a thread-local segment
 inline unsigned char* shared_begin = nullptr;
 inline size_t shared_size = 0;
+inline const unsigned char *program_begin = nullptr, *program_end = nullptr;  // in memory
+
+// While one lives the thread's accesses are the shim's.
+struct InShim {
+  InShim() { Races::shim(1); }
+  ~InShim() { Races::shim(-1); }
+  InShim(const InShim&) = delete;
+};
 
 [[noreturn]] inline void die(const char* what, int a, int b) {
   std::fprintf(stderr, "simt: %s (%d, %d), block (%u, %u, %u)\n", what, a, b, blockIdx.x,
@@ -137,6 +147,7 @@ inline size_t shared_size = 0;
 }
 
 inline void wait(Wait what, unsigned mask, int line) {
+  const InShim in_shim;
   Fiber& me = *current;
   me.waits = what;
   me.mask = mask;
@@ -145,6 +156,8 @@ inline void wait(Wait what, unsigned mask, int line) {
 }
 
 inline void arrive_in_cluster() {
+  const InShim in_shim;
+  Races::cluster_arrive();
   Fiber& me = *current;
   Cluster& cluster = *inside->cluster;
   if (me.cluster_barriers++ != cluster.barriers) die("arrives twice at a cluster's barrier", int(me.id), 0);
@@ -157,6 +170,7 @@ inline void arrive_in_cluster() {
 
 // Where `own` is in the cluster's block `rank`. Only until the block changes: not to be kept.
 inline void* map_in_cluster(const void* own, unsigned rank) {
+  const InShim in_shim;
   auto* const at = static_cast<unsigned char*>(const_cast<void*>(own));
   const Cluster& cluster = *inside->cluster;
   if (at < shared_begin || at >= shared_begin + shared_size || rank >= cluster.blocks)
@@ -174,7 +188,9 @@ inline void perhaps_change_over() {
 // A fiber stays for the threads of later blocks.
 [[noreturn]] inline void fiber_main() {
   for (;;) {
+    Races::shim(-1);
     body();
+    Races::shim(1);
     current->done = true;
     fibers::leave(current->fiber);
   }
@@ -183,11 +199,16 @@ inline void perhaps_change_over() {
 // This library's thread-local segment is its shared memory.
 inline int find_own_segment(dl_phdr_info* info, size_t, void* here) {
   bool own = false;
+  const unsigned char *begin = nullptr, *end = nullptr;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const ElfW(Phdr)& p = info->dlpi_phdr[i];
     const uintptr_t start = info->dlpi_addr + p.p_vaddr, at = reinterpret_cast<uintptr_t>(here);
-    own = own || (p.p_type == PT_LOAD && at >= start && at < start + p.p_memsz);
+    if (p.p_type != PT_LOAD) continue;
+    own = own || (at >= start && at < start + p.p_memsz);
+    end = reinterpret_cast<const unsigned char*>(start) + p.p_memsz;
+    if (!begin) begin = end - p.p_memsz;
   }
+  if (own) program_begin = begin, program_end = end;
   for (int i = 0; own && i < info->dlpi_phnum; ++i)
     if (info->dlpi_phdr[i].p_type == PT_TLS) {
       shared_begin = static_cast<unsigned char*>(info->dlpi_tls_data);
@@ -228,6 +249,7 @@ inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
     const unsigned mask = f.mask;
     for (unsigned lane = 0; lane < 32; ++lane)
       if (mask >> lane & 1) fibers[first + lane].waits = Wait::none;
+    Races::warp_barrier(unsigned(first), mask);
     any = true;
   }
   return any;
@@ -240,7 +262,10 @@ inline bool release_block(Block& block) {
   for (Fiber& f : block.fibers) {
     if (f.done || f.waits != Wait::cluster) continue;
     const bool open = f.cluster_barriers <= block.cluster->barriers;
-    if (open) f.waits = Wait::none;
+    if (open) {
+      f.waits = Wait::none;
+      Races::cluster_open(f.id);
+    }
     opened = opened || open;
     waits = waits || !open;
   }
@@ -253,6 +278,7 @@ inline bool release_block(Block& block) {
     if (f.waits != Wait::block) die("lanes of a warp wait for others for ever, line", f.line, 0);
   }
   for (Fiber& f : block.fibers) f.waits = Wait::none;
+  Races::block_barrier();
   ++block.barriers;
   block.behind = true;
   moved = true;
@@ -266,6 +292,8 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
   block.barriers = 0;
   block.behind = true;
   block.shared.assign(shared_size, 0xFF);  // NaNs and wild indices
+  Races::start_block(unsigned(&block - resident.data()), cluster->first, id - cluster->first, cluster->blocks,
+                     block.shared.data(), shared_size);
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   block.fibers.resize(threads);
   block.warps.resize((threads + 31) / 32);
@@ -276,7 +304,7 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
     f.done = false;
     f.waits = Wait::none;
     f.cluster_barriers = 0;
-    if (!f.fiber.begun) fibers::prepare(f.fiber, 1 << 16, fiber_main);
+    if (!f.fiber.begun) fibers::prepare(f.fiber, kStackBytes, fiber_main);
   }
 }
 
@@ -293,6 +321,7 @@ inline void enter(Block& block) {
   if (inside) copy_shared(inside->shared.data(), shared_begin);
   copy_shared(shared_begin, block.shared.data());
   inside = &block;
+  Races::move_in(unsigned(inside - resident.data()), shared_begin);
 }
 
 inline void check_behind_dynamic(const unsigned char* dynamic) {
@@ -307,6 +336,7 @@ inline bool run_thread(Fiber& f) {
   moved = true;
   current = &f;
   threadIdx = f.index;
+  Races::run(unsigned(inside - resident.data()), f.id, f.fiber.stack.get(), kStackBytes);
   fibers::enter(f.fiber);
   return true;
 }
@@ -334,7 +364,7 @@ inline bool advance(Block& block, bool first_alone) {
   return any || release_block(block);
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blocks) {
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blocks, bool follows) {
   if (grid.y > 65535 || grid.z > 65535) die("grid too large in y or z", int(grid.y), int(grid.z));
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024) die("threads in a block", int(threads), 1024);
@@ -343,6 +373,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
   generator.seed(order);
   anchor = 0;
   dl_iterate_phdr(find_own_segment, reinterpret_cast<void*>(&find_own_segment));
+  Races::launch(threads, follows, program_begin, program_end);
   dynamic_bytes = dynamic;
   std::memset(dynamic_shared, 0xFF, dynamic_capacity);
   const std::vector<unsigned> queue = sequence(grid.x * grid.y * grid.z / cluster_blocks);
@@ -381,6 +412,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
       if (goes_on) continue;
       check_behind_dynamic(dynamic_shared);
       check_behind_dynamic(b.shared.data() + (dynamic_shared - shared_begin));  // what others wrote
+      Races::end_block(unsigned(i));
       inside = nullptr;
       b.live = false;
       idle = 0;
@@ -398,6 +430,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
 // Every lane of `mask` gives `mine`; reduce(lanes) is called with what all have given.
 template <typename T, typename Reduce>
 auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
+  const InShim in_shim;
   Warp& warp = inside->warps[current->id / 32];
   uint64_t& slot = warp.lanes[current->id % 32];
   slot = 0;
@@ -412,6 +445,8 @@ auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
 template <typename T, typename Change>
 T atomic(T* at, Change&& change) {
   perhaps_change_over();
+  const InShim in_shim;
+  Races::atomic(at, sizeof(T));
   const T before = *at;
   *at = change(before);
   return before;
@@ -421,7 +456,14 @@ T atomic(T* at, Change&& change) {
 
 // ---- Warps and atomics ---------------------------------------------------------------------------
 
-inline void __threadfence() {}
+inline void __threadfence() {
+  const simt::InShim in_shim;
+  simt::Races::fence();
+}
+inline void cudaGridDependencySynchronize() {
+  const simt::InShim in_shim;
+  simt::Races::wait_for_previous();
+}
 inline unsigned __clusterRelativeBlockRank() { return blockIdx.x - simt::inside->cluster->first; }
 inline unsigned __clusterSizeInBlocks() { return simt::inside->cluster->blocks; }
 inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
@@ -560,6 +602,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) 
 }
 
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  simt::Races::host_write();
   std::memset(at, value, bytes);
   return cudaSuccess;
 }
@@ -586,6 +629,13 @@ inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
   return 1;
 }
 
+inline bool follows(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i)
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      return config.attrs[i].val.programmaticStreamSerializationAllowed;
+  return false;
+}
+
 template <typename... Params>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...),
                                            const cudaLaunchConfig_t* config) {
@@ -606,6 +656,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (cluster > unsigned(max(simt::most_cluster, 1)) || config->gridDim.x % cluster)
     return cudaErrorInvalidValue;
   simt::body = [=] { kernel(args...); };
-  simt::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster);
+  simt::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster, follows(*config));
   return cudaSuccess;
 }

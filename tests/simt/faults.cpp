@@ -81,17 +81,22 @@ void vote_of_lanes_that_left(Given given) {
 }
 
 // The last block sums up what all have written.
-void announced_too_early(Given given) {
+void announce(const Given& given, bool fence, bool barrier, bool second_fence) {
   __shared__ int last;
   *own(given) = int(threadIdx.x);
-  if (!given.fault) __syncthreads();
+  if (fence) __threadfence();
+  if (barrier) __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(given.arrived, 1) == int(gridDim.x) - 1;
   __syncthreads();
   if (!last || threadIdx.x) return;
+  if (second_fence) __threadfence();
   int sum = 0;
   for (unsigned i = 0; i < gridDim.x * kThreads; ++i) sum += given.out[i];
   given.out[0] = sum;
 }
+void announced_too_early(Given given) { announce(given, true, !given.fault, true); }
+void announced_unfenced(Given given) { announce(given, !given.fault, true, true); }
+void summed_up_unfenced(Given given) { announce(given, true, true, !given.fault); }
 
 int* of_rank(int* words, unsigned rank) { return static_cast<int*>(__cluster_map_shared_rank(words, rank)); }
 
@@ -146,6 +151,8 @@ constexpr Case kCases[] = {
     {"barriers of two lines", barriers_of_two_lines},
     {"vote of lanes that left", vote_of_lanes_that_left},
     {"announced too early", announced_too_early},
+    {"announced without a fence", announced_unfenced},
+    {"summed up without a fence", summed_up_unfenced},
     {"read too early in a cluster", cluster_read_too_early, true},
     {"left too early in a cluster", cluster_left_too_early, true},
     {"behind another block's dynamic memory", behind_the_others_dynamic, true},

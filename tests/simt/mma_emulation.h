@@ -25,6 +25,7 @@ inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // a thre
 
 inline void run_copies(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
+    simt::Races::access(copy.to, size_t(copy.size), true);
     std::memset(copy.to, 0, copy.size);
     std::memcpy(copy.to, copy.from, copy.bytes);
   }
@@ -33,6 +34,9 @@ inline void run_copies(const std::vector<Copy>& group) {
 // A group runs when it is waited for, not before: a stage that is read too early is still NaN.
 template <int kBytes>
 void copy_async(void* shared, const void* global, int bytes) {
+  const simt::InShim in_shim;
+  simt::Races::access(global, size_t(bytes), false);
+  simt::Races::access(shared, kBytes, true);
   if (reinterpret_cast<uintptr_t>(shared) % kBytes || reinterpret_cast<uintptr_t>(global) % kBytes)
     simt::die("misaligned copy_async of bytes", kBytes, bytes);
   auto& groups = copies[simt::current];
@@ -40,11 +44,13 @@ void copy_async(void* shared, const void* global, int bytes) {
   groups.back().push_back({shared, global, kBytes, bytes});
 }
 inline void commit_copies() {
+  const simt::InShim in_shim;
   auto& groups = copies[simt::current];  // the last is being filled
   groups.resize(std::max<size_t>(groups.size(), 1) + 1);
 }
 template <int kPending>
 void wait_for_copies() {
+  const simt::InShim in_shim;
   auto& groups = copies[simt::current];
   while (int(groups.size()) - 1 > kPending) {
     run_copies(groups.front());

@@ -1,0 +1,487 @@
+// What races.h tells of: a detector by what each thread knows of the others. Times count the events that
+// order anything; an access has the time of the last one before it. To know a thread up to some time: what it
+// did until then is ordered before what comes.
+#include "races.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+using Time = uint32_t;
+
+// ---- What threads know --------------------------------------------------------------------------
+
+struct Times;
+using Blocks = std::map<uint32_t, std::shared_ptr<const Times>>;  // by a block's number
+
+// Up to when each thread of a block is known, and what they knew of other blocks.
+struct Times {
+  std::vector<Time> upto;
+  Blocks others;
+};
+
+std::shared_ptr<const Times> later(const std::shared_ptr<const Times>& a,
+                                   const std::shared_ptr<const Times>& b);
+
+void add(Blocks& to, uint32_t block, const std::shared_ptr<const Times>& times) {
+  auto& known = to[block];
+  known = known ? later(known, times) : times;
+}
+void add(Blocks& to, const Blocks& more) {
+  if (&to == &more) return;
+  for (const auto& [block, times] : more) add(to, block, times);
+}
+
+std::shared_ptr<const Times> later(const std::shared_ptr<const Times>& a,
+                                   const std::shared_ptr<const Times>& b) {
+  if (a == b) return a;
+  auto both = std::make_shared<Times>(*a);
+  for (size_t i = 0; i < both->upto.size(); ++i) both->upto[i] = std::max(a->upto[i], b->upto[i]);
+  add(both->others, b->others);
+  return both;
+}
+
+struct Cluster {
+  unsigned threads;
+  std::vector<Time> arrivals[3];  // of a barrier, by thread: nobody is three barriers ahead of anybody
+};
+
+struct Thread {
+  std::array<Time, 32> lanes;  // of its warp
+  int in_shim = 1;             // how deep it is in the shim, where it begins
+  unsigned arrivals;           // at barriers of the cluster
+  unsigned opened;             // of these, those that it knows to be open
+  bool waited;                 // for the launch before
+  bool fenced;                 // since the block's barrier
+  Blocks others;               // known
+  Blocks seen;                 // by atomics: known from its next fence on
+  std::shared_ptr<const Times> published;  // by its last fence
+};
+
+struct Block {
+  uint32_t number;
+  std::shared_ptr<Cluster> cluster;
+  unsigned rank;
+  const char *shared, *shared_at;  // its shared memory, and where that lies while it is in
+  size_t shared_bytes;
+  std::vector<Thread> threads;
+  Time barrier;  // the last one's
+  bool waited;
+  unsigned opened;
+  Blocks others, seen;
+  std::shared_ptr<const Times> published;
+};
+
+// Of blocks, ended ones too, by their numbers.
+struct Place {
+  std::shared_ptr<Cluster> cluster;
+  unsigned rank;
+};
+
+struct Interval { Time from, upto; };  // without `from` itself
+
+Time now;
+bool watching;
+unsigned threads_a_block;
+std::vector<Block> slots;
+std::vector<Place> places;
+std::map<unsigned, std::shared_ptr<Cluster>> clusters;
+Block* inside;
+Thread* current;
+unsigned current_index;
+const char *stack_begin, *stack_end, *program_begin, *program_end;
+
+// Of launches: what one knows that need not wait for anything; what is known of it once it has ended.
+Time known_to_all;
+bool kernel_before, waited_in_launch;
+Time launch_begin;
+std::vector<Interval> before_launch, known_when_waited;
+
+std::unordered_map<const void*, Blocks> carried;  // by atomics at an address
+
+// ---- Who was where ------------------------------------------------------------------------------
+
+enum Kind : uint8_t { kRead, kWrite, kAtomic };
+
+struct Access {
+  Time time;
+  uint32_t block;
+  uint32_t code;  // where in the program
+  uint16_t thread;
+  uint8_t bytes;  // of the word, a bit each
+  Kind kind;
+};
+constexpr int kKept = 4;
+struct Word {
+  Access kept[kKept];
+  uint8_t count;
+};
+constexpr uintptr_t kPageBytes = 4096;
+struct Page {
+  bool used = false;
+  Word words[kPageBytes / 4];
+};
+std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+uintptr_t last_page_number = ~uintptr_t(0);
+Page* last_page;
+
+Page& page_of(uintptr_t at) {
+  const uintptr_t number = at / kPageBytes;
+  if (number != last_page_number) {
+    auto& page = pages[number];
+    if (!page) page.reset(new Page);
+    last_page_number = number, last_page = page.get();
+  }
+  if (!last_page->used) {
+    std::memset(last_page->words, 0, sizeof last_page->words);
+    last_page->used = true;
+  }
+  return *last_page;
+}
+
+void forget(uintptr_t at, size_t bytes) {
+  for (const uintptr_t end = at + bytes; at < end;) {
+    const uintptr_t next = std::min((at / kPageBytes + 1) * kPageBytes, end);
+    const auto page = pages.find(at / kPageBytes);
+    if (page != pages.end() && page->second->used) {
+      if (next - at == kPageBytes) page->second->used = false;
+      else std::memset(&page->second->words[at % kPageBytes / 4], 0, (next - at + 3) / 4 * sizeof(Word));
+    }
+    at = next;
+  }
+}
+
+void forget_all() {
+  for (auto& [number, page] : pages) page->used = false;
+}
+
+bool knows(const Access& a) {
+  if (a.time <= known_to_all) return true;
+  if (current->waited || inside->waited)
+    for (const Interval& i : known_when_waited)
+      if (i.from < a.time && a.time <= i.upto) return true;
+  if (a.block == inside->number) {
+    if (a.time <= inside->barrier || a.thread == current_index) return true;
+    if (a.thread / 32 == current_index / 32 && a.time <= current->lanes[a.thread % 32]) return true;
+  }
+  const Place& place = places[a.block];
+  const unsigned opened = std::max(current->opened, inside->opened);
+  if (opened && place.cluster == inside->cluster &&
+      a.time <= place.cluster->arrivals[(opened - 1) % 3][place.rank * threads_a_block + a.thread])
+    return true;
+  for (const Blocks* others : {&current->others, &inside->others}) {
+    const auto known = others->find(a.block);
+    if (known != others->end() && a.time <= known->second->upto[a.thread]) return true;
+  }
+  return false;
+}
+
+void say_where(uint32_t code) {
+  Dl_info info;
+  if (!dladdr(program_begin + code, &info)) return;
+  char command[4096];
+  std::snprintf(command, sizeof command, "addr2line -Cfips -e '%s' %#x >&2", info.dli_fname, code - 1);
+  if (std::system(command)) std::fprintf(stderr, "at %s + %#x\n", info.dli_fname, code);
+}
+
+const char* verb(const Access& a) {
+  return a.kind == kRead ? "reads" : a.kind == kWrite ? "writes" : "changes by an atomic";
+}
+[[noreturn]] void say_who(const Access& first) {
+  std::fprintf(stderr, "thread %u of block %u %s, in no order with it\n", first.thread, first.block, verb(first));
+  say_where(first.code);
+  std::abort();
+}
+[[noreturn]] void die(const Access& first, const Access& second) {
+  std::fprintf(stderr, "simt: race: thread %u of block %u %s\n", second.thread, second.block, verb(second));
+  say_where(second.code);
+  std::fprintf(stderr, "what ");
+  say_who(first);
+}
+
+// Whether whoever is in no order with `a` and clashes with it clashes with `b`, which comes behind it, too.
+bool covers(const Access& b, const Access& a) {
+  return (a.bytes & ~b.bytes) == 0 && (b.kind == kWrite || b.kind == a.kind);
+}
+
+void meet(Word& word, const Access& mine) {
+  int kept = 0;
+  for (int i = 0; i < word.count; ++i) {
+    const Access& other = word.kept[i];
+    const bool ordered = knows(other);
+    if (!ordered && (other.bytes & mine.bytes) && other.kind + mine.kind != 2 * kRead &&
+        !(other.kind == kAtomic && mine.kind == kAtomic))
+      die(other, mine);
+    // An atomic has seen those before it at its address, and what comes behind it comes behind them.
+    if ((ordered || other.kind == kAtomic) && covers(mine, other)) continue;
+    word.kept[kept++] = other;
+  }
+  // Where there are more than it holds, one in turn goes, the same one's like if there is any.
+  if (kept == kKept) {
+    static unsigned turn = 0;
+    kept = int(++turn % kKept);
+    for (int i = 0; i < kKept; ++i)
+      if (word.kept[i].kind == mine.kind && word.kept[i].kind != kWrite) kept = i;
+    word.kept[kept] = mine;
+    word.count = kKept;
+    return;
+  }
+  word.kept[kept] = mine;
+  word.count = uint8_t(kept + 1);
+}
+
+void access(const void* where, size_t bytes, Kind kind, const void* code) {
+  const char* at = static_cast<const char*>(where);
+  if ((stack_begin <= at && at < stack_end) || (program_begin <= at && at < program_end)) return;
+  const size_t offset = size_t(at - inside->shared_at);
+  if (offset < inside->shared_bytes) at = inside->shared + offset;
+  if (kind == kWrite && !carried.empty()) carried.erase(where);
+  Access mine{now, inside->number, uint32_t(static_cast<const char*>(code) - program_begin),
+              uint16_t(current_index), 0, kind};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(at), end = begin + bytes;
+  for (uintptr_t word = begin & ~uintptr_t(3); word < end; word += 4) {
+    const unsigned first = word < begin ? begin - word : 0, last = std::min(end - word, uintptr_t(4));
+    mine.bytes = uint8_t((1u << last) - (1u << first));
+    meet(page_of(word).words[word % kPageBytes / 4], mine);
+  }
+}
+
+// ---- What atomics carry -------------------------------------------------------------------------
+
+// What `thread` may tell others of its own block by an atomic, as far as it is published.
+std::shared_ptr<const Times> publication(const Thread& thread) {
+  const auto& of_block = inside->published;
+  if (!thread.fenced) return of_block;
+  return of_block ? later(of_block, thread.published) : thread.published;
+}
+
+}  // namespace
+
+namespace simt {
+
+void Races::launch(unsigned threads, bool follows, const void* begin, const void* end) {
+  program_begin = static_cast<const char*>(begin), program_end = static_cast<const char*>(end);
+  if (follows && kernel_before) {
+    std::vector<Interval> known{{launch_begin, now}};
+    if (waited_in_launch) known.insert(known.end(), known_when_waited.begin(), known_when_waited.end());
+    known_when_waited = known;
+  } else {
+    known_to_all = now;
+    known_when_waited.clear();
+    forget_all();
+    carried.clear();
+    places.clear();
+  }
+  launch_begin = now++;
+  kernel_before = true;
+  waited_in_launch = false;
+  threads_a_block = threads;
+  clusters.clear();
+  inside = nullptr;
+}
+
+void Races::host_write() { kernel_before = false; }
+
+void Races::start_block(unsigned slot, unsigned cluster, unsigned rank, unsigned blocks, const void* shared,
+                        size_t bytes) {
+  const Block* const before = inside;
+  const size_t index = before ? size_t(before - slots.data()) : 0;
+  if (slots.size() <= slot) slots.resize(slot + 1);
+  if (before) inside = &slots[index];
+  auto& of = clusters[cluster];
+  if (!of) {
+    of = std::make_shared<Cluster>();
+    of->threads = blocks * threads_a_block;
+    for (auto& arrivals : of->arrivals) arrivals.assign(of->threads, 0);
+  }
+  Block& block = slots[slot];
+  block = Block{};
+  block.number = uint32_t(places.size());
+  block.cluster = of;
+  block.rank = rank;
+  block.shared = block.shared_at = static_cast<const char*>(shared);
+  block.shared_bytes = bytes;
+  block.threads.assign(threads_a_block, Thread{});
+  places.push_back({of, rank});
+  forget(reinterpret_cast<uintptr_t>(shared), bytes);
+}
+
+void Races::move_in(unsigned slot, const void* at) {
+  if (inside) inside->shared_at = inside->shared;
+  inside = &slots[slot];
+  inside->shared_at = static_cast<const char*>(at);
+}
+
+// Nobody else may be in its shared memory any more.
+void Races::end_block(unsigned slot) {
+  Block& block = slots[slot];
+  if (block.cluster->threads == block.threads.size()) return;
+  const auto anyone_knows = [&](const Access& a) {
+    for (current_index = 0; current_index < threads_a_block; ++current_index) {
+      current = &block.threads[current_index];
+      if (knows(a)) return true;
+    }
+    return false;
+  };
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(block.shared), end = begin + block.shared_bytes;
+  for (uintptr_t at = begin; at < end; at += 4) {
+    const auto page = pages.find(at / kPageBytes);
+    if (page == pages.end() || !page->second->used) {
+      at |= kPageBytes - 4;
+      continue;
+    }
+    const Word& word = page->second->words[at % kPageBytes / 4];
+    for (int i = 0; i < word.count; ++i)
+      if (word.kept[i].block != block.number && !anyone_knows(word.kept[i])) {
+        std::fprintf(stderr, "simt: race: block %u ends, whose shared memory\n", block.number);
+        say_who(word.kept[i]);
+      }
+  }
+}
+
+void Races::run(unsigned slot, unsigned thread, const void* stack, size_t bytes) {
+  inside = &slots[slot];
+  current_index = thread;
+  current = &inside->threads[thread];
+  stack_begin = static_cast<const char*>(stack), stack_end = stack_begin + bytes;
+}
+
+void Races::shim(int by) { watching = (current->in_shim += by) == 0; }
+
+void Races::block_barrier() {
+  Block& block = *inside;
+  bool fenced = false;
+  for (Thread& thread : block.threads) {
+    fenced = fenced || thread.fenced;
+    block.waited = block.waited || thread.waited;
+    block.opened = std::max(block.opened, thread.opened);
+    add(block.others, thread.others);
+    add(block.seen, thread.seen);
+    thread.others.clear(), thread.seen.clear();
+  }
+  if (fenced) {
+    auto all = std::make_shared<Times>();
+    if (block.published) *all = *block.published;
+    all->upto.resize(block.threads.size());
+    for (Thread& thread : block.threads) {
+      if (!thread.fenced) continue;
+      thread.fenced = false;
+      for (size_t i = 0; i < all->upto.size(); ++i)
+        all->upto[i] = std::max(all->upto[i], thread.published->upto[i]);
+      add(all->others, thread.published->others);
+    }
+    block.published = all;
+  }
+  block.barrier = now++;
+}
+
+void Races::warp_barrier(unsigned first, unsigned mask) {
+  Thread* const warp = &inside->threads[first];
+  Thread all{};
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    const Thread& thread = warp[lane];
+    for (unsigned i = 0; i < 32; ++i) all.lanes[i] = std::max(all.lanes[i], thread.lanes[i]);
+    all.lanes[lane] = now;
+    all.opened = std::max(all.opened, thread.opened);
+    all.waited = all.waited || thread.waited;
+    add(all.others, thread.others);
+    add(all.seen, thread.seen);
+    if (!thread.fenced) continue;
+    all.published = all.fenced ? later(all.published, thread.published) : thread.published;
+    all.fenced = true;
+  }
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    Thread& thread = warp[lane];
+    all.in_shim = thread.in_shim, all.arrivals = thread.arrivals;
+    thread = all;
+  }
+  ++now;
+}
+
+// What is known of other blocks goes no further: kernels with clusters have nothing of the kind.
+void Races::cluster_arrive() {
+  Cluster& cluster = *inside->cluster;
+  cluster.arrivals[current->arrivals++ % 3][inside->rank * threads_a_block + current_index] = now++;
+}
+
+void Races::cluster_open(unsigned thread) {
+  Thread& its = inside->threads[thread];
+  its.opened = its.arrivals;
+}
+
+void Races::fence() {
+  Thread& thread = *current;
+  add(thread.others, thread.seen);
+  add(thread.others, inside->seen);
+  auto times = std::make_shared<Times>();
+  times->upto.assign(threads_a_block, inside->barrier);
+  for (unsigned i = current_index / 32 * 32; i < std::min(threads_a_block, current_index / 32 * 32 + 32); ++i)
+    times->upto[i] = std::max(inside->barrier, thread.lanes[i % 32]);
+  times->upto[current_index] = now++;
+  add(times->others, thread.others);
+  add(times->others, inside->others);
+  thread.published = times;
+  thread.fenced = true;
+}
+
+void Races::wait_for_previous() { current->waited = waited_in_launch = true; }
+
+[[gnu::noinline]] void Races::atomic(const void* at, size_t bytes) {
+  ::access(at, bytes, kAtomic, __builtin_return_address(0));
+  const auto published = publication(*current);
+  const auto found = carried.find(at);
+  if (!published && found == carried.end()) return;
+  Blocks& of_address = found == carried.end() ? carried[at] : found->second;
+  add(current->seen, of_address);
+  if (published) add(of_address, inside->number, published);
+}
+
+[[gnu::noinline]] void Races::access(const void* at, size_t bytes, bool write) {
+  ::access(at, bytes, write ? kWrite : kRead, __builtin_return_address(0));
+}
+
+}  // namespace simt
+
+// ---- What the compiler calls --------------------------------------------------------------------
+
+#define SIMT_HOOK(name, bytes, kind)                                            \
+  void name(const void* at) {                                                  \
+    if (watching) access(at, bytes, kind, __builtin_return_address(0));        \
+  }
+#define SIMT_HOOKS(bytes)                                                       \
+  SIMT_HOOK(__tsan_read##bytes, bytes, kRead)                                  \
+  SIMT_HOOK(__tsan_write##bytes, bytes, kWrite)                                \
+  SIMT_HOOK(__tsan_unaligned_read##bytes, bytes, kRead)                        \
+  SIMT_HOOK(__tsan_unaligned_write##bytes, bytes, kWrite)
+
+extern "C" {
+SIMT_HOOKS(1)
+SIMT_HOOKS(2)
+SIMT_HOOKS(4)
+SIMT_HOOKS(8)
+SIMT_HOOKS(16)
+void __tsan_read_range(const void* at, size_t bytes) {
+  if (watching) access(at, bytes, kRead, __builtin_return_address(0));
+}
+void __tsan_write_range(const void* at, size_t bytes) {
+  if (watching) access(at, bytes, kWrite, __builtin_return_address(0));
+}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}
