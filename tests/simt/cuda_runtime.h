@@ -9,9 +9,8 @@
 // seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
 // taking turns after any warp. Once in a launch a block goes on behind some barrier with its first warp
 // alone, and with the rest when all others have ended: what it announced before all of its threads had
-// written it, they miss. (Every write is seen at once: a missing
-// __threadfence() shows by races.h alone.) A cluster's
-// blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
+// written it, they miss. (Every write is seen at once: a missing __threadfence() shows by races.h alone.)
+// A cluster's blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
 // them gets its turn only when no other can go on, and a thread that arrives at the cluster's barrier waits
 // for its block's next turn.
 //

@@ -13,7 +13,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -107,7 +106,7 @@ const char *stack_begin, *stack_end, *program_begin, *program_end;
 Time known_to_all;
 bool kernel_before, waited_in_launch;
 Time launch_begin;
-std::vector<Interval> before_launch, known_when_waited;
+std::vector<Interval> known_when_waited;
 
 std::unordered_map<const void*, Blocks> carried;  // by atomics at an address
 
@@ -242,12 +241,18 @@ void meet(Word& word, const Access& mine) {
   word.count = uint8_t(kept + 1);
 }
 
+// One address for a block's shared memory, whether it is in or not.
+const char* address_of(const void* where) {
+  const char* const at = static_cast<const char*>(where);
+  const size_t offset = size_t(at - inside->shared_at);
+  return offset < inside->shared_bytes ? inside->shared + offset : at;
+}
+
 void access(const void* where, size_t bytes, Kind kind, const void* code) {
   const char* at = static_cast<const char*>(where);
   if ((stack_begin <= at && at < stack_end) || (program_begin <= at && at < program_end)) return;
-  const size_t offset = size_t(at - inside->shared_at);
-  if (offset < inside->shared_bytes) at = inside->shared + offset;
-  if (kind == kWrite && !carried.empty()) carried.erase(where);
+  at = address_of(at);
+  if (kind == kWrite && !carried.empty()) carried.erase(at);
   Access mine{now, inside->number, uint32_t(static_cast<const char*>(code) - program_begin),
               uint16_t(current_index), 0, kind};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(at), end = begin + bytes;
@@ -442,6 +447,7 @@ void Races::wait_for_previous() { current->waited = waited_in_launch = true; }
 
 [[gnu::noinline]] void Races::atomic(const void* at, size_t bytes) {
   ::access(at, bytes, kAtomic, __builtin_return_address(0));
+  at = address_of(at);
   const auto published = publication(*current);
   const auto found = carried.find(at);
   if (!published && found == carried.end()) return;
@@ -480,7 +486,6 @@ void __tsan_read_range(const void* at, size_t bytes) {
 void __tsan_write_range(const void* at, size_t bytes) {
   if (watching) access(at, bytes, kWrite, __builtin_return_address(0));
 }
-void __tsan_vptr_update(void*, void*) {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}
