@@ -142,8 +142,8 @@ static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters"
 
 // The next launch may take its place on the device.
 __device__ __forceinline__ void let_next_in() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
@@ -151,8 +151,8 @@ __device__ __forceinline__ void let_next_in() {
 // the one before it, so none ends before those it builds upon. A chain's first kernel starts when all before
 // the chain has ended: what a chain does not write before its end may be read before this.
 __device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
 #endif
 }
 
@@ -230,6 +230,16 @@ __device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
 // Bytes of ones or zeros as the top bits of four halves are; or a word's own halves.
 __device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) { return permute<0xFDB9>(first, second); }
 __device__ __forceinline__ uint32_t top_bits(uint32_t word) { return permute<0xBB99>(word, word); }
+
+// Loads that others may be writing in the way of, where what they bring is not used: the tests' detector of
+// races (tests/simt/races.h) is not to look at them.
+template <typename Load>
+__device__ __forceinline__ void perhaps_unused(Load&& load) {
+#ifndef __CUDACC__
+  const simt::InShim not_looked_at;
+#endif
+  load();
+}
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
 template <typename Bits>

@@ -34,12 +34,15 @@ FAULTS = {
 }
 
 
-# Two accesses that clash in no order. Of the unfenced no order of a run has another result: every write is
-# seen at once.
-UNFENCED = ("announced without a fence", "summed up without a fence")
+# Two accesses that clash in no order. Of these no order of a run has another result: every write is seen at
+# once, and launches run one behind the other.
+NEVER_SEEN = (
+    "announced without a fence", "summed up without a fence",
+    "begun before another launch ended", "ended before another launch ended",
+)  # fmt: skip
 RACES = [
     *(name for name, ends in FAULTS.items() if ends is None and name != "never written"),
-    "left too early in a cluster", *UNFENCED,
+    "left too early in a cluster", *NEVER_SEEN,
 ]  # fmt: skip
 
 

@@ -460,6 +460,7 @@ inline void __threadfence() {
   const simt::InShim in_shim;
   simt::Races::fence();
 }
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() {
   const simt::InShim in_shim;
   simt::Races::wait_for_previous();

@@ -10,6 +10,7 @@ struct Given {
   bool fault;
   int* out;       // a number a thread of the grid
   int* arrived;   // 0
+  int launch;     // which of the case's: each follows the one before it programmatically
 };
 
 int* own(const Given& given) { return given.out + blockIdx.x * kThreads + threadIdx.x; }
@@ -135,10 +136,22 @@ void behind_the_others_dynamic(Given given) {
   *own(given) = 1;
 }
 
+void begun_too_early(Given given) {
+  if (!given.fault) cudaGridDependencySynchronize();
+  *own(given) += 1;
+}
+
+// The last waits for the one before it, and that one for nothing.
+void ended_too_early(Given given) {
+  if (given.launch != 1 || !given.fault) cudaGridDependencySynchronize();
+  if (given.launch != 1) *own(given) += 1;
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Given);
   bool clusters = false;
+  int launches = 1;
 };
 constexpr Case kCases[] = {
     {"read too early", read_too_early},
@@ -156,6 +169,8 @@ constexpr Case kCases[] = {
     {"read too early in a cluster", cluster_read_too_early, true},
     {"left too early in a cluster", cluster_left_too_early, true},
     {"behind another block's dynamic memory", behind_the_others_dynamic, true},
+    {"begun before another launch ended", begun_too_early, false, 2},
+    {"ended before another launch ended", ended_too_early, false, 3},
 };
 
 }  // namespace
@@ -169,9 +184,15 @@ extern "C" int simt_fault(const char* name, bool fault, int blocks, unsigned ord
   for (const Case& one : kCases) {
     if (std::strcmp(one.name, name)) continue;
     cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension, {{kCluster, 1, 1}, 0}};
-    const cudaLaunchConfig_t config{
-        dim3(unsigned(blocks)), dim3(kThreads), kThreads * sizeof(uint4), nullptr, &cluster, one.clusters};
-    return cudaLaunchKernelEx(&config, one.kernel, Given{fault, out, out + blocks * kThreads});
+    cudaLaunchAttribute follows{cudaLaunchAttributeProgrammaticStreamSerialization, {{}, 1}};
+    const cudaLaunchConfig_t config{dim3(unsigned(blocks)), dim3(kThreads), kThreads * sizeof(uint4), nullptr,
+                                    one.clusters ? &cluster : &follows, one.clusters || one.launches > 1};
+    simt::Races::host_write();  // the first launch follows nothing
+    for (int i = 0; i < one.launches; ++i)
+      if (const cudaError_t error =
+              cudaLaunchKernelEx(&config, one.kernel, Given{fault, out, out + blocks * kThreads, i}))
+        return error;
+    return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
