@@ -478,12 +478,17 @@ def test_a_window_by_one_strip_in_four(sampled, ratio):
     assert not sampled.settled
 
 
+def seen_by_the_sample(strips):
+    """The strips of 16 bytes that a tensor of so many is sampled by."""
+    every = strips // 2**17
+    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
+    return torch.arange(2**17) * every + drawn % every
+
+
 def test_a_sample_that_misleads(sampled):
     """Every strip that is looked at holds ones, the others hold what the quantile is among."""
-    n = 4 * 2**19
-    t = torch.rand(n // 4, 4) + 2.0
-    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
-    t[torch.arange(2**17) * 4 + drawn % 4] = 1.0
+    t = torch.rand(2**19, 4) + 2.0
+    t[seen_by_the_sample(2**19)] = 1.0
     assert (t == 1.0).sum() == 2**19
     check_against_reference([Guarded(t.flatten(), 0)], 0.9)
     assert not sampled.settled
@@ -495,8 +500,7 @@ def test_a_sample_that_misleads(sampled):
 def test_both_neighbours_have_to_be_in_the_window(sampled):
     """What is looked at decides the window; how much of the rest is small, where the quantile is."""
     seen = torch.zeros(2**19, 4, dtype=torch.bool)
-    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
-    seen[torch.arange(2**17) * 4 + drawn % 4] = True
+    seen[seen_by_the_sample(2**19)] = True
     seen = seen.flatten()
     t = torch.rand(2**21, generator=torch.Generator().manual_seed(4)) + 1.0
     low, weight = reference.quantile_rank(2**21, 0.9)
@@ -580,8 +584,7 @@ def test_the_widest_window_of_16_bit_elements(sampled, least, apart):
 def test_both_neighbours_have_to_be_in_the_window_of_16_bit_elements(sampled):
     """As of 32-bit ones. Strips of eight, one in two of which is looked at."""
     seen = torch.zeros(2**18, 8, dtype=torch.bool)
-    drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
-    seen[torch.arange(2**17) * 2 + drawn % 2] = True
+    seen[seen_by_the_sample(2**18)] = True
     seen = seen.flatten()
     t = (torch.rand(2**21, generator=torch.Generator().manual_seed(8)) + 1.0).bfloat16()
     low, weight = reference.quantile_rank(2**21, 0.9)
