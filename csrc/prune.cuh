@@ -231,15 +231,13 @@ __device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
 __device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) { return permute<0xFDB9>(first, second); }
 __device__ __forceinline__ uint32_t top_bits(uint32_t word) { return permute<0xBB99>(word, word); }
 
-// Loads that others may be writing in the way of, where what they bring is not used: the tests' detector of
-// races (tests/simt/races.h) is not to look at them.
-template <typename Load>
-__device__ __forceinline__ void perhaps_unused(Load&& load) {
-#ifndef __CUDACC__
-  const simt::InShim not_looked_at;
+// While one lives: loads of what others may be writing meanwhile, where it is not used then. The tests' detector
+// of races (tests/simt/races.h) does not look at them, used or not.
+#ifdef __CUDACC__
+struct PerhapsUnused { __device__ __forceinline__ PerhapsUnused() {} };
+#else
+using PerhapsUnused = simt::InShim;
 #endif
-  load();
-}
 
 // 16 bytes of elements in registers. Every index is a constant after unrolling.
 template <typename Bits>

@@ -511,13 +511,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
   Bits* const data = static_cast<Bits*>(row.data) + int64_t(strip) * kN;
   const bool full = strip < uint32_t(row.size / kN);
   Strip<Bits> mine, other;
-  perhaps_unused([&] { if (full) mine.load_once(data); });
+  {
+    const PerhapsUnused loads;
+    if (full) mine.load_once(data);
+  }
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold;
   const Source source = kN == 8 ? Source::whole : state.finish;  // of 16 bits nothing is listed
   Bits* const partner = static_cast<Bits*>(row.partner) + int64_t(strip) * kN;
   const bool pair = row.partner_bytes == sizeof(Bits) && is_wide(row.partner);
-  perhaps_unused([&] { if (full && pair) other.load(partner); });
+  {
+    const PerhapsUnused loads;
+    if (full && pair) other.load(partner);
+  }
   if (source == Source::whole) {
     if (full && (pair || row.partner_bytes == 0)) {
       const uint4 kept = mine.above(threshold);

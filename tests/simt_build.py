@@ -75,6 +75,7 @@ def races_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
     return host_library(
         tmp_path_factory, TESTS / "simt" / source, *SIMT_FLAGS, *flags, f"-I{TESTS / 'simt'}",
         "-DSIMT_RACES", "-fsanitize=thread", "-fno-threadsafe-statics", "-Wno-maybe-uninitialized",
+        "-fno-tree-loop-im",  # loads before their conditions, in all threads
         "-nodefaultlibs", f"-Wl,--no-as-needed,{races._name}",
         "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc",
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Of csrc/prune.cu and csrc/merge*.cu: no two accesses clash without an order by barriers, fences or launches.
-One run shows that of any (tests/simt/races.h), and ends at the first two that do. merge_sm90.cu has a model of
-its own, without this."""
+"""Of csrc/prune.cu and csrc/merge*.cu: no two accesses clash without an order by barriers, fences or launches
+(tests/simt/races.h). The first two that do end the process, and pytest -n 0 -s shows their source lines.
+merge_sm90.cu has a model of its own, without this."""
 
 import pytest
 import test_cuda_prune as of_prune
@@ -19,7 +19,7 @@ from test_cuda_prune import (
 
 from relora_kernels.cuda import merge, prune
 
-ORDERS = (0, 7)  # ascending, shuffled
+ORDERS = (0, 1, 7)  # ascending, descending, shuffled: as atomics may come
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +62,34 @@ def test_prune_by_a_list_without_a_window(shim, offset):
     assert not shim.settled
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.9])
-def test_prune_of_what_a_cluster_holds(shim, ratio):
+def test_prune_of_more_keys_than_a_block_lists(shim):
+    """Of the quantile's bin, in a tensor that has room for them."""
+    t = torch.rand(40 * SPAN) * 100 + 4
+    t[:9000] = 1.0 + torch.rand(9000) / 64
+    check_against_reference([Guarded(t, 1)], 4500 / len(t))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_prune_of_what_a_cluster_holds(shim, paired):
     shim.cluster = 8
-    check_against_reference(*insert(drawn_list(8 + shim.order, of_prune.held_sizes(8)), ratio))
+    generator = torch.Generator().manual_seed(1)
+    sizes = of_prune.held_sizes(8)[:-1]
+    tensors = [Guarded(torch.randn(n, generator=generator), 0) for n in sizes]
+    partners = [Guarded(torch.ones(n), 0) for n in sizes if paired]
+    check_against_reference(tensors, 0.9, partners)
+    assert shim.blocks == 8 * len(sizes)
 
 
-def test_random_prune_and_histograms(shim):
+def test_random_prune(shim):
     tensors, partners = drawn_list(301, [33, 5003, SPAN + 17])
-    prune.prune_random_(
-        [t.tensor for t in tensors], 0.3, [p.tensor for p in partners], [5, 6, 7], [0, 3, 2**34 - 9]
-    )
-    tensors = [t.tensor for t in tensors]
-    prune.magnitude_counts(tensors, torch.zeros(len(tensors), dtype=torch.int64), 18, 13)
+    keys = [5, 6, 7], [0, 3, 2**34 - 9]
+    prune.prune_random_([t.tensor for t in tensors], 0.3, [p.tensor for p in partners], *keys)
+
+
+@pytest.mark.parametrize("prefix, shift, bits", [(0, 18, 13), (100, 10, 8)])
+def test_histograms(shim, prefix, shift, bits):
+    tensors = [torch.randn(n) for n in (33, 5003, SPAN + 17)]
+    prune.magnitude_counts(tensors, torch.full((3,), prefix, dtype=torch.int64), shift, bits)
 
 
 @pytest.fixture(params=ORDERS)
@@ -85,13 +100,17 @@ def merge_shim(request, tmp_path_factory, monkeypatch):
     return shim
 
 
-@pytest.mark.parametrize("number", [0, 13, 26])
-def test_merge_of_a_list(merge_shim, number):
-    of_merge.merges_as_the_reference(number, 4)
+@pytest.mark.parametrize("number, layers", [(0, 4), (13, 4), (4, 18)])  # 18: by a table
+def test_merge_of_a_list(merge_shim, number, layers):
+    of_merge.merges_as_the_reference(number, layers)
 
 
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
-def test_merge_of_several_tiles_a_block(merge_shim, factor_dtype):
-    of_merge.test_blocks_of_several_tiles_are_bitwise_the_reference(
-        merge_shim, (257, 130, 68), "compensated", 1, factor_dtype
-    )
+@pytest.mark.parametrize("rounding", of_merge.CODES["rounding"])
+@pytest.mark.parametrize("dtype", of_merge.WEIGHT_DTYPES)
+@pytest.mark.parametrize("k", [264, 259])  # 16 bytes at a time, and by elements
+def test_merge_of_several_tiles_a_block(merge_shim, dtype, rounding, k):
+    merge_shim.library.simt_multiprocessors(1)
+    n, r = 130, 36
+    weight, A, B = torch.randn(n, k).to(dtype), torch.randn(r, k), torch.randn(n, r)
+    residual = torch.zeros_like(weight) if rounding == "compensated" else None
+    merge.merge_(weight, A, B, 2.0**-9, rounding, residual, 7, 2**31)

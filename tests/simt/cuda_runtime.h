@@ -47,6 +47,7 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define SIMT_INLINE [[gnu::always_inline]] inline  // so that who called it can be told
 #define __shared__ thread_local  // that segment can be found and filled
 #define __syncthreads() simt::wait(simt::Wait::block, 0, __LINE__)
 #define __cluster_barrier_arrive() simt::arrive_in_cluster()
@@ -101,6 +102,7 @@ struct Fiber {
   Wait waits;
   unsigned mask;  // lanes of a warp's barrier
   int line;       // of the barrier
+  bool orders;    // and not only waits: no shuffle, no vote
   unsigned cluster_barriers;  // of the cluster, at which it has arrived
 };
 
@@ -146,12 +148,13 @@ struct InShim {
   std::abort();
 }
 
-inline void wait(Wait what, unsigned mask, int line) {
+inline void wait(Wait what, unsigned mask, int line, bool orders = true) {
   const InShim in_shim;
   Fiber& me = *current;
   me.waits = what;
   me.mask = mask;
   me.line = line;
+  me.orders = orders;
   fibers::leave(me.fiber);
 }
 
@@ -169,12 +172,13 @@ inline void arrive_in_cluster() {
 }
 
 // Where `own` is in the cluster's block `rank`. Only until the block changes: not to be kept.
-inline void* map_in_cluster(const void* own, unsigned rank) {
+SIMT_INLINE void* map_in_cluster(const void* own, unsigned rank) {
   const InShim in_shim;
   auto* const at = static_cast<unsigned char*>(const_cast<void*>(own));
   const Cluster& cluster = *inside->cluster;
   if (at < shared_begin || at >= shared_begin + shared_size || rank >= cluster.blocks)
     die("no such shared memory in the cluster, rank, blocks", int(rank), int(cluster.blocks));
+  Races::map_in_cluster(rank);
   for (Block& block : resident)
     if (block.cluster == &cluster && block.live && block.index.x == cluster.first + rank)
       return &block == inside ? at : block.shared.data() + (at - shared_begin);
@@ -249,7 +253,7 @@ inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
     const unsigned mask = f.mask;
     for (unsigned lane = 0; lane < 32; ++lane)
       if (mask >> lane & 1) fibers[first + lane].waits = Wait::none;
-    Races::warp_barrier(unsigned(first), mask);
+    if (f.orders) Races::warp_barrier(unsigned(first), mask);
     any = true;
   }
   return any;
@@ -435,15 +439,15 @@ auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
   uint64_t& slot = warp.lanes[current->id % 32];
   slot = 0;
   std::memcpy(&slot, &mine, sizeof mine);
-  wait(Wait::warp, mask, line);
+  wait(Wait::warp, mask, line, false);
   T lanes[32];
   for (int lane = 0; lane < 32; ++lane) std::memcpy(&lanes[lane], &warp.lanes[lane], sizeof mine);
-  wait(Wait::warp, mask, line);  // nobody gives the next value before all have read this one
+  wait(Wait::warp, mask, line, false);  // nobody gives the next value before all have read this one
   return reduce(lanes);
 }
 
 template <typename T, typename Change>
-T atomic(T* at, Change&& change) {
+SIMT_INLINE T atomic(T* at, Change&& change) {
   perhaps_change_over();
   const InShim in_shim;
   Races::atomic(at, sizeof(T));
@@ -467,7 +471,7 @@ inline void cudaGridDependencySynchronize() {
 }
 inline unsigned __clusterRelativeBlockRank() { return blockIdx.x - simt::inside->cluster->first; }
 inline unsigned __clusterSizeInBlocks() { return simt::inside->cluster->blocks; }
-inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {
+SIMT_INLINE void* __cluster_map_shared_rank(const void* own, unsigned rank) {
   return simt::map_in_cluster(own, rank);
 }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
@@ -518,17 +522,17 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned v, int line = __builti
 }
 
 template <typename T>
-T atomicAdd(T* at, T v) { return simt::atomic(at, [=](T old) { return T(old + v); }); }
+SIMT_INLINE T atomicAdd(T* at, T v) { return simt::atomic(at, [=](T old) { return T(old + v); }); }
 template <typename T>
-T atomicMax(T* at, T v) { return simt::atomic(at, [=](T old) { return max(old, v); }); }
+SIMT_INLINE T atomicMax(T* at, T v) { return simt::atomic(at, [=](T old) { return max(old, v); }); }
 template <typename T>
-T atomicMin(T* at, T v) { return simt::atomic(at, [=](T old) { return min(old, v); }); }
+SIMT_INLINE T atomicMin(T* at, T v) { return simt::atomic(at, [=](T old) { return min(old, v); }); }
 template <typename T>
-T atomicOr(T* at, T v) { return simt::atomic(at, [=](T old) { return T(old | v); }); }
+SIMT_INLINE T atomicOr(T* at, T v) { return simt::atomic(at, [=](T old) { return T(old | v); }); }
 template <typename T>
-T atomicExch(T* at, T v) { return simt::atomic(at, [=](T) { return v; }); }
+SIMT_INLINE T atomicExch(T* at, T v) { return simt::atomic(at, [=](T) { return v; }); }
 template <typename T>
-T atomicCAS(T* at, T expected, T v) {
+SIMT_INLINE T atomicCAS(T* at, T expected, T v) {
   return simt::atomic(at, [=](T old) { return old == expected ? v : old; });
 }
 

@@ -1,5 +1,6 @@
 // Small kernels, each sound or with one fault, by which tests/test_simt.py tells whether the shim shows it.
 #include "cuda_runtime.h"
+#include "mma.cuh"
 
 namespace {
 
@@ -38,6 +39,38 @@ void read_too_early_in_a_warp(Given given) {
   words[threadIdx.x] = int(threadIdx.x);
   if (!given.fault) __syncwarp();
   *own(given) = words[threadIdx.x ^ 31];
+}
+
+void shuffled_instead(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  if (given.fault) __shfl_sync(~0u, 1, 0);
+  else __syncwarp();
+  *own(given) = words[threadIdx.x ^ 31];
+}
+
+void multiplied_instead(Given given) {
+  __shared__ int words[kThreads];
+  words[threadIdx.x] = int(threadIdx.x);
+  if (!given.fault) __syncwarp();
+  float sums[4] = {};
+  relora::mma(sums, {}, {});
+  *own(given) = words[threadIdx.x ^ 31];
+}
+
+// Four threads' numbers come into shared memory while their owners write them anew.
+void overwritten_during_a_copy(Given given) {
+  alignas(16) __shared__ int words[4 * kThreads];
+  *own(given) = 1;
+  __syncwarp();
+  relora::copy_async<16>(words + 4 * threadIdx.x, given.out + (own(given) - given.out) / 4 * 4, 16);
+  relora::commit_copies();
+  if (!given.fault) relora::wait_for_copies<0>();
+  __syncthreads();
+  *own(given) = 2;
+  relora::wait_for_copies<0>();
+  __syncthreads();
+  *own(given) += words[4 * threadIdx.x];
 }
 
 void never_written(Given given) {
@@ -99,6 +132,47 @@ void announced_too_early(Given given) { announce(given, true, !given.fault, true
 void announced_unfenced(Given given) { announce(given, !given.fault, true, true); }
 void summed_up_unfenced(Given given) { announce(given, true, true, !given.fault); }
 
+// The last of each pair of blocks announces both; the last pair sums up.
+void announced_by_another(Given given) {
+  __shared__ int last;
+  *own(given) = int(threadIdx.x);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(given.arrived + 1 + blockIdx.x / 2, 1) == 1;
+    if (!given.fault) __threadfence();
+    last = last && atomicAdd(given.arrived, 1) == int(gridDim.x) / 2 - 1;
+  }
+  __syncthreads();
+  if (!last || threadIdx.x) return;
+  __threadfence();
+  int sum = 0;
+  for (unsigned i = 0; i < gridDim.x * kThreads; ++i) sum += given.out[i];
+  given.out[0] = sum;
+}
+
+// Every block counts for itself, where another has counted before it.
+void counted_in_anothers_place(Given given) {
+  __shared__ unsigned long long counts[kThreads];
+  counts[threadIdx.x] = 0;
+  *own(given) = 1;
+  __threadfence();
+  atomicAdd(reinterpret_cast<unsigned*>(&counts[threadIdx.x]) + 1, 1u);
+  __threadfence();
+  if (given.fault && blockIdx.x) *own(given) += own(given)[-kThreads];
+}
+
+void many_rounds(Given given) {
+  for (int i = 0; i < 40; ++i) {
+    __threadfence();
+    atomicAdd(given.arrived, 1);
+    __threadfence();
+    if (!given.fault) __syncthreads();
+    *own(given) += i;
+  }
+  if (given.fault) *own(given) += own(given)[threadIdx.x ? -1 : 0];
+}
+
 int* of_rank(int* words, unsigned rank) { return static_cast<int*>(__cluster_map_shared_rank(words, rank)); }
 
 void cluster_read_too_early(Given given) {
@@ -112,6 +186,18 @@ void cluster_read_too_early(Given given) {
   *own(given) = of_rank(words, __clusterRelativeBlockRank() ^ 1)[other()];
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
+}
+
+void cluster_written_before_it_begins(Given given) {
+  __shared__ int words[kThreads];
+  if (!given.fault) {
+    __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  }
+  of_rank(words, __clusterRelativeBlockRank() ^ 1)[threadIdx.x] = 1;
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+  *own(given) = words[other()];
 }
 
 void cluster_left_too_early(Given given) {
@@ -157,6 +243,9 @@ constexpr Case kCases[] = {
     {"read too early", read_too_early},
     {"overwritten too early", overwritten_too_early},
     {"read too early in a warp", read_too_early_in_a_warp},
+    {"shuffled instead of a barrier", shuffled_instead},
+    {"multiplied instead of a barrier", multiplied_instead},
+    {"overwritten during a copy", overwritten_during_a_copy},
     {"never written", never_written},
     {"outside its array", outside_its_array},
     {"misaligned", misaligned},
@@ -166,7 +255,11 @@ constexpr Case kCases[] = {
     {"announced too early", announced_too_early},
     {"announced without a fence", announced_unfenced},
     {"summed up without a fence", summed_up_unfenced},
+    {"announced by another without a fence", announced_by_another},
+    {"counted in another's place", counted_in_anothers_place},
+    {"after many rounds", many_rounds},
     {"read too early in a cluster", cluster_read_too_early, true},
+    {"written before a cluster begins", cluster_written_before_it_begins, true},
     {"left too early in a cluster", cluster_left_too_early, true},
     {"behind another block's dynamic memory", behind_the_others_dynamic, true},
     {"begun before another launch ended", begun_too_early, false, 2},
@@ -175,7 +268,7 @@ constexpr Case kCases[] = {
 
 }  // namespace
 
-// `blocks` of kThreads. `out`: a number for each of their threads, and one more.
+// `blocks` of kThreads. `out`: a number for each of their threads, and one more and one for each block.
 extern "C" int simt_fault(const char* name, bool fault, int blocks, unsigned order, int* out) {
   simt::order = order;
   simt::most_cluster = kCluster;

@@ -25,6 +25,7 @@ inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // a thre
 
 inline void run_copies(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
+    simt::Races::access(copy.from, size_t(copy.bytes), false);
     simt::Races::access(copy.to, size_t(copy.size), true);
     std::memset(copy.to, 0, copy.size);
     std::memcpy(copy.to, copy.from, copy.bytes);
@@ -64,11 +65,12 @@ inline uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
 // tf32 operands lose what does not fit.
 inline void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
+  const simt::InShim in_shim;
   const unsigned thread = threadIdx.x, lane = thread % 32;
   WarpFragments& all = fragments[thread / 32][products[thread]++ % 2];
   std::memcpy(all.l[lane], l, sizeof l);
   std::memcpy(all.r[lane], r, sizeof r);
-  __syncwarp();
+  simt::wait(simt::Wait::warp, ~0u, __LINE__, false);
   const auto value = [](uint32_t word) { return bits_float(word & 0xFFFFE000u); };
   for (int i = 0; i < 4; ++i) {
     const int row = int(lane) / 4 + 8 * (i / 2), col = int(lane) % 4 * 2 + i % 2;

@@ -22,34 +22,20 @@ using Time = uint32_t;
 
 // ---- What threads know --------------------------------------------------------------------------
 
-struct Times;
+using Times = std::vector<Time>;  // up to when each thread of a block is known
 using Blocks = std::map<uint32_t, std::shared_ptr<const Times>>;  // by a block's number
-
-// Up to when each thread of a block is known, and what they knew of other blocks.
-struct Times {
-  std::vector<Time> upto;
-  Blocks others;
-};
-
-std::shared_ptr<const Times> later(const std::shared_ptr<const Times>& a,
-                                   const std::shared_ptr<const Times>& b);
 
 void add(Blocks& to, uint32_t block, const std::shared_ptr<const Times>& times) {
   auto& known = to[block];
-  known = known ? later(known, times) : times;
+  if (known == times) return;
+  if (!known) return void(known = times);
+  auto both = std::make_shared<Times>(*known);
+  for (size_t i = 0; i < both->size(); ++i) (*both)[i] = std::max((*both)[i], (*times)[i]);
+  known = both;
 }
 void add(Blocks& to, const Blocks& more) {
   if (&to == &more) return;
   for (const auto& [block, times] : more) add(to, block, times);
-}
-
-std::shared_ptr<const Times> later(const std::shared_ptr<const Times>& a,
-                                   const std::shared_ptr<const Times>& b) {
-  if (a == b) return a;
-  auto both = std::make_shared<Times>(*a);
-  for (size_t i = 0; i < both->upto.size(); ++i) both->upto[i] = std::max(a->upto[i], b->upto[i]);
-  add(both->others, b->others);
-  return both;
 }
 
 struct Cluster {
@@ -66,7 +52,7 @@ struct Thread {
   bool fenced;                 // since the block's barrier
   Blocks others;               // known
   Blocks seen;                 // by atomics: known from its next fence on
-  std::shared_ptr<const Times> published;  // by its last fence
+  Blocks published;            // by its last fence, its own block's too
 };
 
 struct Block {
@@ -79,8 +65,7 @@ struct Block {
   Time barrier;  // the last one's
   bool waited;
   unsigned opened;
-  Blocks others, seen;
-  std::shared_ptr<const Times> published;
+  Blocks others, seen, published;
 };
 
 // Of blocks, ended ones too, by their numbers.
@@ -108,7 +93,7 @@ bool kernel_before, waited_in_launch;
 Time launch_begin;
 std::vector<Interval> known_when_waited;
 
-std::unordered_map<const void*, Blocks> carried;  // by atomics at an address
+std::map<const char*, Blocks> carried;  // by atomics at an address
 
 // ---- Who was where ------------------------------------------------------------------------------
 
@@ -163,7 +148,8 @@ void forget(uintptr_t at, size_t bytes) {
 }
 
 void forget_all() {
-  for (auto& [number, page] : pages) page->used = false;
+  pages.clear();
+  last_page_number = ~uintptr_t(0);
 }
 
 bool knows(const Access& a) {
@@ -182,10 +168,12 @@ bool knows(const Access& a) {
     return true;
   for (const Blocks* others : {&current->others, &inside->others}) {
     const auto known = others->find(a.block);
-    if (known != others->end() && a.time <= known->second->upto[a.thread]) return true;
+    if (known != others->end() && a.time <= (*known->second)[a.thread]) return true;
   }
   return false;
 }
+
+uint32_t code_of(const void* returns_to) { return uint32_t(static_cast<const char*>(returns_to) - program_begin); }
 
 void say_where(uint32_t code) {
   Dl_info info;
@@ -241,6 +229,10 @@ void meet(Word& word, const Access& mine) {
   word.count = uint8_t(kept + 1);
 }
 
+void nothing_carried(const char* at, size_t bytes) {
+  if (!carried.empty()) carried.erase(carried.lower_bound(at), carried.lower_bound(at + bytes));
+}
+
 // One address for a block's shared memory, whether it is in or not.
 const char* address_of(const void* where) {
   const char* const at = static_cast<const char*>(where);
@@ -252,24 +244,14 @@ void access(const void* where, size_t bytes, Kind kind, const void* code) {
   const char* at = static_cast<const char*>(where);
   if ((stack_begin <= at && at < stack_end) || (program_begin <= at && at < program_end)) return;
   at = address_of(at);
-  if (kind == kWrite && !carried.empty()) carried.erase(at);
-  Access mine{now, inside->number, uint32_t(static_cast<const char*>(code) - program_begin),
-              uint16_t(current_index), 0, kind};
+  if (kind == kWrite) nothing_carried(at, bytes);
+  Access mine{now, inside->number, code_of(code), uint16_t(current_index), 0, kind};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(at), end = begin + bytes;
   for (uintptr_t word = begin & ~uintptr_t(3); word < end; word += 4) {
     const unsigned first = word < begin ? begin - word : 0, last = std::min(end - word, uintptr_t(4));
     mine.bytes = uint8_t((1u << last) - (1u << first));
     meet(page_of(word).words[word % kPageBytes / 4], mine);
   }
-}
-
-// ---- What atomics carry -------------------------------------------------------------------------
-
-// What `thread` may tell others of its own block by an atomic, as far as it is published.
-std::shared_ptr<const Times> publication(const Thread& thread) {
-  const auto& of_block = inside->published;
-  if (!thread.fenced) return of_block;
-  return of_block ? later(of_block, thread.published) : thread.published;
 }
 
 }  // namespace
@@ -321,6 +303,7 @@ void Races::start_block(unsigned slot, unsigned cluster, unsigned rank, unsigned
   block.threads.assign(threads_a_block, Thread{});
   places.push_back({of, rank});
   forget(reinterpret_cast<uintptr_t>(shared), bytes);
+  nothing_carried(static_cast<const char*>(shared), bytes);
 }
 
 void Races::move_in(unsigned slot, const void* at) {
@@ -367,27 +350,14 @@ void Races::shim(int by) { watching = (current->in_shim += by) == 0; }
 
 void Races::block_barrier() {
   Block& block = *inside;
-  bool fenced = false;
   for (Thread& thread : block.threads) {
-    fenced = fenced || thread.fenced;
+    if (thread.fenced) add(block.published, thread.published);
+    thread.fenced = false, thread.published.clear();
     block.waited = block.waited || thread.waited;
     block.opened = std::max(block.opened, thread.opened);
     add(block.others, thread.others);
     add(block.seen, thread.seen);
     thread.others.clear(), thread.seen.clear();
-  }
-  if (fenced) {
-    auto all = std::make_shared<Times>();
-    if (block.published) *all = *block.published;
-    all->upto.resize(block.threads.size());
-    for (Thread& thread : block.threads) {
-      if (!thread.fenced) continue;
-      thread.fenced = false;
-      for (size_t i = 0; i < all->upto.size(); ++i)
-        all->upto[i] = std::max(all->upto[i], thread.published->upto[i]);
-      add(all->others, thread.published->others);
-    }
-    block.published = all;
   }
   block.barrier = now++;
 }
@@ -405,7 +375,7 @@ void Races::warp_barrier(unsigned first, unsigned mask) {
     add(all.others, thread.others);
     add(all.seen, thread.seen);
     if (!thread.fenced) continue;
-    all.published = all.fenced ? later(all.published, thread.published) : thread.published;
+    add(all.published, thread.published);
     all.fenced = true;
   }
   for (unsigned lane = 0; lane < 32; ++lane) {
@@ -428,18 +398,25 @@ void Races::cluster_open(unsigned thread) {
   its.opened = its.arrivals;
 }
 
+[[gnu::noinline]] void Races::map_in_cluster(unsigned rank) {
+  if (rank == inside->rank || current->opened || inside->opened) return;
+  std::fprintf(stderr, "simt: race: thread %u of block %u looks into a block that may not have begun\n",
+               current_index, inside->number);
+  say_where(code_of(__builtin_return_address(0)));
+  std::abort();
+}
+
 void Races::fence() {
   Thread& thread = *current;
   add(thread.others, thread.seen);
   add(thread.others, inside->seen);
-  auto times = std::make_shared<Times>();
-  times->upto.assign(threads_a_block, inside->barrier);
+  auto times = std::make_shared<Times>(threads_a_block, inside->barrier);
   for (unsigned i = current_index / 32 * 32; i < std::min(threads_a_block, current_index / 32 * 32 + 32); ++i)
-    times->upto[i] = std::max(inside->barrier, thread.lanes[i % 32]);
-  times->upto[current_index] = now++;
-  add(times->others, thread.others);
-  add(times->others, inside->others);
-  thread.published = times;
+    (*times)[i] = std::max(inside->barrier, thread.lanes[i % 32]);
+  (*times)[current_index] = now++;
+  thread.published = thread.others;
+  add(thread.published, inside->others);
+  add(thread.published, inside->number, times);
   thread.fenced = true;
 }
 
@@ -447,13 +424,13 @@ void Races::wait_for_previous() { current->waited = waited_in_launch = true; }
 
 [[gnu::noinline]] void Races::atomic(const void* at, size_t bytes) {
   ::access(at, bytes, kAtomic, __builtin_return_address(0));
-  at = address_of(at);
-  const auto published = publication(*current);
-  const auto found = carried.find(at);
-  if (!published && found == carried.end()) return;
-  Blocks& of_address = found == carried.end() ? carried[at] : found->second;
+  const char* const where = address_of(at);
+  const auto found = carried.find(where);
+  if (found == carried.end() && !current->fenced && inside->published.empty()) return;
+  Blocks& of_address = found == carried.end() ? carried[where] : found->second;
   add(current->seen, of_address);
-  if (published) add(of_address, inside->number, published);
+  add(of_address, inside->published);
+  if (current->fenced) add(of_address, current->published);
 }
 
 [[gnu::noinline]] void Races::access(const void* at, size_t bytes, bool write) {

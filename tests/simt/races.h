@@ -1,17 +1,25 @@
 // Where two threads meet at one address without an order: what the shim tells races.cpp, which keeps for
 // every word who was there last, and for every thread what it knows of the others. Not by the order that a
-// run happens to have: one run shows what any order of it would.
+// run happens to have: one run shows what any order would in which the atomics at an address come as in it.
 //
 // A source compiled with -fsanitize=thread calls a function at every access; these are in races.cpp instead
 // of the sanitizer's library. Compile with -DSIMT_RACES, and link with it. Without, all of this is nothing.
 //
 // What orders accesses, and nothing else does:
 //
-//   a block's barrier, a warp's, a cluster's (from its arrival on)    not shuffles and votes
+//   a block's barrier, a warp's, a cluster's (from its arrival on)    not shuffles, votes and products
 //   __threadfence(), an atomic, an atomic at the same address, __threadfence(): what came before the first
-//   has come before what follows the second; either fence may be of another thread that a barrier joins
+//   has come before what follows the second, whatever the second makes of it; either fence may be of another
+//   thread that a barrier joins
 //   a launch: all before it; one that follows programmatically: the one before it, and what that one waited
 //   for, once it has called cudaGridDependencySynchronize()
+//
+// Another block's shared memory may be looked into behind a barrier of the cluster only.
+//
+// It does not see more than four accesses to a word that nobody is known to be over with, memcpy and memset
+// where they are calls, and the program's own variables outside of shared memory; and it does not know of an
+// order through a barrier of the cluster and something else: what a block knows of others, but for their
+// accesses, does not pass that, nor does a wait for the launch before pass that or an atomic.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +41,7 @@ struct Races {
   static void warp_barrier(unsigned first, unsigned mask);
   static void cluster_arrive();
   static void cluster_open(unsigned thread);
+  static void map_in_cluster(unsigned rank);
   static void fence();
   static void wait_for_previous();
   static void atomic(const void* at, size_t bytes);
@@ -51,6 +60,7 @@ struct Races {
   static void warp_barrier(unsigned, unsigned) {}
   static void cluster_arrive() {}
   static void cluster_open(unsigned) {}
+  static void map_in_cluster(unsigned) {}
   static void fence() {}
   static void wait_for_previous() {}
   static void atomic(const void*, size_t) {}
