@@ -62,6 +62,11 @@ def test_prune_by_a_list_without_a_window(shim, offset):
     assert not shim.settled
 
 
+def test_prune_of_large_tensors_without_room_for_a_window(shim):
+    """The window's launches have nothing to do, and wait all the same."""
+    check_against_reference([Guarded(torch.randn(60_001), 0)], 0.9)
+
+
 def test_prune_of_more_keys_than_a_block_lists(shim):
     """Of the quantile's bin, in a tensor that has room for them."""
     t = torch.rand(40 * SPAN) * 100 + 4
