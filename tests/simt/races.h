@@ -16,10 +16,10 @@
 //
 // Another block's shared memory may be looked into behind a barrier of the cluster only.
 //
-// It does not see more than four accesses to a word that nobody is known to be over with, memcpy and memset
-// where they are calls, and the program's own variables outside of shared memory; and it does not know of an
-// order through a barrier of the cluster and something else: what a block knows of others, but for their
-// accesses, does not pass that, nor does a wait for the launch before pass that or an atomic.
+// It does not see: of a word more than four accesses in no order with each other; memcpy and memset where they
+// are calls; variables of the program outside of shared memory. It does not know, and finds races where there are
+// none: that a cluster's barrier passes on what a block has learnt by atomics, and that this barrier and atomics
+// pass on a wait for the launch before. No kernel here builds upon either.
 #pragma once
 
 #include <cstddef>
