@@ -10,7 +10,7 @@ constexpr int kThreads = 64, kCluster = 2;
 struct Given {
   bool fault;
   int* out;       // a number a thread of the grid
-  int* arrived;   // 0
+  int* arrived;   // 0, and behind it one for each block
   int launch;     // which of the case's: each follows the one before it programmatically
 };
 
@@ -177,6 +177,8 @@ int* of_rank(int* words, unsigned rank) { return static_cast<int*>(__cluster_map
 
 void cluster_read_too_early(Given given) {
   __shared__ int words[kThreads];
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
   words[threadIdx.x] = int(threadIdx.x);
   __syncthreads();
   if (!given.fault) {
@@ -268,7 +270,7 @@ constexpr Case kCases[] = {
 
 }  // namespace
 
-// `blocks` of kThreads. `out`: a number for each of their threads, and one more and one for each block.
+// `blocks` of kThreads. `out`: zeros, one for each of their threads and what Given::arrived has.
 extern "C" int simt_fault(const char* name, bool fault, int blocks, unsigned order, int* out) {
   simt::order = order;
   simt::most_cluster = kCluster;
