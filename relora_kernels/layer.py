@@ -48,7 +48,8 @@ class FusedReLoRaLinear(nn.Linear):
     Parameters: ``weight`` (out, in), frozen; ``bias`` (out,), trained; ``lora_A`` (r, in), starts as
     U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
     ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W, kept in host
-    memory, part of the state_dict; None before a merge or a state_dict has asked for it.
+    memory, part of the state_dict; None before a merge or a state_dict has asked for it. Casts
+    (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops.
 
     Raises ValueError or TypeError for r < 1, lora_alpha <= 0, a dropout outside [0, 1], an unknown
     rounding or a dtype that is no float.
@@ -111,10 +112,10 @@ class FusedReLoRaLinear(nn.Linear):
     ) -> FusedReLoRaLinear:
         """The layer around `linear`'s own weight and bias, which are shared, not copied.
 
-        The bias stays as trainable as it is. `weight_dtype` stores W in another dtype, which
-        `to_linear` undoes; if it is narrower and merges are compensated, what the cast drops becomes
-        the first residual. The other arguments are the constructor's. Hooks stay with `linear`
-        (apply_relora carries them over).
+        The bias stays as trainable as it is. The weight loses its gradient, which no optimizer would
+        clear any more. `weight_dtype` stores W in another dtype, which `to_linear` undoes; if it is
+        narrower and merges are compensated, what the cast drops becomes the first residual. The other
+        arguments are the constructor's. Hooks stay with `linear` (apply_relora carries them over).
         Raises TypeError for anything but a plain ``nn.Linear``.
         """
         if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
@@ -139,11 +140,9 @@ class FusedReLoRaLinear(nn.Linear):
         layer.weight, layer.bias, layer.unloaded_dtype = weight, linear.bias, weight.dtype
         if weight_dtype not in (None, weight.dtype):
             layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
-            drops_digits = weight.dtype not in _NARROW and layer.weight.dtype in _NARROW
-            if layer._keeps_residual and drops_digits and not weight.is_meta:
-                layer.weight_residual = layer._host_residual()
-                layer.weight_residual.copy_(weight.detach() - layer.weight.to(weight.dtype))
+            layer._keep_cast(weight.detach())
         layer.weight.requires_grad_(False)
+        layer.weight.grad = None
         layer.train(linear.training)
         layer.reset_lora_parameters()
         return layer
@@ -233,7 +232,6 @@ class FusedReLoRaLinear(nn.Linear):
                     f"which is computed (a parametrization, weight_norm): what a merge wrote to it "
                     f"would be lost; remove that first"
                 )
-        # Not the weight's: one from a full-rank phase is no optimizer's any more, so nobody would clear it.
         for key in ("lora_A", "lora_B", "lora_scaling"):
             parameter = getattr(self, key)
             gradient = None if parameter is None else parameter.grad
@@ -358,22 +356,34 @@ class FusedReLoRaLinear(nn.Linear):
             )
 
     def _apply(self, fn, recurse=True):
-        before = self.weight.dtype, self.lora_A.dtype
+        weight, lora_dtype = self.weight.data, self.lora_A.dtype
         super()._apply(fn, recurse)
-        if (self.weight.dtype, self.lora_A.dtype) != before:
+        if (self.weight.dtype, self.lora_A.dtype) != (weight.dtype, lora_dtype):
             self.unloaded_dtype = self.weight.dtype
-        if self.weight.dtype != before[0]:
-            self._fold_residual()
+        if self.weight.dtype != weight.dtype:
+            self._keep_cast(weight)
         return self
 
-    def _fold_residual(self) -> None:
-        """A wide W holds the residual itself; a W cast to another narrow type has dropped it."""
+    def _keep_cast(self, before: torch.Tensor) -> None:
+        """W was `before` and has another dtype now: it becomes `before` plus residual, rounded once, and
+        the residual what that drops, where there is one to be kept."""
         residual, self.weight_residual = self.weight_residual, None
-        if residual is not None and self.weight.dtype not in _NARROW:
-            weight, first_row = sharding.local_rows(self.weight.data)
+        if self.weight.is_meta or (residual is None and not self._keeps_residual):
+            return
+        weight, first_row = sharding.local_rows(self.weight.data)
+        wide = torch.promote_types(torch.promote_types(before.dtype, weight.dtype), torch.float32)
+        exact = sharding.local_rows(before)[0].to(wide)
+        if residual is not None:
             if len(residual) != len(weight):  # made before W was sharded
                 residual = residual[first_row : first_row + len(weight)]
-            weight.add_(residual.to(weight))
+            exact = exact + residual.to(exact)
+            weight.copy_(exact)
+        if self.weight.dtype in _NARROW:
+            dropped = (exact - weight.to(exact)).masked_fill_(
+                ~weight.isfinite(), 0
+            )  # inf: out of range
+            self.weight_residual = self._host_residual()
+            self.weight_residual.copy_(dropped)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -414,7 +424,7 @@ class FusedReLoRaLinear(nn.Linear):
             residual = residual[first_row : first_row + len(self.weight_residual)]
         self.weight_residual.copy_(residual)
         if self.weight.dtype not in _NARROW:
-            self._fold_residual()
+            self._keep_cast(self.weight.data)
 
     def _warn_of_lost_residual(self, weight, merge_count) -> None:
         """In the same words for every layer, so that it is told once."""

@@ -71,14 +71,15 @@ class ReLoRaConfig:
 def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Module:
     """Swap the targeted nn.Linear modules of `model` for FusedReLoRaLinear, in place; returns `model`.
 
-    Their weights are shared, not copied, and frozen; everything else (embeddings, norms, head, biases)
-    stays as it is and trains at full rank. Hooks on them, and buffers, submodules and attributes of the
+    Their weights are shared, not copied, and frozen, and lose their gradients; everything else
+    (embeddings, norms, head, biases) stays as it is and trains at full rank. Hooks on them, and buffers, submodules and attributes of the
     user's own, go over to the layers. The config is kept as ``model.relora_config``. Make the optimizer
     afterwards, from the parameters that require grad.
 
     Raises ValueError, with nothing changed, if nothing is targeted (the message lists candidates), if
-    the model holds FusedReLoRaLinear modules already, or if a target cannot be wrapped: its weight is
-    shared with another module or computed (weight_norm, a parametrization), its forward replaced.
+    the model holds FusedReLoRaLinear modules already or is in DistributedDataParallel, or if a target
+    cannot be wrapped: its weight is shared with another module or computed (weight_norm, a
+    parametrization), its forward replaced.
     """
     config = ReLoRaConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
@@ -97,10 +98,15 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
             "apply_relora: expected a model that holds nn.Linear modules, got an nn.Linear itself; "
             "use FusedReLoRaLinear.from_linear"
         )
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            "apply_relora: expected a model before DistributedDataParallel, which waits for the gradients "
+            "of the parameters that it was made with, got one in it; apply first, then wrap"
+        )
     targets = _targets(model, config)
     _refuse_unfit(model, targets)
     layers = {}
-    trained = {path: linear.weight.requires_grad for path, linear in targets.items()}
+    before = [(m.weight, m.weight.requires_grad, m.weight.grad) for m in targets.values()]
     try:
         for path, linear in targets.items():
             layers[path] = FusedReLoRaLinear.from_linear(
@@ -110,8 +116,8 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
                 seed=config.seed, name=plain_path(path),
             )  # fmt: skip
     except BaseException:  # out of memory, say: the model stays as it was
-        for path, linear in targets.items():
-            linear.weight.requires_grad_(trained[path])
+        for weight, trained, gradient in before:
+            weight.requires_grad_(trained).grad = gradient
         raise
     for path, layer in layers.items():
         take_over(layer, targets[path])
@@ -232,13 +238,34 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     if found:
         _warn_left_out(model, config, linears)
         return found
-    conv1d = sum(type(m).__name__ == "Conv1D" for m in model.modules())
+    others = [f"{len(paths)} {what}" for what, paths in _no_linears(model).items() if paths]
     raise ValueError(
         f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
         f"{config.exclude_modules!r}) to match nn.Linear modules, got none of {len(linears)}; "
         f"candidates: {checks.some(linears, 12) or 'none'}"
-        + (f"; {conv1d} Conv1D modules are no nn.Linear: convert them first" if conv1d else "")
+        + (f"; {', '.join(others)} are no nn.Linear: convert them first" if others else "")
     )
+
+
+def _no_linears(model: nn.Module) -> dict[str, list[str]]:
+    """What has weights of linear layers without being an nn.Linear that is called -> paths."""
+    found = {"Conv1D modules": [], "nn.MultiheadAttention": [], "subclasses of nn.Linear": []}
+    found["3-D parameters"] = []
+    attention = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for path, m in model.named_modules():
+        if type(m).__name__ == "Conv1D":
+            found["Conv1D modules"].append(path)
+        elif isinstance(m, nn.MultiheadAttention):
+            found["nn.MultiheadAttention"].append(path)
+        elif isinstance(m, nn.Linear) and _plain_class(m) is not nn.Linear and m not in attention:
+            found["subclasses of nn.Linear"].append(path)
+        if not isinstance(m, nn.modules.conv._ConvNd):
+            found["3-D parameters"] += [
+                f"{path}.{name}" if path else name
+                for name, p in m.named_parameters(recurse=False)
+                if p.dim() == 3 and len(p) > 1  # experts
+            ]
+    return found
 
 
 def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn.Linear]) -> None:
@@ -247,16 +274,10 @@ def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn
     if exclude and not any(_matches(path, exclude) for path in linears):
         left.append(f"exclude_modules={exclude!r} matches no nn.Linear")
     if targets is None or targets == "all-linear":
-        conv1d = [path for path, m in model.named_modules() if type(m).__name__ == "Conv1D"]
-        experts = [
-            f"{path}.{name}" if path else name
-            for path, m in model.named_modules()
-            if not isinstance(m, nn.modules.conv._ConvNd)
-            for name, p in m.named_parameters(recurse=False)
-            if p.dim() == 3 and len(p) > 1
-        ]
-        for paths, what in ((conv1d, "Conv1D modules"), (experts, "3-D parameters")):
-            paths = [path for path in paths if _is_target(path, False, config)]
+        heads = _output_heads(model)
+        heads = {path for path, m in model.named_modules() if m in heads}
+        for what, paths in _no_linears(model).items():
+            paths = [path for path in paths if _is_target(path, path in heads, config)]
             if paths:
                 left.append(f"{len(paths)} {what} stay at full rank ({checks.some(paths)})")
     elif not isinstance(targets, str):

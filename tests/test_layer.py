@@ -216,6 +216,29 @@ def test_widening_the_layer_adds_the_residual_to_the_weight():
     assert torch.equal(layer.weight, exact) and layer.weight_residual is None
 
 
+@pytest.mark.parametrize("casts", [["half"], ["float", "bfloat16"], ["half", "float", "bfloat16"]])
+def test_casts_keep_what_compensated_merges_could_not_store(casts):
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    layer.merge()
+    exact = layer.weight.double() + layer.weight_residual.double()
+    for cast in casts:
+        getattr(layer, cast)()
+    kept = layer.weight.double() + layer.weight_residual.double()
+    assert (kept - exact).abs().max() <= 2**-16 * exact.abs().max()
+    assert layer.weight_residual.dtype == layer.weight.dtype
+    eps = torch.finfo(layer.weight.dtype).eps
+    assert ((layer.weight.double() - exact).abs() <= eps / 2 * exact.abs() + 2**-24).all()
+    trained(layer).merge()  # goes on
+
+
+def test_a_weight_that_float16_does_not_hold_leaves_no_nan_behind():
+    layer = FusedReLoRaLinear(8, 4, r=2, dtype=torch.bfloat16)
+    layer.merge()
+    layer.weight.data[0, 0] = 1e6
+    layer.half()
+    assert layer.weight[0, 0].isinf() and layer.weight_residual.isfinite().all()
+
+
 def test_narrowing_from_linear_keeps_the_remainder():
     linear = nn.Linear(32, 16)
     wide = linear.weight.detach().clone()
@@ -343,13 +366,12 @@ def test_pending_gradients_refuse_the_layers_own_merge_case50():
     assert layer.merge_count == 0
 
 
-def test_a_gradient_of_the_weight_from_before_refuses_no_merge():
+def test_a_gradient_of_the_weight_from_before_is_dropped():
     """Of a full-rank warm start: no optimizer holds the frozen weight, so none clears it."""
     linear = nn.Linear(8, 8)
     linear(torch.randn(2, 8)).sum().backward()
     layer = FusedReLoRaLinear.from_linear(linear, r=2)
-    layer.merge()
-    assert layer.weight.grad is not None and layer.merge_count == 1
+    assert layer.weight.grad is None and layer.weight is linear.weight
 
 
 def test_unloading_gives_the_dtype_back_that_narrowing_took():

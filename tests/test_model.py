@@ -236,6 +236,33 @@ def test_pending_gradients_refuse_the_merge_case50():
     merge_and_reinit(model)
 
 
+def test_gradients_from_a_full_rank_phase_move_no_weight_and_clip_nothing(monkeypatch):
+    model, ids = Model(), torch.arange(4)[None]
+    model(ids).sum().backward()  # a loop that zeroes gradients before the next backward
+    weight = model.blocks[0].mlp["up_proj"].weight
+    gradient, from_linear = weight.grad, FusedReLoRaLinear.from_linear
+
+    def fails_later(linear, *args, **kwargs):
+        if linear is model.blocks[1].mlp["up_proj"]:
+            raise torch.OutOfMemoryError("injected")
+        return from_linear(linear, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedReLoRaLinear, "from_linear", fails_later)
+        with pytest.raises(torch.OutOfMemoryError):
+            apply_relora(model, ReLoRaConfig(r=4))
+    assert weight.grad is gradient and weight.requires_grad
+
+    apply_relora(model, ReLoRaConfig(r=4))
+    before = weight.clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    trained = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad
+                                             and p.grad is not None])  # fmt: skip
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) == trained
+    assert torch.equal(weight, before) and weight not in optimizer.state
+
+
 def test_models_without_layers_are_refused():
     for function in (merge_and_reinit, merge_and_unload, lambda m: list(lora_parameters(m))):
         with pytest.raises(ValueError, match="apply_relora"):
@@ -374,6 +401,15 @@ def test_targets_of_hugging_face_architectures():
         wrapped(transformers.GPT2LMHeadModel(gpt2))
 
 
+def test_a_model_of_nothing_else_is_told_what_it_is_of():
+    with pytest.raises(
+        ValueError, match="1 nn.MultiheadAttention, 1 subclasses of nn.Linear are no"
+    ):
+        apply_relora(
+            nn.Sequential(nn.MultiheadAttention(8, 2), type("Own", (nn.Linear,), {})(8, 8))
+        )
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
@@ -386,6 +422,8 @@ class Experts(nn.Module):
     "config, told",
     [
         ({}, ["2 Conv1D modules stay at full rank (blocks.0.attn.c_attn, blocks.1.attn.c_attn)",
+              "1 nn.MultiheadAttention stay at full rank (blocks.0.attn.heads)",
+              "1 subclasses of nn.Linear stay at full rank (blocks.1.mlp.own)",
               "1 3-D parameters stay at full rank (blocks.1.mlp.experts.gate_up_proj)"]),
         ({"target_modules": "all-linear", "exclude_modules": "blocks.*"}, []),
         ({"target_modules": ["up_proj", "gate_up_proj", "c_attn"]},
@@ -401,6 +439,8 @@ def test_what_seems_targeted_and_is_left_out_is_told(config, told):
     model = Model()
     for block in model.blocks:
         block.attn.c_attn = transformers.pytorch_utils.Conv1D(8, 8)
+    model.blocks[0].attn.heads = nn.MultiheadAttention(8, 2)
+    model.blocks[1].mlp.own = type("Own", (nn.Linear,), {})(8, 8)
     model.blocks[1].mlp.experts = Experts()
     model.extra = nn.Linear(8, 8)
     with warnings.catch_warnings(record=True) as found:

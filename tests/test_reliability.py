@@ -254,6 +254,20 @@ def test_case_20_raw_dtensor_parameters(tmp_path):
         dist.destroy_process_group()
 
 
+def test_a_model_that_ddp_waits_for_is_refused(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inner = nn.Sequential(nn.Linear(8, 8))
+        model = nn.parallel.DistributedDataParallel(inner)
+        with pytest.raises(ValueError, match="apply first, then wrap"):
+            apply_relora(model, ReLoRaConfig(r=2, target_modules="all-linear"))
+        assert type(inner[0]) is nn.Linear and inner[0].weight.requires_grad
+    finally:
+        dist.destroy_process_group()
+
+
 def llama(**kwargs):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
