@@ -202,8 +202,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             setattr(parent, name, linear)
         if layer is model:
             return linear
-    if hasattr(model, "relora_config"):
-        del model.relora_config
+    for name in ("relora_config", "relora_replaced"):
+        if hasattr(model, name):
+            delattr(model, name)
     return model
 
 

@@ -30,6 +30,7 @@ except ImportError as error:
 from relora_kernels import sharding
 from relora_kernels.layer import FusedReLoRaLinear
 from relora_kernels.model import ReLoRaConfig, apply_relora, plain_path, relora_layers
+from relora_kernels.ops import checks
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -56,8 +57,8 @@ def save_adapter(
     trains, as the model without its factors (`save_pretrained`; for a model that has none, a
     state_dict in model.safetensors), and the adapter's config names that folder.
 
-    Without it the base must be the one that training started from: no merge yet, and nothing trains
-    but lora_A, lora_B and lora_scaling.
+    Without it the base must be the one that training started from: no merge yet, nothing trains but
+    lora_A, lora_B and lora_scaling, and no adapter has brought biases or modules_to_save.
 
     A trained scale becomes the layer's lora_alpha. What compensated merges could not store in a 16-bit
     weight is added to a base that was made from float32 (``weight_dtype``), and is left out of a
@@ -167,6 +168,7 @@ def load_adapter(
                 setattr(layer, key, nn.Parameter(value.to(like.device, like.dtype)))
         for name, parameter in parameters.items():
             parameter.copy_(others[name])
+    model.relora_replaced = sorted(parameters)  # of which the base has others: save_adapter asks
     return model
 
 
@@ -186,8 +188,11 @@ def _refuse_to_lose_the_base(model, layers) -> None:
     factors = {id(getattr(layer, k)) for layer in layers.values()
                for k in ("lora_A", "lora_B", "lora_scaling")}  # fmt: skip
     trained = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in factors]
+    replaced = getattr(model, "relora_replaced", [])
     if merges:
         got = f"{merges} merges into it, which the adapter does not hold"
+    elif replaced:
+        got = f"{len(replaced)} parameters that load_adapter replaced ({checks.some(replaced)})"
     elif trained:
         got = f"{len(trained)} other parameters that train ({trained[0]}, ...)"
     else:
@@ -195,7 +200,11 @@ def _refuse_to_lose_the_base(model, layers) -> None:
     raise ValueError(
         f"save_adapter: expected the base to be the one that training started from, got {got}; give "
         f"base_folder to write the base too"
-        + ("" if merges else ", or call requires_grad_(False) on what is as in the base")
+        + (
+            ""
+            if merges or replaced
+            else ", or call requires_grad_(False) on what is as in the base"
+        )
     )
 
 

@@ -341,6 +341,29 @@ def test_other_optimizers_are_refused_before_their_first_step_case48(kind):
     assert model[0].merge_count == 1
 
 
+class OneMoment(torch.optim.Optimizer):
+    """Lion's state, of a class that nobody knows."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-2})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+            p.data -= 1e-2 * moment.lerp_(p.grad, 0.1).sign()
+
+
+def test_an_optimizer_of_another_state_is_refused_behind_its_first_step():
+    model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
+    optimizer = OneMoment([p for p in model.parameters() if p.requires_grad])
+    schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 1000, 2)
+    assert not schedule.step()  # as behind a skipped step
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(TypeError, match="no 'exp_avg_sq' .*from OneMoment"):
+        schedule.step()
+
+
 def test_a_restart_without_any_optimizer_state_is_told():
     """As of a wrapper that keeps it in another optimizer."""
     model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))

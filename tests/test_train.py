@@ -319,6 +319,15 @@ def test_callback_wants_the_schedules_learning_rate(relora, tmp_path):
         trainer.train()
 
 
+def test_callback_wants_the_schedules_optimizer(relora, tmp_path):
+    model, optimizer, schedule = relora
+    for own in (None, torch.optim.AdamW(optimizer.param_groups[0]["params"], 1e-3)):
+        pair = (own, schedule.lr_scheduler)
+        trainer = tiny_trainer(tmp_path, model, pair, [ReLoRaCallback(schedule)])
+        with pytest.raises(ValueError, match="schedule.optimizer, .* got another AdamW"):
+            trainer.train()
+
+
 def test_callback_restarts_in_another_trainer(relora, tmp_path):
     model, optimizer, schedule = relora
     pair = (optimizer, schedule.lr_scheduler)

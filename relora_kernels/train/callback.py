@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from relora_kernels import ranks, sharding
+from relora_kernels.optimizer import keeper
 from relora_kernels.schedule import refuse_deepspeed
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ class ReLoRaCallback(TrainerCallback):
     then logging, evaluation and checkpoint. So a checkpoint never lies between a boundary's
     learning rate and its merge.
 
-    Raises TypeError under DeepSpeed and ValueError under the first version of FSDP, whose flat copies
-    of the parameters a merge cannot reach.
+    When training begins it raises TypeError under DeepSpeed and ValueError under the first version of
+    FSDP, whose flat copies of the parameters a merge cannot reach, and ValueError if the Trainer steps
+    another optimizer or scheduler than the schedule's.
     """
 
     def __init__(self, schedule):
@@ -52,6 +54,12 @@ class ReLoRaCallback(TrainerCallback):
             raise ValueError(
                 "ReLoRaCallback: expected the Trainer to step schedule.lr_scheduler, got "
                 f"{type(lr_scheduler).__name__}: pass optimizers=(optimizer, schedule.lr_scheduler)"
+            )
+        if optimizer is not None and keeper(optimizer) is not keeper(self.schedule.optimizer):
+            raise ValueError(
+                "ReLoRaCallback: expected the Trainer to step schedule.optimizer, whose moments are reset "
+                f"and whose rate restarts, got another {type(keeper(optimizer)).__name__}: pass "
+                "optimizers=(optimizer, schedule.lr_scheduler)"
             )
 
     def on_step_end(self, args, state, control, **kwargs):
