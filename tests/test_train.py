@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import shutil
@@ -269,7 +270,12 @@ def test_autocast_is_what_the_settings_say(text, tmp_path, monkeypatch, finished
     """Not what accelerate launch --mixed_precision has put into the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     options = {"steps": 2, "warm_start_steps": 0, "warmup_steps": 1}
-    assert cli.main(flags(text, tmp_path / "a", **options)) == 0
+    with monkeypatch.context() as patch:  # and a terminal that cannot show the sample
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        patch.setattr(cli.report, "sample_text", lambda *_: "\N{SNOWMAN}")
+        assert cli.main(flags(text, tmp_path / "a", **options)) == 0
+        sys.stdout.flush()
+        assert b"\\u2603" in sys.stdout.buffer.getvalue()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert cli.main(flags(text, tmp_path / "b", **options)) == 0
     assert digest(tmp_path / "a") == digest(tmp_path / "b")

@@ -57,7 +57,31 @@ def test_a_name_that_exists_is_no_pattern(tmp_path):
         "notes[1-9].txt": ["notes1.txt"],
         "notes*": ["notes1.txt", "notes[1].txt"],
     }.items():
-        assert data._read([str(tmp_path / pattern)]) == found
+        assert data._read([str(tmp_path / pattern)], "run") == found
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*", "run/../**/*"])
+def test_a_run_among_its_texts_reads_none_of_its_files(pattern, tmp_path):
+    run = tmp_path / "notes" / "run"
+    (run / "final").mkdir(parents=True)
+    (run.parent / "a.txt").write_text("a")
+    (run.parent / "runaway").write_text("b")
+    (run / "metrics.jsonl").write_text("no text")
+    (run / "final" / "model.safetensors").write_bytes(b"\xff")
+    assert sorted(data._read([str(run.parent / pattern)], str(run))) == ["a", "b"]
+    # What is named within it is meant, and so is a folder that is all of it.
+    assert data._read([str(run / "metrics.jsonl")], str(run)) == ["no text"]
+    (run / "final" / "model.safetensors").unlink()
+    assert data._read([str(run)], str(run)) == ["no text"]
+    with pytest.raises(ValueError, match="expected text files at .*final', got none"):
+        data._read([str(run / "final")], str(run))
+
+
+def test_validation_on_all_of_the_text_is_refused(tmp_path):
+    (tmp_path / "a").write_text(words(50))
+    flags = ["--train_files", str(tmp_path), "--validation_files", str(tmp_path)]
+    with pytest.raises(ValueError, match="not in --validation_files, got none of 1"):
+        data.load_corpus(parse_args(flags))
 
 
 def test_dataset_is_streamed_until_there_is_enough(tmp_path):

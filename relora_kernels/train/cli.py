@@ -59,6 +59,8 @@ from .trainer import ReLoRaTrainer
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()  # Progress is the only bar
     folder = RunFolder(args.output_dir)
     with contextlib.closing(folder):

@@ -46,7 +46,7 @@ class Corpus:
 def load_corpus(args) -> Corpus:
     """The corpus that the arguments name. ValueError says what is missing."""
     if args.train_files:
-        source, documents = "--train_files", _read(args.train_files)
+        source, documents = "--train_files", _read(args.train_files, args.output_dir)
     elif args.dataset:
         tokens = args.steps * args.batch_size * args.seq_length + args.eval_tokens
         source = f"--dataset {args.dataset}"
@@ -56,9 +56,14 @@ def load_corpus(args) -> Corpus:
         documents = _standard_library()
     documents = _distinct(documents)
     if args.validation_files:
-        validation = _distinct(_read(args.validation_files))
+        validation = _distinct(_read(args.validation_files, args.output_dir))
         held_out = set(validation)
         train = [d for d in documents if d not in held_out]
+        if documents and not train:
+            raise ValueError(
+                f"expected documents in {source} that are not in --validation_files, got none of "
+                f"{len(documents)}"
+            )
     else:
         train, validation = split(documents)
     return Corpus(source, train, validation)
@@ -113,17 +118,27 @@ def _standard_library() -> list[str]:
     return documents
 
 
-def _read(patterns: list[str]) -> list[str]:
+def _read(patterns: list[str], output: str) -> list[str]:
+    """But for what a run whose `output` lies among its texts has written itself."""
     paths: dict[Path, None] = {}  # a set that keeps its order
     for pattern in patterns:
         named = Path(pattern)  # brackets may be part of a name
         found = [named] if named.exists() else glob.glob(pattern, recursive=True)
-        matches = [Path(p) for p in sorted(found)]
-        if not matches:
+        below = [
+            path
+            for match in map(Path, sorted(found))
+            for path in (sorted(match.rglob("*")) if match.is_dir() else [match])
+        ]
+        folder = named
+        while not folder.is_dir() and folder != folder.parent:  # of a pattern, where it begins
+            folder = folder.parent
+        written = Path(output).resolve()
+        if written != folder.resolve() and written.is_relative_to(folder.resolve()):
+            below = [path for path in below if not path.resolve().is_relative_to(written)]
+        files = [path for path in below if path.is_file()]
+        if not files:
             raise ValueError(f"expected text files at {pattern!r}, got none")
-        for match in matches:
-            below = sorted(match.rglob("*")) if match.is_dir() else [match]
-            paths |= dict.fromkeys(p for p in below if p.is_file())
+        paths |= dict.fromkeys(files)
     return [_read_text(path) for path in paths]
 
 
