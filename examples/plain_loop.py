@@ -45,7 +45,7 @@ def batch(step: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300, help="length of the run")
+    parser.add_argument("--steps", type=int, default=300, help="length of the run, over 20")
     parser.add_argument("--stop-at", type=int, help="stop early, with a checkpoint")
     parser.add_argument("--restart-every", type=int, default=75, help="steps of a cycle")
     parser.add_argument("--checkpoint", default="plain_loop.pt", help="file to save to")

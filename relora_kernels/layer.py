@@ -49,7 +49,9 @@ class FusedReLoRaLinear(nn.Linear):
     U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
     ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W, kept in host
     memory, part of the state_dict; None before a merge or a state_dict has asked for it. Casts
-    (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops.
+    (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops. After
+    ``to_empty`` call ``reset_parameters``: a state_dict of the base leaves the factors and the count as they
+    are.
 
     Raises ValueError or TypeError for r < 1, lora_alpha <= 0, a dropout outside [0, 1], an unknown
     rounding or a dtype that is no float.
