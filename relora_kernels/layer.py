@@ -93,6 +93,7 @@ class FusedReLoRaLinear(nn.Linear):
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
         self.weight_residual: torch.Tensor | None = None
         self.residual_loaded = False  # by the last load_state_dict, and not all 0: ranks compare it
+        self.residual_folded = False  # into a W that a cast has widened
         self.unloaded_dtype = self.weight.dtype  # of the nn.Linear that to_linear gives
         self.reset_lora_parameters()
 
@@ -142,7 +143,7 @@ class FusedReLoRaLinear(nn.Linear):
         layer.weight, layer.bias, layer.unloaded_dtype = weight, linear.bias, weight.dtype
         if weight_dtype not in (None, weight.dtype):
             layer.weight = nn.Parameter(weight.detach().to(weight_dtype), requires_grad=False)
-            layer._keep_cast(weight.detach())
+            layer._keep_cast(weight.detach(), layer._keeps_residual and weight.dtype not in _NARROW)
         layer.weight.requires_grad_(False)
         layer.weight.grad = None
         layer.train(linear.training)
@@ -363,29 +364,31 @@ class FusedReLoRaLinear(nn.Linear):
         if (self.weight.dtype, self.lora_A.dtype) != (weight.dtype, lora_dtype):
             self.unloaded_dtype = self.weight.dtype
         if self.weight.dtype != weight.dtype:
-            self._keep_cast(weight)
+            self._keep_cast(weight, self.residual_folded)
         return self
 
-    def _keep_cast(self, before: torch.Tensor) -> None:
-        """W was `before` and has another dtype now: it becomes `before` plus residual, rounded once, and
-        the residual what that drops, where there is one to be kept."""
-        residual, self.weight_residual = self.weight_residual, None
-        if self.weight.is_meta or (residual is None and not self._keeps_residual):
-            return
-        weight, first_row = sharding.local_rows(self.weight.data)
-        wide = torch.promote_types(torch.promote_types(before.dtype, weight.dtype), torch.float32)
-        exact = sharding.local_rows(before)[0].to(wide)
-        if residual is not None:
-            if len(residual) != len(weight):  # made before W was sharded
-                residual = residual[first_row : first_row + len(weight)]
-            exact = exact + residual.to(exact)
-            weight.copy_(exact)
-        if self.weight.dtype in _NARROW:
-            dropped = (exact - weight.to(exact)).masked_fill_(
-                ~weight.isfinite(), 0
-            )  # inf: out of range
-            self.weight_residual = self._host_residual()
-            self.weight_residual.copy_(dropped)
+    def _keep_cast(self, before: torch.Tensor, keep: bool = False) -> None:
+        """W was `before` and may have another dtype now: it becomes `before` plus residual, rounded once,
+        and the residual of a 16-bit W what that drops, if there was one or `keep` says so."""
+        residual, kept = self.weight_residual, None
+        narrow = self.weight.dtype in _NARROW
+        if not self.weight.is_meta and (residual is not None or keep):
+            if narrow:
+                kept = self._host_residual()
+            weight, first_row = sharding.local_rows(self.weight.data)
+            wide = torch.promote_types(
+                torch.promote_types(before.dtype, weight.dtype), torch.float32
+            )
+            exact = sharding.local_rows(before)[0].to(weight.device, wide)
+            if residual is not None:
+                if len(residual) != len(weight):  # made before W was sharded
+                    residual = residual[first_row : first_row + len(weight)]
+                exact = exact + residual.to(exact)
+                weight.copy_(exact)
+            if narrow:  # nothing of what is beyond its range
+                kept.copy_((exact - weight.to(exact)).nan_to_num_(0.0, 0.0, 0.0))
+        self.residual_folded = not narrow and (residual is not None or self.residual_folded)
+        self.weight_residual = kept
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -426,7 +429,7 @@ class FusedReLoRaLinear(nn.Linear):
             residual = residual[first_row : first_row + len(self.weight_residual)]
         self.weight_residual.copy_(residual)
         if self.weight.dtype not in _NARROW:
-            self._keep_cast(self.weight.data)
+            self._keep_cast(self.weight.data)  # no cast, but a residual to go into W
 
     def _warn_of_lost_residual(self, weight, merge_count) -> None:
         """In the same words for every layer, so that it is told once."""

@@ -72,14 +72,14 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     """Swap the targeted nn.Linear modules of `model` for FusedReLoRaLinear, in place; returns `model`.
 
     Their weights are shared, not copied, and frozen, and lose their gradients; everything else
-    (embeddings, norms, head, biases) stays as it is and trains at full rank. Hooks on them, and buffers, submodules and attributes of the
-    user's own, go over to the layers. The config is kept as ``model.relora_config``. Make the optimizer
-    afterwards, from the parameters that require grad.
+    (embeddings, norms, head, biases) stays as it is and trains at full rank. Hooks on them, and
+    buffers, submodules and attributes of the user's own, go over to the layers. The config is kept as
+    ``model.relora_config``. Make the optimizer afterwards, from the parameters that require grad.
 
     Raises ValueError, with nothing changed, if nothing is targeted (the message lists candidates), if
-    the model holds FusedReLoRaLinear modules already or is in DistributedDataParallel, or if a target
-    cannot be wrapped: its weight is shared with another module or computed (weight_norm, a
-    parametrization), its forward replaced.
+    the model holds FusedReLoRaLinear modules already, or if a target cannot be wrapped: its weight is
+    shared with another module or computed (weight_norm, a parametrization), its forward replaced, or it
+    is in DistributedDataParallel.
     """
     config = ReLoRaConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
@@ -97,11 +97,6 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
         raise ValueError(
             "apply_relora: expected a model that holds nn.Linear modules, got an nn.Linear itself; "
             "use FusedReLoRaLinear.from_linear"
-        )
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
-        raise ValueError(
-            "apply_relora: expected a model before DistributedDataParallel, which waits for the gradients "
-            "of the parameters that it was made with, got one in it; apply first, then wrap"
         )
     targets = _targets(model, config)
     _refuse_unfit(model, targets)
@@ -239,7 +234,11 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     if found:
         _warn_left_out(model, config, linears)
         return found
-    others = [f"{len(paths)} {what}" for what, paths in _no_linears(model).items() if paths]
+    others = [
+        f"{len(paths)} {what}"
+        for what, paths in _no_linears(model).items()
+        if paths and what != "3-D parameters"
+    ]
     raise ValueError(
         f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
         f"{config.exclude_modules!r}) to match nn.Linear modules, got none of {len(linears)}; "
@@ -250,23 +249,27 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
 
 def _no_linears(model: nn.Module) -> dict[str, list[str]]:
     """What has weights of linear layers without being an nn.Linear that is called -> paths."""
-    found = {"Conv1D modules": [], "nn.MultiheadAttention": [], "subclasses of nn.Linear": []}
-    found["3-D parameters"] = []
+    conv1d, attentions, subclasses, experts = [], [], [], []
     attention = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for path, m in model.named_modules():
         if type(m).__name__ == "Conv1D":
-            found["Conv1D modules"].append(path)
+            conv1d.append(path)
         elif isinstance(m, nn.MultiheadAttention):
-            found["nn.MultiheadAttention"].append(path)
+            attentions.append(path)
         elif isinstance(m, nn.Linear) and _plain_class(m) is not nn.Linear and m not in attention:
-            found["subclasses of nn.Linear"].append(path)
+            subclasses.append(path)
         if not isinstance(m, nn.modules.conv._ConvNd):
-            found["3-D parameters"] += [
+            experts += [
                 f"{path}.{name}" if path else name
                 for name, p in m.named_parameters(recurse=False)
-                if p.dim() == 3 and len(p) > 1  # experts
+                if p.dim() == 3 and len(p) > 1
             ]
-    return found
+    return {
+        "Conv1D modules": conv1d,
+        "nn.MultiheadAttention modules": attentions,
+        "modules of nn.Linear's subclasses": subclasses,
+        "3-D parameters": experts,
+    }
 
 
 def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn.Linear]) -> None:
@@ -334,7 +337,14 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
+    parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    waited_for = {m for ddp in parallel for m in ddp.modules()}
     for path, linear in targets.items():
+        if linear in waited_for:
+            raise ValueError(
+                f"apply_relora: expected a model before DistributedDataParallel, which waits for the "
+                f"gradients of the weights that it was made with, got {path} in one; apply first, then wrap"
+            )
         for key in ("weight", "bias"):
             value = getattr(linear, key)
             if parametrize.is_parametrized(linear, key) or not (

@@ -58,7 +58,8 @@ def save_adapter(
     state_dict in model.safetensors), and the adapter's config names that folder.
 
     Without it the base must be the one that training started from: no merge yet, nothing trains but
-    lora_A, lora_B and lora_scaling, and no adapter has brought biases or modules_to_save.
+    lora_A, lora_B and lora_scaling, and no adapter loaded into `model` has brought biases or
+    modules_to_save.
 
     A trained scale becomes the layer's lora_alpha. What compensated merges could not store in a 16-bit
     weight is added to a base that was made from float32 (``weight_dtype``), and is left out of a
@@ -168,7 +169,7 @@ def load_adapter(
                 setattr(layer, key, nn.Parameter(value.to(like.device, like.dtype)))
         for name, parameter in parameters.items():
             parameter.copy_(others[name])
-    model.relora_replaced = sorted(parameters)  # of which the base has others: save_adapter asks
+    _unwrapped(model).relora_replaced = sorted(parameters)  # the base has others: save_adapter asks
     return model
 
 

@@ -242,9 +242,9 @@ class ReLoRaSchedule:
 
     Raises ValueError if LoRA parameters that are trained are not the optimizer's or are sharded otherwise
     than by rows, TypeError if its state holds no Adam moments to reset (of an optimizer whose class does
-    not tell, behind its first step) or it is DeepSpeed's. Warns if
-    independent masks meet a restart warm-up under 50 steps, and at a restart of layers whose lora_B is
-    still 0 (nothing has trained them) or with an optimizer that keeps no state.
+    not tell, behind its first step) or it is DeepSpeed's. Warns if independent masks meet a restart
+    warm-up under 50 steps, and at a restart of layers whose lora_B is still 0 (nothing has trained them)
+    or with an optimizer that keeps no state.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class ReLoRaSchedule:
             layer.check_placement()
         self.seed = relora_layers(model)[0][1].seed
         self._place = None  # the ranks' last comparison of step and restart, under way
-        self._seen = False  # the optimizer's state, which there is from its first step on
+        self._seen = reset_mode is None  # the factors' state, which comes with their first step
         self.model, self.optimizer = model, optimizer
         self.reset_mode, self.reset_ratio = reset_mode, reset_ratio
         self.paired, self.reset_step = paired, reset_step
@@ -308,9 +308,10 @@ class ReLoRaSchedule:
     def restart_if_due(self) -> bool:
         """Merge, draw A anew and reset the moments if the learning rate has come to a restart.
 
-        True if it did. Raises as merge_and_reinit and reset_optimizer do, the latter's TypeError as soon as
-        the optimizer has made its state, and RuntimeError where ranks disagree. After an error, an interrupt included, the restart stays due, and the next call does
-        what is left of it: no layer is merged twice. `state_dict` carries that over a resume.
+        True if it did. Raises as merge_and_reinit and reset_optimizer do, the latter as soon as the
+        optimizer has made its state, and RuntimeError where ranks disagree. After an error, an interrupt
+        included, the restart stays due, and the next call does what is left of it: no layer is merged
+        twice. `state_dict` carries that over a resume.
         """
         scheduler = self.lr_scheduler
         due = scheduler.restarts_due(scheduler.last_epoch)
@@ -319,8 +320,7 @@ class ReLoRaSchedule:
             return False
         sharding.reshard(self.model)
         params = list(lora_parameters(self.model))
-        self._states(self.optimizer, params)
-        self._seen = True
+        self._seen = bool(self._states(self.optimizer, params)) or self._seen
         if due <= self.cycle:
             return False
         self._merge()

@@ -216,19 +216,50 @@ def test_widening_the_layer_adds_the_residual_to_the_weight():
     assert torch.equal(layer.weight, exact) and layer.weight_residual is None
 
 
-@pytest.mark.parametrize("casts", [["half"], ["float", "bfloat16"], ["half", "float", "bfloat16"]])
-def test_casts_keep_what_compensated_merges_could_not_store(casts):
+@pytest.mark.parametrize(
+    "casts", [["half"], ["float", "bfloat16"], ["half", "float", "double", "half"]]
+)
+def test_casts_keep_what_compensated_merges_could_not_store(casts, device):
     layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
     layer.merge()
     exact = layer.weight.double() + layer.weight_residual.double()
     for cast in casts:
-        getattr(layer, cast)()
+        layer.to(device, getattr(torch, cast))
+    layer.to("cpu")
     kept = layer.weight.double() + layer.weight_residual.double()
     assert (kept - exact).abs().max() <= 2**-16 * exact.abs().max()
     assert layer.weight_residual.dtype == layer.weight.dtype
     eps = torch.finfo(layer.weight.dtype).eps
     assert ((layer.weight.double() - exact).abs() <= eps / 2 * exact.abs() + 2**-24).all()
     trained(layer).merge()  # goes on
+
+
+def test_a_cast_on_the_way_to_another_device():
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    layer = FusedReLoRaLinear(8, 8, r=2, dtype=torch.bfloat16)
+    layer.merge()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer.half()
+        layer.weight_residual = torch.zeros(8, 8, dtype=torch.bfloat16)
+        before = torch.empty(8, 8, dtype=torch.bfloat16, device="meta")
+        layer._keep_cast(FakeTensor(mode, before, torch.device("cuda:0")))
+    assert layer.weight_residual.dtype == torch.float16
+
+
+def test_a_cast_without_room_for_the_residual_loses_none(monkeypatch):
+    layer = trained(FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16))
+    layer.merge()
+    residual = layer.weight_residual.clone()
+    monkeypatch.setattr(layer, "_host_residual", lambda: torch.empty(2**50))
+    with pytest.raises(RuntimeError):
+        layer.half()
+    assert torch.equal(layer.weight_residual, residual)
+
+
+def test_a_weight_that_no_merge_has_changed_is_cast_as_it_is():
+    layer = FusedReLoRaLinear(32, 16, r=4)
+    assert layer.bfloat16().rounding == "compensated" and layer.weight_residual is None
 
 
 def test_a_weight_that_float16_does_not_hold_leaves_no_nan_behind():

@@ -403,7 +403,7 @@ def test_targets_of_hugging_face_architectures():
 
 def test_a_model_of_nothing_else_is_told_what_it_is_of():
     with pytest.raises(
-        ValueError, match="1 nn.MultiheadAttention, 1 subclasses of nn.Linear are no"
+        ValueError, match="1 nn.MultiheadAttention modules, 1 modules of nn.Linear's"
     ):
         apply_relora(
             nn.Sequential(nn.MultiheadAttention(8, 2), type("Own", (nn.Linear,), {})(8, 8))
@@ -422,8 +422,8 @@ class Experts(nn.Module):
     "config, told",
     [
         ({}, ["2 Conv1D modules stay at full rank (blocks.0.attn.c_attn, blocks.1.attn.c_attn)",
-              "1 nn.MultiheadAttention stay at full rank (blocks.0.attn.heads)",
-              "1 subclasses of nn.Linear stay at full rank (blocks.1.mlp.own)",
+              "1 nn.MultiheadAttention modules stay at full rank (blocks.0.attn.heads)",
+              "1 modules of nn.Linear's subclasses stay at full rank (blocks.1.mlp.own)",
               "1 3-D parameters stay at full rank (blocks.1.mlp.experts.gate_up_proj)"]),
         ({"target_modules": "all-linear", "exclude_modules": "blocks.*"}, []),
         ({"target_modules": ["up_proj", "gate_up_proj", "c_attn"]},

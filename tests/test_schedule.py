@@ -357,7 +357,9 @@ def test_an_optimizer_of_another_state_is_refused_behind_its_first_step():
     model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
     optimizer = OneMoment([p for p in model.parameters() if p.requires_grad])
     schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 1000, 2)
-    assert not schedule.step()  # as behind a skipped step
+    assert not schedule.step()  # behind a skipped step
+    assert not any(optimizer.state[p] for p in optimizer.param_groups[0]["params"])
+    assert not schedule.step()  # behind one that has begun with its state
     model(torch.randn(4, 8)).square().mean().backward()
     optimizer.step()
     with pytest.raises(TypeError, match="no 'exp_avg_sq' .*from OneMoment"):

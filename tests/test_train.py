@@ -334,6 +334,25 @@ def test_callback_wants_the_schedules_optimizer(relora, tmp_path):
             trainer.train()
 
 
+def test_callback_takes_a_wrapped_optimizer(relora, tmp_path):
+    model, optimizer, schedule = relora
+
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self):
+            super().__init__(optimizer.param_groups, optimizer.defaults)
+            self.optimizer, self.state = optimizer, optimizer.state
+            self.param_groups = optimizer.param_groups
+
+        def step(self, closure=None):
+            optimizer.step()
+
+    wrapping = Wrapping()
+    schedule = ReLoRaSchedule(model, wrapping, cosine_with_warmup(1, 8), 2, 1)
+    pair = (wrapping, schedule.lr_scheduler)
+    tiny_trainer(tmp_path, model, pair, [ReLoRaCallback(schedule)], steps=3).train()
+    assert schedule.cycle == 1 and optimizer.state
+
+
 def test_callback_restarts_in_another_trainer(relora, tmp_path):
     model, optimizer, schedule = relora
     pair = (optimizer, schedule.lr_scheduler)

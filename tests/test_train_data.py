@@ -68,12 +68,21 @@ def test_a_run_among_its_texts_reads_none_of_its_files(pattern, tmp_path):
     (run.parent / "runaway").write_text("b")
     (run / "metrics.jsonl").write_text("no text")
     (run / "final" / "model.safetensors").write_bytes(b"\xff")
-    assert sorted(data._read([str(run.parent / pattern)], str(run))) == ["a", "b"]
-    # What is named within it is meant, and so is a folder that is all of it.
-    assert data._read([str(run / "metrics.jsonl")], str(run)) == ["no text"]
-    (run / "final" / "model.safetensors").unlink()
-    assert data._read([str(run)], str(run)) == ["no text"]
-    with pytest.raises(ValueError, match="expected text files at .*final', got none"):
+    (run.parent / "loop").symlink_to("loop")
+    (run.parent / "empty").mkdir()
+    patterns = [
+        str(run.parent / pattern),
+        str(run.parent / "empty"),
+        str(run),
+    ]  # as a shell gives them
+    assert sorted(data._read(patterns, str(run))) == ["a", "b"]
+    elsewhere = tmp_path / "elsewhere"
+    run.rename(elsewhere)
+    run.symlink_to(elsewhere)
+    assert sorted(data._read(patterns, str(run))) == ["a", "b"]
+    with pytest.raises(
+        ValueError, match="text files outside of --output_dir at .*final', got none"
+    ):
         data._read([str(run / "final")], str(run))
 
 

@@ -100,7 +100,8 @@ class DataArgs:
     _argument_group_name = "data (default: the sources of this Python's standard library)"
 
     train_files: list[str] | None = _option(
-        None, "Your own UTF-8 text: files, folders (all files below) or quoted glob patterns."
+        None,
+        "Your own UTF-8 text: files, folders (all files below but output_dir's) or quoted glob patterns.",
     )
     validation_files: list[str] | None = _option(
         None, "Held-out text. Unset: five per cent of the documents, chosen by their hash."

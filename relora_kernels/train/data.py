@@ -119,27 +119,24 @@ def _standard_library() -> list[str]:
 
 
 def _read(patterns: list[str], output: str) -> list[str]:
-    """But for what a run whose `output` lies among its texts has written itself."""
+    """Texts by path or pattern, in order, without those below `output`, which a run writes itself."""
     paths: dict[Path, None] = {}  # a set that keeps its order
     for pattern in patterns:
         named = Path(pattern)  # brackets may be part of a name
         found = [named] if named.exists() else glob.glob(pattern, recursive=True)
-        below = [
-            path
-            for match in map(Path, sorted(found))
-            for path in (sorted(match.rglob("*")) if match.is_dir() else [match])
-        ]
-        folder = named
-        while not folder.is_dir() and folder != folder.parent:  # of a pattern, where it begins
-            folder = folder.parent
-        written = Path(output).resolve()
-        if written != folder.resolve() and written.is_relative_to(folder.resolve()):
-            below = [path for path in below if not path.resolve().is_relative_to(written)]
-        files = [path for path in below if path.is_file()]
-        if not files:
+        matches = [Path(p) for p in sorted(found)]
+        if not matches:
             raise ValueError(f"expected text files at {pattern!r}, got none")
-        paths |= dict.fromkeys(files)
-    return [_read_text(path) for path in paths]
+        for match in matches:
+            below = sorted(match.rglob("*")) if match.is_dir() else [match]
+            paths |= dict.fromkeys(p for p in below if p.is_file())
+    written = Path(output).resolve()
+    texts = [path for path in paths if not path.resolve().is_relative_to(written)]
+    if not texts:
+        raise ValueError(
+            f"expected text files outside of --output_dir at {', '.join(map(repr, patterns))}, got none"
+        )
+    return [_read_text(path) for path in texts]
 
 
 def _read_text(path: Path) -> str:
