@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from relora_kernels import ranks, sharding
-from relora_kernels.model import lora_parameters, merge_and_reinit, relora_layers
+from relora_kernels.model import lora_parameters, merge_and_reinit, plain_path, relora_layers
 from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, keeper, own_states, reset_optimizer
 from relora_kernels.reference import philox
@@ -341,6 +341,10 @@ class ReLoRaSchedule:
     def _merge(self) -> None:
         """Every layer that this restart has not merged yet."""
         layers, scheduler = dict(relora_layers(self.model)), self.lr_scheduler
+        if len({plain_path(path) for path in layers}) == len(
+            layers
+        ):  # a resumed run may wrap otherwise
+            layers = {plain_path(path): layer for path, layer in layers.items()}
         counts = {path: int(layer.merge_count) for path, layer in layers.items()}
         before = scheduler.restarting or {}
         merged = {path for path in counts if counts[path] == before.get(path, -2) + 1}

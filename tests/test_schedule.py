@@ -470,7 +470,7 @@ def fail_at(patch, place, error):
     reset = schedule_module.reset_optimizer
 
     def merge_one_layer(model):
-        model[0].merge()
+        next(m for m in model.modules() if isinstance(m, FusedReLoRaLinear)).merge()
         raise error
 
     def fail_without_reset(*args, **kwargs):
@@ -532,6 +532,27 @@ def test_a_restart_cut_short_is_completed_and_never_repeated_case39(
             schedule.step()
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected.state_dict()[key]), key
+
+
+def test_a_restart_cut_short_is_completed_without_the_wrapper_that_it_began_in(monkeypatch):
+    class Wrapper(torch.nn.Module):  # as DistributedDataParallel
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+    model, schedule, optimizer, _ = small_run(model=Wrapper(three_layers()), steps=3, total=100)
+    schedule.lr_scheduler.step()
+    with monkeypatch.context() as patch:
+        fail_at(patch, "between two merges", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            schedule.restart_if_due()
+    state = {"schedule": schedule.state_dict(), "optimizer": optimizer.state_dict()}
+    model, schedule, _, _ = small_run(model=model.module, steps=0, total=100, state=state)
+    assert schedule.restart_if_due()
+    assert [int(layer.merge_count) for layer in model] == [1, 1, 1]
 
 
 def test_the_mark_of_another_course_is_not_believed():

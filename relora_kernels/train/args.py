@@ -405,9 +405,9 @@ def _problems(args: Args) -> list[str]:
     if found:
         return found
     expect(args.warm_start_steps <= args.steps, "warm_start_steps <= steps", args.warm_start_steps)
-    for phase in filter(None, (args.warm_start_steps and args.steps, args.relora_steps)):
+    for phase in (args.warm_start_steps and args.steps, args.relora_steps):
         expect(
-            args.warmup_steps < phase,
+            args.warmup_steps < phase or phase <= 0,
             f"warmup_steps < {phase}, the length of its schedule",
             args.warmup_steps,
         )

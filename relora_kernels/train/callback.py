@@ -27,6 +27,9 @@ class ReLoRaCallback(TrainerCallback):
     then logging, evaluation and checkpoint. So a checkpoint never lies between a boundary's
     learning rate and its merge.
 
+    With FSDP2 leave cpu_ram_efficient_loading off: Accelerate (1.15) takes no persistent buffer through it,
+    as merge_count is, and no residual.
+
     When training begins it raises TypeError under DeepSpeed and ValueError under the first version of
     FSDP, whose flat copies of the parameters a merge cannot reach, and ValueError if the Trainer steps
     another optimizer or scheduler than the schedule's.
