@@ -376,9 +376,8 @@ class FusedReLoRaLinear(nn.Linear):
             if narrow:
                 kept = self._host_residual()
             weight, first_row = sharding.local_rows(self.weight.data)
-            wide = torch.promote_types(
-                torch.promote_types(before.dtype, weight.dtype), torch.float32
-            )
+            wide = torch.promote_types(before.dtype, weight.dtype)
+            wide = torch.promote_types(wide, torch.float32)
             exact = sharding.local_rows(before)[0].to(weight.device, wide)
             if residual is not None:
                 if len(residual) != len(weight):  # made before W was sharded

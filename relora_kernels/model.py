@@ -234,11 +234,7 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     if found:
         _warn_left_out(model, config, linears)
         return found
-    others = [
-        f"{len(paths)} {what}"
-        for what, paths in _no_linears(model).items()
-        if paths and what != "3-D parameters"
-    ]
+    others = [f"{len(paths)} {what}" for what, paths in _no_linears(model).items() if paths]
     raise ValueError(
         f"apply_relora: expected target_modules={config.target_modules!r} (exclude_modules="
         f"{config.exclude_modules!r}) to match nn.Linear modules, got none of {len(linears)}; "
@@ -248,8 +244,8 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
 
 
 def _no_linears(model: nn.Module) -> dict[str, list[str]]:
-    """What has weights of linear layers without being an nn.Linear that is called -> paths."""
-    conv1d, attentions, subclasses, experts = [], [], [], []
+    """Kinds of modules that hold linear layers without being an nn.Linear that is called -> paths."""
+    conv1d, attentions, subclasses = [], [], []
     attention = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for path, m in model.named_modules():
         if type(m).__name__ == "Conv1D":
@@ -258,17 +254,10 @@ def _no_linears(model: nn.Module) -> dict[str, list[str]]:
             attentions.append(path)
         elif isinstance(m, nn.Linear) and _plain_class(m) is not nn.Linear and m not in attention:
             subclasses.append(path)
-        if not isinstance(m, nn.modules.conv._ConvNd):
-            experts += [
-                f"{path}.{name}" if path else name
-                for name, p in m.named_parameters(recurse=False)
-                if p.dim() == 3 and len(p) > 1
-            ]
     return {
         "Conv1D modules": conv1d,
         "nn.MultiheadAttention modules": attentions,
         "modules of nn.Linear's subclasses": subclasses,
-        "3-D parameters": experts,
     }
 
 
@@ -280,7 +269,14 @@ def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn
     if targets is None or targets == "all-linear":
         heads = _output_heads(model)
         heads = {path for path, m in model.named_modules() if m in heads}
-        for what, paths in _no_linears(model).items():
+        experts = [
+            f"{path}.{name}" if path else name
+            for path, m in model.named_modules()
+            if not isinstance(m, nn.modules.conv._ConvNd)
+            for name, p in m.named_parameters(recurse=False)
+            if p.dim() == 3 and len(p) > 1
+        ]
+        for what, paths in {**_no_linears(model), "3-D parameters": experts}.items():
             paths = [path for path in paths if _is_target(path, path in heads, config)]
             if paths:
                 left.append(f"{len(paths)} {what} stay at full rank ({checks.some(paths)})")

@@ -156,9 +156,9 @@ def keeper(optimizer):
     # Not of one that keeps something itself (Lookahead's slow weights), which a merge would leave behind.
     own = getattr(optimizer, "state", None)
     if isinstance(inner, torch.optim.Optimizer) and (not own or own is inner.state):
-        optimizer = inner
+        return keeper(inner)
     inner = getattr(optimizer, "optim", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return keeper(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def _refuse_other_state(optimizer, state, key: str) -> None:

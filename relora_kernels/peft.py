@@ -198,14 +198,10 @@ def _refuse_to_lose_the_base(model, layers) -> None:
         got = f"{len(trained)} other parameters that train ({trained[0]}, ...)"
     else:
         return
+    as_in_base = ", or call requires_grad_(False) on what is as in the base"
     raise ValueError(
         f"save_adapter: expected the base to be the one that training started from, got {got}; give "
-        f"base_folder to write the base too"
-        + (
-            ""
-            if merges or replaced
-            else ", or call requires_grad_(False) on what is as in the base"
-        )
+        f"base_folder to write the base too{'' if merges or replaced else as_in_base}"
     )
 
 

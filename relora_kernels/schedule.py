@@ -341,10 +341,9 @@ class ReLoRaSchedule:
     def _merge(self) -> None:
         """Every layer that this restart has not merged yet."""
         layers, scheduler = dict(relora_layers(self.model)), self.lr_scheduler
-        if len({plain_path(path) for path in layers}) == len(
-            layers
-        ):  # a resumed run may wrap otherwise
-            layers = {plain_path(path): layer for path, layer in layers.items()}
+        plain = {plain_path(path): layer for path, layer in layers.items()}
+        if len(plain) == len(layers):
+            layers = plain  # a resumed run may be in other wrappers
         counts = {path: int(layer.merge_count) for path, layer in layers.items()}
         before = scheduler.restarting or {}
         merged = {path for path in counts if counts[path] == before.get(path, -2) + 1}

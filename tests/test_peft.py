@@ -130,9 +130,7 @@ def test_a_peft_checkpoint_loads_with_difference_0_and_goes_back(kwargs, tmp_pat
         assert torch.equal(module.lora_B["default"].weight, layer.lora_B)
         assert module.scaling["default"] == layer.scaling and layer.r == len(layer.lora_A)
     as_good_as_each_other(logits(model), logits(theirs), logits(copy.deepcopy(model).double()))
-    model.requires_grad_(
-        False
-    )  # nothing else trains, but the adapter may have brought other parameters
+    model.requires_grad_(False)  # so that what the adapter has brought matters alone
     if kwargs.keys() & {"modules_to_save", "bias"}:
         with pytest.raises(
             ValueError, match="parameters that load_adapter replaced .*; give base_folder"

@@ -270,15 +270,21 @@ def test_autocast_is_what_the_settings_say(text, tmp_path, monkeypatch, finished
     """Not what accelerate launch --mixed_precision has put into the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     options = {"steps": 2, "warm_start_steps": 0, "warmup_steps": 1}
-    with monkeypatch.context() as patch:  # and a terminal that cannot show the sample
-        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-        patch.setattr(cli.report, "sample_text", lambda *_: "\N{SNOWMAN}")
-        assert cli.main(flags(text, tmp_path / "a", **options)) == 0
-        sys.stdout.flush()
-        assert b"\\u2603" in sys.stdout.buffer.getvalue()
+    assert cli.main(flags(text, tmp_path / "a", **options)) == 0
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert cli.main(flags(text, tmp_path / "b", **options)) == 0
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_a_sample_that_the_terminal_cannot_show_ends_no_run(text, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(cli.report, "sample_text", lambda *_: "\N{SNOWMAN}")
+    options = {"steps": 2, "warm_start_steps": 0, "warmup_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert cli.main(flags(text, tmp_path / "out", **options)) == 0
+    terminal.flush()
+    assert b"\\u2603" in terminal.buffer.getvalue()
 
 
 # --- callbacks in anybody's Trainer --------------------------------------------------------------

@@ -70,11 +70,8 @@ def test_a_run_among_its_texts_reads_none_of_its_files(pattern, tmp_path):
     (run / "final" / "model.safetensors").write_bytes(b"\xff")
     (run.parent / "loop").symlink_to("loop")
     (run.parent / "empty").mkdir()
-    patterns = [
-        str(run.parent / pattern),
-        str(run.parent / "empty"),
-        str(run),
-    ]  # as a shell gives them
+    # The last two as a shell gives them for notes/*.
+    patterns = [str(path) for path in (run.parent / pattern, run.parent / "empty", run)]
     assert sorted(data._read(patterns, str(run))) == ["a", "b"]
     elsewhere = tmp_path / "elsewhere"
     run.rename(elsewhere)

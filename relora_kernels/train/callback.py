@@ -58,23 +58,16 @@ class ReLoRaCallback(TrainerCallback):
                 "ReLoRaCallback: expected the Trainer to step schedule.lr_scheduler, got "
                 f"{type(lr_scheduler).__name__}: pass optimizers=(optimizer, schedule.lr_scheduler)"
             )
-        if optimizer is not None and _inner(optimizer) is not _inner(self.schedule.optimizer):
+        if optimizer is not None and keeper(optimizer) is not keeper(self.schedule.optimizer):
             raise ValueError(
                 "ReLoRaCallback: expected the Trainer to step schedule.optimizer, whose moments are reset "
-                f"and whose rate restarts, got another {type(_inner(optimizer)).__name__}: pass "
+                f"and whose rate restarts, got another {type(keeper(optimizer)).__name__}: pass "
                 "optimizers=(optimizer, schedule.lr_scheduler)"
             )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.schedule.restart_if_due():
             logger.info("step %d: merged, cycle %d begins", state.global_step, self.schedule.cycle)
-
-
-def _inner(optimizer):
-    """Without any wrapper: the Trainer puts accelerate's around what it was given."""
-    while keeper(optimizer) is not optimizer:
-        optimizer = keeper(optimizer)
-    return optimizer
 
 
 class SkipNonFiniteCallback(TrainerCallback):
