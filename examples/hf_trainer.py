@@ -1,4 +1,4 @@
-"""A causal language model trained with Hugging Face's Trainer; ReLoRA is the three lines marked [ReLoRA].
+"""A causal language model trained with Hugging Face's Trainer; ReLoRA is three statements, marked [ReLoRA].
 
     python examples/hf_trainer.py --train_file notes.txt --output_dir run --max_steps 400
 
@@ -111,7 +111,9 @@ def main() -> None:
     if steps < 1:
         raise SystemExit(f"expected --max_steps >= 1, by which restarts are counted, got {steps}")
     cosine = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
-    schedule = ReLoRaSchedule(model, optimizer, cosine, every, every // 5, steps)  # [ReLoRA]
+    schedule = ReLoRaSchedule(  # [ReLoRA]
+        model, optimizer, cosine, every, every // 5, total_steps=steps
+    )
     trainer = Trainer(
         model=model,
         args=training,

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ try:
 except ImportError as error:
     raise ImportError("relora_kernels.peft needs safetensors: pip install safetensors") from error
 
-from relora_kernels import sharding
+from relora_kernels import files, sharding
 from relora_kernels.layer import FusedReLoRaLinear
 from relora_kernels.model import ReLoRaConfig, apply_relora, plain_path, relora_layers
 from relora_kernels.ops import checks
@@ -371,25 +372,21 @@ def _refuse(folder: Path, expected: str, got) -> None:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when complete and on disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    prefix = f".{folder.name}.unfinished-"
+    for path in folder.parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path)  # of a process that was killed
+    temporary = folder.with_name(prefix + uuid.uuid4().hex[:8])
     temporary.mkdir()
     try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        temporary.rename(folder)  # refused by the system where files have come to lie there
-        _sync(folder.parent)
+        with files.disk_errors():
+            yield temporary
+            files.sync(*temporary.rglob("*"), temporary)
+            temporary.rename(folder)  # refused by the system where files have come to lie there
+            files.sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -557,19 +557,23 @@ class Prune(Problem):
 
 
 class PruneOperands:
-    """Pruned tensors are mostly ties at zero: `restore` brings the fresh ones back before each call."""
+    """Pruned tensors are mostly ties at zero: `restore` brings the fresh ones back before each call.
+
+    Partners are drawn apart from the tensors: a kernel that masked them by their own magnitudes shows.
+    """
 
     def __init__(self, problem: Prune, device: torch.device):
         dtype = getattr(torch, problem.dtype)
         self.ratio = problem.ratio
-        self.fresh = [torch.randn(n, device=device).to(dtype) for n in problem.sizes]
-        self.tensors = [t.clone() for t in self.fresh]
-        self.partners = [t.square() for t in self.fresh] if problem.paired else []
+        lists = 2 if problem.paired else 1
+        self.fresh = [
+            torch.randn(n, device=device).to(dtype) for _ in range(lists) for n in problem.sizes
+        ]
+        copies = [t.clone() for t in self.fresh]
+        self.tensors, self.partners = copies[: len(problem.sizes)], copies[len(problem.sizes) :]
 
     def restore(self) -> None:
-        torch._foreach_copy_(self.tensors, self.fresh)
-        if self.partners:
-            torch._foreach_copy_(self.partners, self.fresh)
+        torch._foreach_copy_([*self.tensors, *self.partners], self.fresh)
 
 
 def _our_prune(name: str) -> Row:

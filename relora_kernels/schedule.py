@@ -72,6 +72,7 @@ class JaggedLR(LRScheduler):
         base_schedule: Callable[[int], float] | LRScheduler,
         restart_every: int,
         restart_warmup_steps: int,
+        *,
         anneal_steps: int = 0,
         total_steps: int | None = None,
     ) -> None:
@@ -254,8 +255,9 @@ class ReLoRaSchedule:
         base_schedule: Callable[[int], float] | LRScheduler,
         restart_every: int,
         restart_warmup_steps: int,
-        total_steps: int | None = None,
+        *,
         anneal_steps: int = 0,
+        total_steps: int | None = None,
         reset_mode: str | None = "magnitude",
         reset_ratio: float = 0.9,
         paired: bool = True,
@@ -289,7 +291,12 @@ class ReLoRaSchedule:
         self.reset_mode, self.reset_ratio = reset_mode, reset_ratio
         self.paired, self.reset_step = paired, reset_step
         self.lr_scheduler = JaggedLR(
-            optimizer, base_schedule, restart_every, restart_warmup_steps, anneal_steps, total_steps
+            optimizer,
+            base_schedule,
+            restart_every,
+            restart_warmup_steps,
+            anneal_steps=anneal_steps,
+            total_steps=total_steps,
         )
 
     @property

@@ -19,14 +19,15 @@ import torch
 import train_runs
 from train_runs import digest, rows_to_compare
 
-from relora_kernels import FusedReLoRaLinear, schedule
+from relora_kernels import files, schedule
+from relora_kernels.reference import merge
 from relora_kernels.train import checkpoint, cli
 
 # Steps; the two halves of a restart and the merge of one layer; between the phases; the export; files.
 WATCHED = [
     (torch.optim.AdamW, "step"),
     (schedule, "merge_and_reinit"),
-    (FusedReLoRaLinear, "reset_lora_parameters"),
+    (merge, "merge_"),
     (schedule, "reset_optimizer"),
     (cli, "apply_relora"),
     (cli, "merge_and_unload"),
@@ -37,7 +38,7 @@ WATCHED = [
     (os, "fsync"),
     (os, "rename"),
     (checkpoint.shutil, "rmtree"),
-    (cli, "write_text"),
+    (files, "write_text"),
 ]
 
 

@@ -24,7 +24,7 @@ import report  # noqa: E402
 import sanitizer_program  # noqa: E402
 import train_step  # noqa: E402
 
-from relora_kernels import current_backend, measure, problems  # noqa: E402
+from relora_kernels import current_backend, measure, problems, prune_  # noqa: E402
 
 CPU = torch.device("cpu")
 H200 = {
@@ -113,6 +113,15 @@ def test_another_ratio_is_a_prune_of_its_own_and_no_evidence():
     assert other.evidence_class(other.prepare(CPU)) is None
     assert measure.run(other, other.ours()["ours reference"], CPU, seconds=0.0)["status"] == "ok"
     assert sum(getattr(p, "ratio", 0.9) != 0.9 for p in common.by_worth(gpu=True)) == 1
+
+
+def test_partners_pruned_by_their_own_magnitudes_are_wrong():
+    def make(o):
+        return lambda: prune_(o.tensors + o.partners, o.ratio)
+
+    problem = problems.Prune((1000,), paired=True)
+    with pytest.raises(measure.Wrong, match="tensor 1: .* differ"):
+        problem.check(measure.Row(make), problem.prepare(CPU))
 
 
 def test_the_main_loop_has_a_row_for_each_CLUSTER():

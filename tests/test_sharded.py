@@ -1,4 +1,4 @@
-"""ReLoRA under FSDP2 equals the single process: merge, draw of A, optimizer reset (fault 8, fault 7)."""
+"""ReLoRA under FSDP2 equals the single process: merge, draw of A, optimizer reset."""
 
 import os
 import subprocess

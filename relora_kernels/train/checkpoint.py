@@ -14,7 +14,6 @@ process killed at any point leaves the earlier one. It is valid if every file is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -29,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from relora_kernels import sharding
+from relora_kernels import files, sharding
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -57,40 +56,26 @@ def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
     _delete_unfinished(folder.parent)
     try:
         temporary.mkdir(parents=True)
-        with disk_errors():
+        with files.disk_errors():
             fill(temporary)
-        files = {}
+        measured = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            files[path.relative_to(temporary).as_posix()] = _measure(path)
-            sync(path)
-        manifest = {"format": _FORMAT, "files": files, "facts": facts}
-        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(*(p for p in temporary.rglob("*") if p.is_dir()), temporary)
+            measured[path.relative_to(temporary).as_posix()] = _measure(path)
+        manifest = {"format": _FORMAT, "files": measured, "facts": facts}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        files.sync(*temporary.rglob("*"), temporary)
         if folder.exists():  # of the same step: damaged, or of an earlier run
             os.rename(folder, old)
         os.rename(temporary, folder)
-        sync(folder.parent, folder.parent.parent)  # where the first checkpoint has made a folder
+        files.sync(
+            folder.parent, folder.parent.parent
+        )  # where the first checkpoint has made a folder
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
             os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """A full disk as OSError: safetensors and tokenizers, in Rust, raise exceptions of their own."""
-    try:
-        yield
-    except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if isinstance(error, OSError) or not found:
-            raise
-        raise OSError(int(found[1]), str(error)) from error
 
 
 def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None:
@@ -112,8 +97,7 @@ def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None
 def problem(folder: Path, hashes: bool = True) -> str | None:
     """What makes a checkpoint invalid, or None. Reads every file, unless `hashes` is False."""
     try:
-        files = read_manifest(folder)["files"]
-        for name, (size, sha256) in files.items():
+        for name, (size, sha256) in read_manifest(folder)["files"].items():
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -181,16 +165,6 @@ def _measure(path: Path) -> list:
         while block := file.read(1 << 22):
             digest.update(block)
     return [path.stat().st_size, digest.hexdigest()]
-
-
-def sync(*paths: Path) -> None:
-    """Files and folders, onto the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # --- what a resumed run must match --------------------------------------------------------------------

@@ -36,6 +36,7 @@ from relora_kernels import (
     ReLoRaSchedule,
     apply_relora,
     cosine_with_warmup,
+    files,
     lora_parameters,
     merge_and_reinit,
     merge_and_unload,
@@ -52,7 +53,7 @@ from .callback import ReLoRaCallback, SkipNonFiniteCallback, StopOnSignalCallbac
 from .data import Blocks, load_corpus, load_tokenizer, training_blocks
 from .diagnostics import DiagnosticCallback
 from .metrics import MetricsCallback, Progress, json_lines, tensorboard
-from .output import RunFolder, write_json_lines, write_text
+from .output import RunFolder, write_json_lines
 from .spectrum import SpectrumCallback, figures, measure
 from .trainer import ReLoRaTrainer
 
@@ -83,7 +84,7 @@ def _train(args: Args, folder: RunFolder) -> int:
         return 1
     try:
         if is_main_process():
-            with checkpoint.disk_errors():
+            with files.disk_errors():
                 run.finish(model)
     except OSError as error:
         print(
@@ -222,8 +223,8 @@ class Run:
                 )
         elif is_main_process():
             self.folder.create()
-            write_text(self.folder.corpus, json.dumps(self.corpus, indent=2) + "\n")
-            write_text(self.folder.config, self.args.to_yaml())
+            files.write_text(self.folder.corpus, json.dumps(self.corpus, indent=2) + "\n")
+            files.write_text(self.folder.config, self.args.to_yaml())
         state.wait_for_everyone()
         self.resumed = self._find_checkpoints() if self.args.resume else {}
 
@@ -463,7 +464,7 @@ class Run:
             "sample": sample,
         }
         report.plot_metrics(rows, folder.plots, spectrum)
-        write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
+        files.write_text(folder.summary, json.dumps(summary, indent=2) + "\n")
         print(f"\n{report.table(summary)}\n\nsample\n{summary['sample'] or '-'}\n")
         print(f"written to {folder.root}")
 
@@ -473,11 +474,11 @@ class Run:
         shutil.rmtree(temporary, ignore_errors=True)  # of a process killed here
         model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
-        checkpoint.sync(*temporary.rglob("*"), temporary)
+        files.sync(*temporary.rglob("*"), temporary)
         if self.folder.final.exists():
             shutil.rmtree(self.folder.final)
         temporary.rename(self.folder.final)
-        checkpoint.sync(self.folder.root)
+        files.sync(self.folder.root)
 
 
 def _adamw(model, learning_rate: float) -> torch.optim.AdamW:

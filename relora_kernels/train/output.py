@@ -3,10 +3,11 @@
 import contextlib
 import fcntl
 import json
-import os
 from pathlib import Path
 
 import yaml
+
+from relora_kernels import files
 
 from . import checkpoint
 from .args import CONFIG_FILE, FIELDS
@@ -91,7 +92,7 @@ class RunFolder:
 
     def _holds_nothing(self) -> bool:
         """But what a run that was killed at its start may have left."""
-        left = {self.lock_file, _temporary(self.corpus)}
+        left = {self.lock_file, files.temporary(self.corpus)}
         return left.issuperset(self.root.iterdir())
 
     def _is_a_run(self) -> bool:
@@ -169,22 +170,4 @@ _LATER = ("relora", "warm_start")  # a row of ReLoRA, when the warm start is bei
 
 
 def write_json_lines(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees a half-written file."""
-    temporary = _temporary(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -6,20 +6,17 @@ directions: W_end - W_start, measured here layer by layer and shown per projecti
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from relora_kernels import ReLoRaSchedule, sharding
+from relora_kernels import ReLoRaSchedule, files, sharding
 from relora_kernels.layer import FusedReLoRaLinear
 from relora_kernels.model import plain_path, relora_layers
-
-from .output import write_text
 
 START, CYCLE, VALUES = "start.safetensors", "first_cycle.safetensors", "singular_values.json"
 
@@ -68,15 +65,11 @@ class SpectrumCallback(TrainerCallback):
         }
         if not writes:
             return
-        path = self.folder / name
-        temporary = path.with_name(path.name + ".tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"layers": str(len(layers))})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+            with files.disk_errors(), files.replacing(self.folder / name) as path:
+                save_file(tensors, path, {"layers": str(len(layers))})
+        except OSError as error:
             logger.warning("no plot of singular values, training goes on: %r", error)
 
 
@@ -125,7 +118,7 @@ def measure(model: nn.Module, folder: Path) -> dict | None:
                 }
             )
     spectrum = {"r": r, "layers": layers, "measured": measured}
-    write_text(folder / VALUES, json.dumps(spectrum) + "\n")
+    files.write_text(folder / VALUES, json.dumps(spectrum) + "\n")
     return spectrum
 
 
