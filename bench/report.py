@@ -1,8 +1,9 @@
-"""python bench/report.py RESULTS.json [--output FOLDER] [--readme README.md]
+"""python bench/report.py RESULTS.json ... [--output FOLDER] [--readme README.md]
 
 Reads what `pytest bench/ --benchmark-only --benchmark-json=RESULTS.json` or bench/gpu_check.py wrote; prints
 the ratio table and the bars that the project sets itself, in Markdown; draws roofline.png, speedup.png and
-memory.png into FOLDER. --readme rewrites what stands between `<!-- figures -->` and `<!-- /figures -->`.
+memory.png into FOLDER, from the last file. --readme writes our times beside those of the usual code between
+`<!-- figures -->` and `<!-- /figures -->`; a problem that several files hold is taken from the last of them.
 """
 
 from __future__ import annotations
@@ -540,22 +541,29 @@ def _memory(plt, results: Results):
 # ---- README and command ---------------------------------------------------------------------------
 
 
-def rewrite(readme: Path, results: Results) -> None:
+def rewrite(readme: Path, files: list[Results]) -> None:
     """Put the figures between the marks. Raises ValueError for a CPU's figures or a page without marks."""
-    if not results.on_gpu:
-        raise ValueError(
-            f"expected a GPU's results for {readme.name}, got {results.machine['device']}'s"
-        )
+    for results in files:
+        if not results.on_gpu:
+            raise ValueError(
+                f"expected a GPU's results for {readme.name}, got {results.machine['device']}'s"
+            )
     text = readme.read_text(encoding="utf-8")
     if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
         raise ValueError(f"expected {MARKS[0]} and {MARKS[1]} in {readme}, once each")
     before, _, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    readme.write_text(f"{before}{MARKS[0]}\n{figures(results)}{MARKS[1]}{after}", encoding="utf-8")
+    later, parts = set(), []
+    for results in reversed(files):
+        rows = [row for row in results.rows if row["group"] not in later]
+        later |= {row["group"] for row in rows}
+        parts.insert(0, figures(dataclasses.replace(results, rows=rows)))
+    text = f"{before}{MARKS[0]}\n{''.join(parts)}{MARKS[1]}{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 def figures(results: Results) -> str:
-    """What the README shows: forward + backward by shape over the peers, the bars, and the source."""
+    """What the README shows of a file: where the figures come from, and our times beside the usual code's."""
     found = _products_by_shape(results)
     parts = [f"Measured on {results.source}.\n"]
     if found:
@@ -567,9 +575,35 @@ def figures(results: Results) -> str:
             f"|---|---|--:|{'--:|' * len(columns)}\n"
             + "".join(_shape_line(s, m, columns) for s, m in found["shapes"].items() if ours(m))
         )
-    parts += [part for part in (train_table(results.rows),) if part]
-    parts.append(bars_table([bar for bar in bars(results) if bar.met is not None]))
+    parts += [table for table in (_memory_table(results.rows), train_table(results.rows)) if table]
     return "\n" + "\n".join(parts) + "\n"
+
+
+def _memory_table(rows: list[dict]) -> str:
+    """Merges and prunes: our fastest backend, a copy of the tensors, and the usual code."""
+    lines = [
+        "| operation | backend | ms | copy of the tensors, ms | usual code | its ms | times faster |",
+        "|---|---|--:|--:|---|--:|--:|",
+    ]
+    for group, members in groups(rows).items():
+        problem = next(iter(members.values())).get("problem", {})
+        if problem.get("kind") not in ("Merge", "Prune") or problem.get("by") or not ours(members):
+            continue
+        row = best(ours(members))
+        usual = next((name for name in EAGER if name in members), None)
+        if usual is None and len(problem.get("shapes", [])) == 1:
+            continue  # other roundings of single weights: in the whole table
+        cells = [group, row["row"].removeprefix("ours "), _ms(row["median_s"])]
+        cells += [_ms(row["baseline_s"]), usual or "", "", ""]
+        if usual is not None:
+            cells[-2] = _ms(members[usual]["median_s"])
+            cells[-1] = f"{relative(members[usual]) / relative(row):.1f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
 
 
 def _shape_line(shape: str, members: dict, columns: list[str]) -> str:
@@ -587,24 +621,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, help="folder for the plots; none are drawn without")
     parser.add_argument("--readme", type=Path, help="page whose figures to rewrite")
     args = parser.parse_args(arguments)
     try:
-        results = load(args.results)
-        with whole(args.results):
-            tables = (
-                f"{results.source}\n\n{ratio_table(results.rows)}",
-                train_table(results.rows),
-                bars_table(bars(results)),
-            )
-            print(*tables, sep="\n")
+        files = [load(path) for path in args.results]
+        for path, results in zip(args.results, files):
+            with whole(path):
+                tables = (
+                    f"{results.source}\n\n{ratio_table(results.rows)}",
+                    train_table(results.rows),
+                    bars_table(bars(results)),
+                )
+                print(*tables, sep="\n")
+        with whole(args.results[-1]):
             if args.output:
-                for path in draw(results, args.output):
+                for path in draw(files[-1], args.output):
                     print(path)
             if args.readme:
-                rewrite(args.readme, results)
+                rewrite(args.readme, files)
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1

@@ -651,12 +651,29 @@ class TestReport:
         text = readme.read_text()
         assert text.startswith("before\n<!-- figures -->\n") and text.endswith("-->\nafter\n")
         assert "old" not in text and "NVIDIA H200" in text and "| 4096, 4096 | triton |" in text
+        merges = [line for line in text.splitlines() if line.startswith("| merge ")]
+        assert any("168 weights" in line and "| eager merge |" in line for line in merges)
+        assert not any("stochastic 4096" in line for line in merges)
         assert report.main([str(results), "--readme", str(readme)]) == 0
         assert readme.read_text() == text
         readme.write_text("no marks")
         assert report.main([str(results), "--readme", str(readme)]) == 1
         assert "expected <!-- figures -->" in capsys.readouterr().err
         assert readme.read_text() == "no marks"
+
+    def test_of_several_files_the_last_that_holds_a_problem_counts(self, results, tmp_path):
+        readme, newer = tmp_path / "README.md", tmp_path / "newer.json"
+        readme.write_text("<!-- figures -->\n<!-- /figures -->\n")
+        content = json.loads(results.read_text())
+        content["date"] = "2026-02-02"
+        content["cases"] = {k: r for k, r in content["cases"].items() if k.startswith("prune")}
+        for row in content["cases"].values():
+            row["median_s"] = 7.0
+        newer.write_text(json.dumps(content))
+        assert report.main([str(results), str(newer), "--readme", str(readme)]) == 0
+        older, _, last = readme.read_text().partition("2026-02-02")
+        assert "| prune " not in older and "| merge " in older
+        assert "| 7e+03 |" in last and "| merge " not in last
 
     def test_readme_takes_no_figures_of_a_cpu(self, results, tmp_path, capsys):
         readme = tmp_path / "README.md"
