@@ -281,24 +281,8 @@ struct Rows {
   }
 };
 
-// A unit's part of lora_A into L2, by a warp: of each row from the 16 bytes on that its first element lies in, but
-// for what is behind the last whole ones.
-template <typename F>
-__device__ __forceinline__ void prefetch_columns(const Unit& unit, int lane) {
-  const Matrix& m = unit.lora_A;
-  if (unit.rows == 0 || m.col != 1) return;
-  const int cols = min(unit.cols - unit.col0, kUnitCols);
-#pragma unroll 1
-  for (int i = lane; i < unit.r; i += 32) {
-    const F* const row = global_memory<const F>(m.data) + i * m.row + unit.col0;
-    const uintptr_t from = reinterpret_cast<uintptr_t>(row) & ~uintptr_t(15);
-    const int bytes = int(reinterpret_cast<uintptr_t>(row + cols) - from) & ~15;
-    if (bytes) ptx::prefetch(reinterpret_cast<const void*>(from), bytes);
-  }
-}
-
-// A step's rows are on their way while the consumers are at the one before; a unit is known before the
-// one before it begins, and what it needs of lora_A on its way.
+// A step's rows are loaded while the consumers are at the one before; a unit is known before the one before it
+// begins.
 template <typename F>
 __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, int thread) {
   const int lane = thread % 32;
@@ -311,7 +295,6 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
         number = gridDim.x + atomicAdd(table.taken, 1u);
       const Unit next = unit_of(table, ptx::shuffle(number, 0), lane, layer);
       if (lane == 0) unit_at(memory, i) = next;
-      prefetch_columns<F>(next, lane);
     }
     if (i == 0) {
       __syncthreads();

@@ -264,12 +264,14 @@ void lay_out_waves(Chain& table, int slots) {
 }
 
 // Whether follow() waits. What the kernels were compiled for decides, not the device: code for sm_80 may
-// run on any later one. Such launches can be captured from CUDA 12.3 on.
+// run on any later one. Such launches can be captured from CUDA 12.3 on, by the driver as well.
 template <typename Argument>
 cudaError_t find_whether_they_follow(void (*kernel)(Argument), bool* follow) {
   cudaFuncAttributes attributes{};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  *follow = CUDART_VERSION >= 12030 && attributes.ptxVersion >= 90;
+  int driver = 0;
+  cudaError_t error = cudaDriverGetVersion(&driver);
+  if (!error) error = cudaFuncGetAttributes(&attributes, kernel);
+  *follow = CUDART_VERSION >= 12030 && driver >= 12030 && attributes.ptxVersion >= 90;
   return error;
 }
 

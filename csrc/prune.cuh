@@ -231,6 +231,29 @@ __device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
 __device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) { return permute<0xFDB9>(first, second); }
 __device__ __forceinline__ uint32_t top_bits(uint32_t word) { return permute<0xBB99>(word, word); }
 
+// Keeps `v` in a register of its own from here on: nvcc neither recomputes it at each use nor lets it share a
+// register with what it was copied from.
+template <typename T>
+__device__ __forceinline__ void hold(T& v) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) asm volatile("" : "+r"(v));
+  else asm volatile("" : "+l"(v));
+#else
+  (void)v;
+#endif
+}
+// The same for an address in shared memory.
+__device__ __forceinline__ void hold_shared(uint32_t*& words) {
+#ifdef __CUDA_ARCH__
+  uint32_t at = uint32_t(__cvta_generic_to_shared(words));
+  hold(at);
+  words = static_cast<uint32_t*>(__cvta_shared_to_generic(at));
+  __builtin_assume(__isShared(words));
+#else
+  (void)words;
+#endif
+}
+
 // While one lives: loads of what others may be writing meanwhile, where it is not used then. The tests' detector
 // of races (tests/simt/races.h) does not look at them, used or not.
 #ifdef __CUDACC__
@@ -270,6 +293,13 @@ struct Strip {
   }
   __device__ __forceinline__ void keep(const uint4& kept) {
     w[0] &= kept.x, w[1] &= kept.y, w[2] &= kept.z, w[3] &= kept.w;
+  }
+  // A copy in other registers, so that the next load can write to this strip's own. Otherwise ptxas loads into
+  // others and moves the values here at the end of the loop, where it waits for them.
+  __device__ __forceinline__ Strip taken() const {
+    Strip copy = *this;
+    hold(copy.w[0]), hold(copy.w[1]), hold(copy.w[2]), hold(copy.w[3]);
+    return copy;
   }
   __device__ __forceinline__ void set(const uint4& v) { w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w; }
   __device__ __forceinline__ uint4 get() const { return {w[0], w[1], w[2], w[3]}; }

@@ -154,11 +154,14 @@ struct Seen<uint32_t> {
 template <>
 struct Seen<uint16_t> {
   Runs<SharedHist<false>> runs;
-  uint32_t origin, width, past_infinity, nans = 0, greatest = 0, below = 0;
+  uint32_t origin, width, from, to, past_infinity, nans = 0, greatest = 0, below = 0;  // these three: twice
 
   __device__ __forceinline__ Seen(const Row& row, SharedHist<false> hist, uint32_t*, uint32_t*)
-      : runs(hist), origin(row.slot->state.origin), width(row.slot->state.width),
-        past_infinity((DType(row.dtype) == DType::bf16 ? Keys<bf16>::infinity : Keys<fp16>::infinity) + 1) {}
+      : runs(hist), origin(row.slot->state.origin), width(row.slot->state.width), from(twice(origin)),
+        to(twice(origin + width)),
+        past_infinity(twice((DType(row.dtype) == DType::bf16 ? Keys<bf16>::infinity : Keys<fp16>::infinity) + 1)) {
+    hold(from), hold(to), hold(past_infinity), hold_shared(runs.hist.words);
+  }
 
   __device__ __forceinline__ void add_some(const Strip<uint16_t>& strip, int count) {
 #pragma unroll 1
@@ -176,12 +179,12 @@ struct Seen<uint16_t> {
     for (int i = 0; i < 2; ++i) {
       const uint32_t first = strip.w[2 * i], second = strip.w[2 * i + 1];
       const auto reach = [&](uint32_t least) {
-        return top_bits(at_least(first, twice(least)), at_least(second, twice(least)));
+        return top_bits(at_least(first, least), at_least(second, least));
       };
-      const uint32_t not_below = reach(origin);
-      inside[i] = not_below & ~reach(origin + width);
+      const uint32_t not_below = reach(from);
+      inside[i] = not_below & ~reach(to);
       below = uint32_t(__dp4a(int(~not_below), -1, int(below)));
-      nans |= at_least(first, twice(past_infinity)) | at_least(second, twice(past_infinity));
+      nans |= at_least(first, past_infinity) | at_least(second, past_infinity);
     }
     // Bit 8 e + f: of the strip's element e + 4 f.
     uint32_t hits = (inside[0] & 0x01010101u) | (inside[1] & 0x02020202u);
@@ -240,10 +243,12 @@ window_kernel(const __grid_constant__ Chain table) {
   for (uint32_t sweep = part.block; sweep < sweeps;) {
     sweep += part.blocks;
     mine += step;
-    const L2Policy policy = sweep + kKeptSweeps < sweeps ? once : kept;
+    hold(mine);
+    L2Policy policy = sweep + kKeptSweeps < sweeps ? once : kept;
+    hold(policy);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const Strip<Bits> strip = strips[u];
+      const Strip<Bits> strip = strips[u].taken();
       if (sweep < sweeps) strips[u].load(mine + u * kAhead, policy);
       seen.add(strip);
     }

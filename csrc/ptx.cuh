@@ -262,11 +262,6 @@ __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Into L2, of sm_90: `bytes` from `from` on, both multiples of 16.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 // Until all but the latest kPending groups of this thread's copies are there.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {

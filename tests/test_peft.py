@@ -384,7 +384,9 @@ def test_a_failed_save_leaves_nothing_behind_case32(tmp_path, monkeypatch):
 def test_what_a_killed_save_left_is_gone_with_the_next(tmp_path, monkeypatch):
     model = wrapped()
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # as if it had not come to that
+        patch.setattr(
+            "shutil.rmtree", lambda *args, **kwargs: None
+        )  # as if it had not come to that
         patch.setattr(type(model), "save_pretrained", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_adapter(model, tmp_path / "adapter", tmp_path / "base")

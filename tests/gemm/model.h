@@ -609,10 +609,6 @@ void copy_16(uint32_t to, const void* from, int bytes) {
   if (machine->random() % 2) copy();
   else self().open_copies.push_back(copy);
 }
-inline void prefetch(const void* from, int bytes) {
-  if (bytes <= 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) model::fail("a prefetch of 16 bytes at once");
-  for (int i = 0; i < bytes; i += 16) (void)static_cast<const volatile char*>(from)[i];
-}
 inline void copy_commit() {
   self().copies.push_back(std::move(self().open_copies));
   self().open_copies.clear();
