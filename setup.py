@@ -1,4 +1,4 @@
-"""Adds the CUDA module to the metadata of pyproject.toml. How it is built: csrc/cuda_build.py."""
+"""Adds the CUDA module to the metadata of pyproject.toml. csrc/cuda_build.py builds it."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ class BuildKernels(build_ext):
         return {}
 
     def get_source_files(self):
-        return []  # MANIFEST.in has them
+        return []  # MANIFEST.in lists them
 
 
 setup(

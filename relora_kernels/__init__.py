@@ -1,4 +1,4 @@
-"""ReLoRA's layer, merge, optimizer reset and schedule, fast and dependable. See README.md."""
+"""ReLoRA for PyTorch: layer, merge, optimizer reset and schedule. See README.md."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -49,7 +49,7 @@ def describe() -> None:
 
 
 def _print_evidence(here: dict[str, str]) -> None:
-    """What was measured on this device, which goes before the order above."""
+    """Print what was measured on this device. It takes precedence over the order printed above."""
     found = evidence.sources(here)
     if not found:
         print(f"  evidence: none on record for {evidence.section_name(here)}; so the order above")
@@ -105,7 +105,7 @@ def _calls(device: torch.device):
 def _named_backend() -> str:
     try:
         return backend.current_backend()
-    except ValueError as error:  # what this page is for: say so, and tell the rest
+    except ValueError as error:  # this page exists to show such errors: report it, continue
         return f"none: {error}"
 
 

@@ -1,14 +1,14 @@
 """Which implementation serves a call: `reference`, `triton_mask`, `triton`, `triton_tma` or `cuda`.
 
-Each op lists its implementations in ops/*.py as {backend name: module}. A module offers, with one
-signature, the function itself and `why_not(...)`: None where it can serve the call, else the reason
-in words. `auto` takes the first that can, of those on record for this kind of call on this device, fastest
-first (evidence.py), then in the order of the dict; a named backend that cannot raises.
+Each op lists its implementations in ops/*.py as {backend name: module}. A module provides the function
+itself and `why_not(...)` with the same signature: None if it can serve the call, else the reason in words.
+`auto` first tries the backends on record for this kind of call on this device, fastest first (evidence.py),
+then the dict in its order, and takes the first that can serve the call. A named backend that cannot raises.
 
-Of the dict `auto` comes as far as the reference, which runs on cuBLAS on a GPU and can always serve. Before
-it is what needs no record: with dropout `triton_mask`, the same plan with a mask drawn in one pass. A kernel
-behind it that is not on record, on that device, as right and as faster serves by name alone. `reference` by
-name is PyTorch alone.
+The reference can serve every call (on a GPU it runs on cuBLAS), so without a record `auto` stops there.
+Only `triton_mask` precedes it: with dropout it follows the same plan, with the same results, but draws the
+mask in one pass. The other kernels have to be measured on this device as correct and faster, or be named.
+`reference`, if named, is PyTorch alone.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ ENVIRONMENT_VARIABLE = "RELORA_KERNELS_BACKEND"
 
 
 class _Block:
-    """A use_backend block; equal to itself alone, so that `remove` finds it in one step of any thread."""
+    """A use_backend block. Equality is identity, so `list.remove` runs no Python code and is atomic."""
 
     def __init__(self, name: str):
         self.name = name
 
 
-# The blocks that are open. The last counts, over the environment variable.
+# The open blocks. The last one entered wins, also over the environment variable.
 _named: list[_Block] = []
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot serve the call; the message says why and what to do."""
+    """The named backend cannot serve the call; the message says why and what to do."""
 
 
 def current_backend() -> str:
     """The name in force: use_backend's, else RELORA_KERNELS_BACKEND's, else `auto`.
 
-    Raises ValueError where the variable holds no backend's name.
+    Raises ValueError if the variable holds no backend's name.
     """
     return _checked(_asked_for() or "auto", ENVIRONMENT_VARIABLE)
 
@@ -59,7 +59,7 @@ def is_named(name: str) -> bool:
 
 
 def _asked_for() -> str | None:
-    # A slice: between a test of the list and its last element another thread may end its block.
+    # A slice: another thread may end its block between a test for emptiness and an index.
     for block in _named[-1:]:
         return block.name
     return os.environ.get(ENVIRONMENT_VARIABLE)
@@ -70,13 +70,13 @@ def use_backend(name: str):
     """Within the block every op runs on backend `name`: auto, reference, triton_mask, triton, triton_tma
     or cuda.
 
-    Process-wide, not per thread: autograd runs the backward of CUDA graphs in threads of its own,
-    which have to see it. Compiled graphs see it too, since ops choose when they run. Where blocks of
-    several threads overlap, the one entered last counts.
+    Process-wide, not per thread, because autograd runs the backward of CUDA tensors in its own threads.
+    Compiled functions see it too: an op chooses its backend when it runs. If blocks of several threads
+    overlap, the one entered last wins.
 
-    Raises ValueError for any other name, and RuntimeError within code that torch.compile compiles whole,
-    which would leave the block out: enter it around the call. An op that `name` cannot serve raises
-    BackendUnavailable when it is called; nothing falls back.
+    Raises ValueError for any other name, and RuntimeError inside a graph that torch.compile traces, which
+    would leave the block out: enter it around the call. An op that `name` cannot serve raises
+    BackendUnavailable when it is called; there is no fallback.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -98,9 +98,9 @@ def _checked(name: str, where: str) -> str:
 
 
 def resolve(op: str, implementations: dict, why_not: str, *args):
-    """The module of `implementations` that serves op(*args): the named one, or `auto`'s first.
+    """The module of `implementations` that serves op(*args): the named one, or `auto`'s choice.
 
-    Raises BackendUnavailable where the named backend cannot.
+    Raises BackendUnavailable if the named backend cannot serve the call.
     """
     name = current_backend()
     if name == "auto":
@@ -116,7 +116,7 @@ def resolve(op: str, implementations: dict, why_not: str, *args):
 
 
 def reason_against(name: str, op: str, implementations: dict, why_not: str, args) -> str | None:
-    """Why backend `name` cannot serve op(*args); None where it can."""
+    """Why backend `name` cannot serve op(*args); None if it can."""
     if name in implementations:
         return getattr(implementations[name], why_not)(*args)
     if name.startswith("triton") and triton_missing() is not None:
@@ -126,7 +126,7 @@ def reason_against(name: str, op: str, implementations: dict, why_not: str, args
 
 def _first_that_can(op: str, implementations: dict, why_not: str, args):
     for name in (*evidence.order(op, args), *implementations):
-        module = implementations.get(name)  # None: on record, and not installed any more
+        module = implementations.get(name)  # None: on record, but no longer installed
         if module is not None and getattr(module, why_not)(*args) is None:
             return module
     raise AssertionError(f"{op}: the reference cannot serve this call")
@@ -134,14 +134,14 @@ def _first_that_can(op: str, implementations: dict, why_not: str, args):
 
 @functools.cache
 def triton_missing() -> str | None:
-    """None where the Triton compiler is installed, else the reason in words."""
+    """None if the Triton compiler is installed, else the reason in words."""
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed (pip install triton)"
     return None
 
 
 def why_not_in_triton(tensor: torch.Tensor, kernel, name: str = "triton") -> str | None:
-    """None where Triton can run `kernel`, of backend `name`, on `tensor`'s device, else the reason in words."""
+    """None if Triton can run `kernel`, of backend `name`, on `tensor`'s device, else the reason in words."""
     from triton import JITFunction
 
     if tensor.is_cuda or (not isinstance(kernel, JITFunction) and is_named(name)):  # interpreted
@@ -151,7 +151,7 @@ def why_not_in_triton(tensor: torch.Tensor, kernel, name: str = "triton") -> str
 
 @functools.cache
 def triton_cannot_start() -> str | None:
-    """None where Triton finds what it builds a kernel's launcher with, else what is missing."""
+    """None if Triton finds the compiler and headers it builds launchers with, else what is missing."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton starts kernels by a C compiler, and there is no CC, gcc or clang"
     header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
@@ -161,10 +161,10 @@ def triton_cannot_start() -> str | None:
 
 
 def _hide_bare_folder() -> None:
-    """Let `import triton` fail where all it would find is a bare folder of that name.
+    """Make `import triton` fail if it would find no more than a bare folder of that name.
 
-    From this repository's root, without the compiler installed, Python takes the folder triton/ for a
-    package; torch would then import it and trip over its missing contents.
+    Run from this repository's root without the compiler installed, Python takes the folder triton/ for a
+    package; torch would then import it and fail on its missing contents.
     """
     if "triton" not in sys.modules:
         spec = importlib.util.find_spec("triton")

@@ -1,14 +1,14 @@
-"""Which backend `auto` takes first: what was measured on this very kind of device.
+"""Which backend `auto` takes first, by measurements made on this kind of device.
 
-Two sources, the later over the earlier, call by call:
+There are two sources. For a class of calls that both have, the second overrides the first:
 
     records   relora_kernels/records/*.json, shipped with the package, written by bench/gpu_check.py
     cache     ${RELORA_KERNELS_CACHE:-~/.cache/relora_kernels}/tune.json, written by
               `python -m relora_kernels tune`
 
-Both hold, for a device and the versions it was measured with, entries {op, class, order, rows}: `order`
+Both hold entries {op, class, order, rows} for a device and the versions it was measured with. `order`
 names the backends that matched fp64, fastest first. A class is a call's dtype and sizes, with the number
-of tokens rounded up to a power of two. Where nothing is on record, `auto` keeps its default order.
+of tokens rounded up to a power of two. Without a record, `auto` keeps its default order.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ CACHE_VARIABLE = "RELORA_KERNELS_CACHE"
 RECORDS = Path(__file__).parent / "records"
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
-# What a section must have in common with the machine that reads it. A record names no driver and no
-# build: it is about the sources that were shipped with it.
+# The fields in which a section must match the machine that reads it. For a record, neither the driver nor
+# the build has to match: it is about the sources that it was shipped with.
 _CACHE_MATCHES = (
     "device",
     "capability",
@@ -52,13 +52,13 @@ _RECORD_MATCHES = ("device", "capability", "package", "kernels", "sources")
 
 @dataclasses.dataclass
 class Source:
-    """One file that was looked at, and what came of it."""
+    """One file that was read, and what it gave."""
 
     path: Path
     kind: str  # "record" or "cache"
     entries: list[dict] = dataclasses.field(default_factory=list)
     date: str = ""
-    refused: str | None = None  # why it is not followed
+    refused: str | None = None  # why it is ignored
 
 
 # ---- The look-up of `auto` ------------------------------------------------------------------------
@@ -69,9 +69,9 @@ _warned: set[Path] = set()
 
 
 def order(op: str, args: tuple) -> tuple[str, ...]:
-    """The backends on record for op(*args), best first; empty where there is no record.
+    """The backends on record for op(*args), fastest first; empty without a record.
 
-    Costs a tenth of what an op's own dispatch does: no look-up on a CPU, one of a small tuple on a GPU.
+    Costs a tenth of an op's own dispatch: no look-up on a CPU, the look-up of a small tuple on a GPU.
     """
     class_of = CLASSES.get(op)
     if class_of is None:
@@ -93,8 +93,8 @@ def order(op: str, args: tuple) -> tuple[str, ...]:
 
 
 def read_table(index: int) -> dict[tuple, tuple[str, ...]]:
-    """The table of one device. A cache that cannot be followed is the user's to know of, once; a shipped
-    record that no longer fits is shown by `python -m relora_kernels` alone."""
+    """The table of one device. Warns once about an unusable cache. An unusable shipped record is shown
+    only by `python -m relora_kernels`."""
     table = {}
     for source in sources(identity(torch.device("cuda", index))):
         if source.refused and source.kind == "cache" and source.path not in _warned:
@@ -111,7 +111,7 @@ def read_table(index: int) -> dict[tuple, tuple[str, ...]]:
 
 
 def forget() -> None:
-    """Read the files anew at the next call (after tuning, in tests)."""
+    """Drop the tables, so that the next call reads the files again. For tests."""
     _tables.clear()
     _warned.clear()
 
@@ -153,12 +153,12 @@ def _prune_class(tensors, ratio, paired_with):
     )  # fmt: skip
 
 
-# torch.dtype's own str() takes ten times a dictionary's look-up.
+# str(dtype) takes ten times as long as a look-up in a dict.
 DTYPE_NAMES = {
     dtype: str(dtype).removeprefix("torch.")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
-# Op -> class of a call, a function of the arguments of `backend.resolve`.
+# Op -> function from the op's arguments, as given to `backend.resolve`, to the class of the call.
 CLASSES = {
     "lora_linear": _linear_class,
     "lora_linear backward": _linear_backward_class,
@@ -171,7 +171,7 @@ CLASSES = {
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What a measurement depends on: the device, its driver, versions, and the kernels themselves."""
+    """What a measurement depends on: device, driver, versions, and the kernels themselves."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name, capability = torch.cuda.get_device_name(device), f"sm_{major}{minor}"
@@ -191,13 +191,13 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def _sources() -> str:
-    """A digest of csrc/ as the CUDA kernels were built from it; none where they are not."""
+    """The digest of csrc/ that the CUDA kernels were built from; "none" if they are not built."""
     module, _ = cuda.extension()
     return "none" if module is None else module.sources
 
 
 def _driver() -> str:
-    """E.g. 580.65.06; where the kernel module's file is not in sight, the CUDA version it supports."""
+    """E.g. 580.65.06; if the kernel module's file is not visible, the CUDA version the driver supports."""
     if _DRIVER_FILE.exists():
         found = re.search(r"\s(\d+\.\d[\d.]*)\s", _DRIVER_FILE.read_text())
         if found:
@@ -215,7 +215,7 @@ def _version(package: str) -> str:
 
 @functools.cache
 def _digest(*patterns: str) -> str:
-    """Of the package's files: a kernel that was changed since loses what was on record about it."""
+    """A digest of the package's files: what is on record is void once a kernel has changed."""
     digest, folder = hashlib.sha256(), Path(__file__).parent
     paths = sorted(path for pattern in patterns for path in folder.glob(pattern))
     for path in paths:
@@ -227,7 +227,7 @@ def _digest(*patterns: str) -> str:
 
 
 def cache_path() -> Path:
-    """Raises OSError where it is to be in the home folder and the user has none, as in a container."""
+    """Raises OSError if it would be in the home folder and the user has none, as in a container."""
     try:
         if os.environ.get(CACHE_VARIABLE):
             return Path(os.environ[CACHE_VARIABLE]).expanduser() / "tune.json"
@@ -237,14 +237,13 @@ def cache_path() -> Path:
 
 
 def sources(here: dict[str, str]) -> list[Source]:
-    """The files there are, as a machine with the identity `here` sees them; the last one counts most.
+    """The existing files as a machine with the identity `here` sees them; later ones override earlier ones.
 
-    A shipped record of another device is no news, so it is left out; whatever else cannot be followed
-    says why in `refused`.
+    Shipped records of other devices are left out. Every other unusable file gives the reason in `refused`.
     """
     found = [Source(path, "record") for path in sorted(RECORDS.glob("*.json"))]
     with contextlib.suppress(OSError):  # no home folder: no cache
-        if os.path.lexists(cache_path()):  # False too where the folder may not be looked into
+        if os.path.lexists(cache_path()):  # also False without permission to read the folder
             found.append(Source(cache_path(), "cache"))
     for source in found:
         try:
@@ -287,7 +286,7 @@ def _section(content: dict, here: dict[str, str], kind: str) -> dict:
         raise ValueError("it does not say what it was made with")
     for name in _CACHE_MATCHES if kind == "cache" else _RECORD_MATCHES:
         if name == "sources" and here[name] == "none":
-            continue  # no CUDA kernel can be taken here, so it does not matter which were measured
+            continue  # no CUDA kernel can run here, so it does not matter which ones were measured
         if made_with.get(name) != here[name]:
             raise ValueError(
                 f"it was made with {name} {made_with.get(name)!s:.60}, and this is {here[name]}"
@@ -313,7 +312,7 @@ def _is_entry(entry) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError where `write` would."""
+    """Raises OSError if `write` would."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path.parent).close()
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -321,9 +320,9 @@ def check_writable(path: Path) -> None:
 
 
 def write(path: Path, here: dict[str, str], entries: list[dict]) -> None:
-    """Put `entries` into the section of this device: replacing those of the same class where the rest
-    was made with the same versions, else all. Other devices' sections stay. A file of another format is
-    kept beside, as <name>.old. Raises OSError."""
+    """Put `entries` into this device's section. They replace entries of the same class if the section was
+    made with the same versions, else the whole section. Other devices' sections stay. A file of another
+    format is kept as <name>.old. Raises OSError."""
     content = {"format": FORMAT, "devices": {}}
     try:
         content = _read(path)
@@ -345,17 +344,17 @@ def write(path: Path, here: dict[str, str], entries: list[dict]) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    """Atomically: whoever reads sees the whole old file or the whole new one. Raises OSError."""
+    """Write atomically: a reader sees either the whole old file or the whole new one. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             text = json.dumps(content, indent=1)
-            # A list of numbers on one line: a model has hundreds of shapes. No string holds a newline.
+            # Lists of numbers go on one line: a model has hundreds of shapes. No string holds a newline.
             file.write(re.sub(r"\[\n[\d\s,]*\]", lambda m: " ".join(m[0].split()), text) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide a record from those who install it
+        os.chmod(name, 0o644)  # with mkstemp's 0600 other users could not read an installed record
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before, and on disk when they have their names."""
+"""Atomic file writes: a file is either complete or unchanged, and is on disk before it gets its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync(*paths: Path) -> None:
-    """Files and folders, onto the disk."""
+    """fsync files and folders."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -20,13 +20,13 @@ def sync(*paths: Path) -> None:
 
 
 def temporary(path: Path) -> Path:
-    """Where `replacing` has a file written. Of one process alone: a run's folder is locked."""
+    """The path that `replacing` writes to. Not unique per process: a run's folder is locked."""
     return path.with_name(path.name + ".tmp")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """`temporary(path)`, to be written; it takes `path`'s place at the end, and goes after an error."""
+    """Yields `temporary(path)` to write to. It replaces `path` at the end and is deleted after an error."""
     written = temporary(path)
     try:
         yield written
@@ -45,7 +45,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
-    """A full disk as OSError: safetensors and tokenizers, in Rust, raise exceptions of their own."""
+    """Turn system errors such as a full disk into OSError: safetensors and tokenizers, which are written in
+    Rust, raise their own exceptions."""
     try:
         yield
     except Exception as error:

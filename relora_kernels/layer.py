@@ -25,7 +25,7 @@ from relora_kernels.ops.merge import (
 from relora_kernels.reference import philox
 
 _NARROW = (torch.bfloat16, torch.float16)
-STAGED_BYTES = 256 * 2**20  # on the device at a time, for merges only
+STAGED_BYTES = 256 * 2**20  # a batch of merges ends when its copies on the device reach this
 
 
 class FusedReLoRaLinear(nn.Linear):
@@ -38,23 +38,24 @@ class FusedReLoRaLinear(nn.Linear):
         lora_dropout: probability of dropping an element of x on the low-rank branch in training.
         lora_dtype: of A and B; default float32 for a 16-bit W (master copies, computed in W's
             dtype), else W's dtype.
-        trainable_scaling: s = tanh(lora_scaling) with one trained parameter, which starts at 1 and
-            starts again at 1 after each merge: with B = 0 a scale of 0 would leave every gradient 0.
+        trainable_scaling: s = tanh(lora_scaling) with one trained parameter, which starts at 1
+            (s = 0.76) and is set back to 1 after each merge: with B = 0 a scale of 0 would leave every
+            gradient 0. lora_alpha and use_rslora have no effect then.
         merge_rounding: how a merge rounds W: "nearest", "stochastic" or "compensated" (see `merge_`).
             Default: compensated for a 16-bit W, nearest otherwise.
-        seed, name: A is drawn from (seed, name, merge_count) alone; without a name the first draw is
-            torch's generator's, and later ones take the name that `merge_and_reinit` finds.
+        seed, name: A is drawn from (seed, name, merge_count) alone. Without a name the first draw is
+            from torch's generator, and later ones use the module path that `merge_and_reinit` fills in.
 
     Parameters: ``weight`` (out, in), frozen; ``bias`` (out,), trained; ``lora_A`` (r, in), starts as
     U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
-    ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W, kept in host
-    memory, part of the state_dict; None before a merge or a state_dict has asked for it. Casts
+    ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W. It is kept in
+    host memory and is part of the state_dict; None until a merge or a state_dict needs it. Casts
     (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops. After
-    ``to_empty`` call ``reset_parameters``: a state_dict of the base leaves the factors and the count as they
-    are.
+    ``to_empty`` call ``reset_parameters``, because a state_dict of the base model does not set the factors
+    and the count.
 
     Raises ValueError or TypeError for r < 1, lora_alpha <= 0, a dropout outside [0, 1], an unknown
-    rounding or a dtype that is no float.
+    rounding or a non-floating dtype.
     """
 
     def __init__(
@@ -92,9 +93,10 @@ class FusedReLoRaLinear(nn.Linear):
         self.lora_scaling = nn.Parameter(torch.empty(1, **factory)) if trainable_scaling else None
         self.register_buffer("merge_count", torch.zeros((), dtype=torch.int64, device=device))
         self.weight_residual: torch.Tensor | None = None
-        self.residual_loaded = False  # by the last load_state_dict, and not all 0: ranks compare it
-        self.residual_folded = False  # into a W that a cast has widened
-        self.unloaded_dtype = self.weight.dtype  # of the nn.Linear that to_linear gives
+        # True if the last load_state_dict brought a residual, sharded or not all 0. Ranks compare it.
+        self.residual_loaded = False
+        self.residual_folded = False  # True while W is wide and has had a residual added to it
+        self.unloaded_dtype = self.weight.dtype  # dtype of the nn.Linear that to_linear returns
         self.reset_lora_parameters()
 
     @classmethod
@@ -113,10 +115,10 @@ class FusedReLoRaLinear(nn.Linear):
         seed: int = 0,
         name: str = "",
     ) -> FusedReLoRaLinear:
-        """The layer around `linear`'s own weight and bias, which are shared, not copied.
+        """A layer around `linear`'s own weight and bias, which are shared, not copied.
 
-        The bias stays as trainable as it is. The weight loses its gradient, which no optimizer would
-        clear any more. `weight_dtype` stores W in another dtype, which `to_linear` undoes; if it is
+        The bias keeps its requires_grad. The weight's gradient is dropped, because no optimizer would
+        clear it any more. `weight_dtype` stores W in another dtype, which `to_linear` undoes; if it is
         narrower and merges are compensated, what the cast drops becomes the first residual. The other
         arguments are the constructor's. Hooks stay with `linear` (apply_relora carries them over).
         Raises TypeError for anything but a plain ``nn.Linear``.
@@ -152,7 +154,7 @@ class FusedReLoRaLinear(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s as a number (with `trainable_scaling`, read from the parameter)."""
+        """s as a number; with `trainable_scaling` it is read from the parameter."""
         if self.lora_scaling is not None:
             return torch.tanh(sharding.whole(self.lora_scaling.detach()).float()).item()
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -174,16 +176,16 @@ class FusedReLoRaLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A new layer: W and bias drawn as nn.Linear does, A and B as at first."""
+        """Make the layer new: draw W and bias as nn.Linear does, A and B as the constructor does."""
         super().reset_parameters()
-        if hasattr(self, "lora_A"):  # nn.Linear's constructor calls this before there is one
+        if hasattr(self, "lora_A"):  # nn.Linear's constructor calls this before lora_A exists
             self.merge_count.zero_()
             self.weight_residual = None
             self.reset_lora_parameters()
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Draw A anew, zero B, start the trained scale at 1. W is left alone."""
+        """Draw A anew, zero B, set the trained scale to 1. W is left alone."""
         if self.lora_A.device.type == "meta":
             return
         bound = self._bound
@@ -199,12 +201,12 @@ class FusedReLoRaLinear(nn.Linear):
     def update_to_check(self) -> tuple:
         """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them.
 
-        Whole tensors, so that all ranks of a sharded model come to one verdict. A weight whose values
-        do not matter for it (all but float16) is not gathered.
+        The tensors are whole, so that all ranks of a sharded model reach the same verdict. The weight is
+        gathered only in float16: in other dtypes its values do not matter.
         """
         weight, residual = self.weight.detach(), self.weight_residual
         if sharding.is_sharded(weight):
-            residual = None  # each rank's own; less than one rounding of float16's bound
+            residual = None  # each rank's own; less than one rounding step at float16's maximum
             if weight.dtype == torch.float16:
                 weight = sharding.whole(weight)
             else:
@@ -213,7 +215,7 @@ class FusedReLoRaLinear(nn.Linear):
         return weight, lora_A, lora_B, self.scaling, residual, self.name or "FusedReLoRaLinear"
 
     def check_placement(self) -> None:
-        """Raise ValueError for parameters that are sharded otherwise than by rows, W and lora_B alike."""
+        """Raise ValueError unless parameters are whole or sharded by rows, W and lora_B in the same way."""
         sharding.row_dimension(self.lora_A)
         weight, lora_B = (sharding.local_rows(p.detach()) for p in (self.weight, self.lora_B))
         cut = [sharding.is_cut(p) for p in (self.weight, self.lora_B)]  # the same on all ranks
@@ -225,8 +227,8 @@ class FusedReLoRaLinear(nn.Linear):
             )
 
     def check_merge(self) -> None:
-        """Raise where a merge is refused: for parameters that are computed, for pending gradients, or by
-        the backend in force."""
+        """Raise if a merge is refused: parameters are computed or sharded otherwise than by rows, gradients
+        are pending, or the backend in force cannot merge."""
         for key in ("weight", "lora_A", "lora_B", "lora_scaling"):
             parameter = getattr(self, key)
             if parameter is not None and not isinstance(parameter, nn.Parameter):
@@ -252,35 +254,35 @@ class FusedReLoRaLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W <- round(W + s B A), A drawn anew, B zeroed, a trained scaling 1 again, merge_count + 1, in
-        this order.
+        """Merge and restart: W <- round(W + s B A), A drawn anew, B zeroed, a trained scaling back to 1,
+        merge_count + 1.
 
         The function that the layer computes stays the same up to the rounding of W. Raises
         RuntimeError while gradients of A or B are pending, ValueError for parametrized parameters,
-        FloatingPointError if the update is not finite, and BackendUnavailable where a named backend cannot
-        merge; nothing is changed then. Of a model that fully_shard has sharded, merge_and_reinit merges all
-        layers: this layer may hold unsharded parameters after a forward pass, and what is written to those
-        is lost.
+        FloatingPointError if the update is not finite, and BackendUnavailable if a named backend cannot
+        merge; nothing is changed then. For a model sharded by fully_shard call merge_and_reinit instead:
+        after a forward pass this layer may hold unsharded parameters, and writes to those are lost.
         """
         merge_layers([self])
 
     def check_unload(self) -> None:
-        """Raise where no nn.Linear can be made here: for sharded parameters, or by the backend in force."""
+        """Raise if no nn.Linear can be made: parameters are sharded, or the backend in force cannot merge."""
         if sharding.is_sharded(self.weight):
             raise TypeError(
                 f"{self.name or 'FusedReLoRaLinear'}: expected unsharded parameters, got a DTensor; "
                 f"load the full state_dict into an unsharded model and merge that"
             )
         if not self.weight.is_meta:
-            merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # what is asked of it
+            merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # a stand-in
             check_backend(merged, self.lora_A.detach(), self.lora_B.detach(), "nearest")
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone.
 
-        It has the dtype that the layer was made from. Raises FloatingPointError if the update is not
-        finite, TypeError for sharded parameters, BackendUnavailable where a named backend cannot merge.
+        Its dtype is that of the weight which the layer was made from or last cast to. Raises
+        FloatingPointError if the update is not finite, TypeError for sharded parameters, BackendUnavailable
+        if a named backend cannot merge.
         """
         self.check_unload()
         merged = self.weight.detach().to(self.unloaded_dtype, copy=True)
@@ -300,9 +302,9 @@ class FusedReLoRaLinear(nn.Linear):
         return linear.train(self.training)
 
     def _restart(self) -> tuple[Restart, torch.Tensor | None]:
-        """This rank's part of the merge, and the residual in host memory that it will replace.
+        """This rank's part of the merge, and the residual in host memory that will receive the new values.
 
-        Nothing of the layer is changed, but what the merge needs is allocated.
+        Allocates what the merge needs. The layer is not changed.
         """
         rounding = self.rounding
         weight, first_row = sharding.local_rows(self.weight.detach())
@@ -337,11 +339,11 @@ class FusedReLoRaLinear(nn.Linear):
 
     @property
     def _bound(self) -> float:
-        """Of A's draw."""
+        """A is drawn from U(-bound, bound)."""
         return 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
 
     def _merged(self, restart: Restart, residual: torch.Tensor | None) -> None:
-        """What remains to be done once the layer's merge is enqueued."""
+        """Do what remains once the layer's merge is enqueued."""
         if residual is not None:
             if restart.residual is not residual:
                 residual.copy_(restart.residual)
@@ -350,10 +352,10 @@ class FusedReLoRaLinear(nn.Linear):
             self.lora_scaling.fill_(1.0)
 
     def _host_residual(self) -> torch.Tensor:
-        """Zeros like (this rank's rows of) W in host memory, pinned where W is on a GPU: it is read at
-        merges alone."""
+        """Zeros like W, or this rank's rows of it, in host memory because only merges read them; pinned if
+        W is on a GPU."""
         weight, _ = sharding.local_rows(self.weight)
-        with torch.inference_mode(False):  # later merges, outside of it, write to it
+        with torch.inference_mode(False):  # later merges outside of inference mode write to it
             return torch.zeros(
                 weight.shape, dtype=weight.dtype, device="cpu", pin_memory=weight.is_cuda
             )
@@ -368,8 +370,8 @@ class FusedReLoRaLinear(nn.Linear):
         return self
 
     def _keep_cast(self, before: torch.Tensor, keep: bool = False) -> None:
-        """W was `before` and may have another dtype now: it becomes `before` plus residual, rounded once,
-        and the residual of a 16-bit W what that drops, if there was one or `keep` says so."""
+        """After a cast of W from `before`: set W to round(before + residual). If W is 16-bit and there was a
+        residual, or `keep` is set, the rounding error becomes the new residual."""
         residual, kept = self.weight_residual, None
         narrow = self.weight.dtype in _NARROW
         if not self.weight.is_meta and (residual is not None or keep):
@@ -384,18 +386,19 @@ class FusedReLoRaLinear(nn.Linear):
                     residual = residual[first_row : first_row + len(weight)]
                 exact = exact + residual.to(exact)
                 weight.copy_(exact)
-            if narrow:  # nothing of what is beyond its range
+            if narrow:  # 0 where the value is beyond W's range
                 kept.copy_((exact - weight.to(exact)).nan_to_num_(0.0, 0.0, 0.0))
         self.residual_folded = not narrow and (residual is not None or self.residual_folded)
         self.weight_residual = kept
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Also before the first merge: loaders fill in the names that a new model's state_dict has.
+        # Also before the first merge, because some loaders fill in only the names that a new model's
+        # state_dict already has.
         residual = self.weight_residual
         if residual is None and self._keeps_residual and not self.weight.is_meta:
             residual = self._host_residual()
-            if type(residual) is torch.Tensor:  # and not a FakeTensor
+            if type(residual) is torch.Tensor:  # not a FakeTensor
                 self.weight_residual = residual
         if residual is not None:
             residual = sharding.like(self.weight, residual)
@@ -424,14 +427,14 @@ class FusedReLoRaLinear(nn.Linear):
         _, first_row = sharding.local_rows(self.weight)
         residual, _ = sharding.local_rows(residual)
         self.weight_residual = self._host_residual().to(residual.dtype)
-        if len(residual) != len(self.weight_residual):  # whole, for a sharded W
+        if len(residual) != len(self.weight_residual):  # all rows, for a sharded W
             residual = residual[first_row : first_row + len(self.weight_residual)]
         self.weight_residual.copy_(residual)
         if self.weight.dtype not in _NARROW:
-            self._keep_cast(self.weight.data)  # no cast, but a residual to go into W
+            self._keep_cast(self.weight.data)  # no cast, but adds the residual to W
 
     def _warn_of_lost_residual(self, weight, merge_count) -> None:
-        """In the same words for every layer, so that it is told once."""
+        """The message is the same for every layer, so that Python shows it once."""
         counted = (
             torch.is_tensor(merge_count) and merge_count.numel() == 1 and not merge_count.is_meta
         )
@@ -455,12 +458,12 @@ class FusedReLoRaLinear(nn.Linear):
 
 @torch.no_grad()
 def merge_layers(layers: Sequence[FusedReLoRaLinear]) -> None:
-    """FusedReLoRaLinear.merge for many layers: all checks of all of them first, then one launch for as
-    many as fit into STAGED_BYTES of gathered factors and of residuals brought from host memory.
+    """FusedReLoRaLinear.merge for many layers. Checks all layers first, then merges them in batches. A batch
+    ends when its gathered factors and the residuals copied from host memory reach STAGED_BYTES.
 
-    Where it raises, nothing is changed (a check; layers that share parameters are refused), or each
-    layer has been merged, restarted and counted, or is untouched (out of memory, Ctrl-C): a second call
-    does not merge a layer twice.
+    If a check fails (one of them refuses layers that share parameters), nothing is changed. After any other
+    error, such as out of memory or Ctrl-C, each layer is either merged, restarted and counted, or untouched:
+    a second call does not add an update twice.
     """
     layers = list(dict.fromkeys(layers))
     for layer in layers:
@@ -499,10 +502,10 @@ def _merge_waiting(waiting) -> None:
 
 @contextlib.contextmanager
 def _keyboard_interrupt_later():
-    """A Ctrl-C between two statements would leave a layer half merged: it takes effect at the end."""
+    """Defer Ctrl-C to the end of the block: in between it would leave a layer half merged."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # the interpreter runs handlers in its main thread alone
+        yield  # Python runs signal handlers in the main thread only
         return
     received = []
     signal.signal(signal.SIGINT, lambda *args: received.append(args))

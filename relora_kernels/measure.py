@@ -1,9 +1,9 @@
-"""How things are measured: a check against fp64, then a timer, beside the floors of the device.
+"""How things are measured: a check against fp64, then a timer, next to the device's floors.
 
-A problem is an op at a shape (problems.py), a `Row` one way to compute it. `run(problem, row, device)`
-refuses a row that is wrong by the tests' rule, then times it in turns with the problem's baseline. FLOPs
-and bytes of a problem are the least that it can do with; its floor is the slower of the two at the rates
-that this device reaches (`rates`).
+A problem is an op at a shape (problems.py); a `Row` is one way to compute it. `run(problem, row, device)`
+rejects a row that is wrong by the tests' rule, then times it alternately with the problem's baseline. The
+FLOPs and bytes of a problem are lower bounds. Its floor is the longer of the times that they take at the
+rates this device reaches (`rates`).
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import torch
 
 from relora_kernels import backend
 
-_EXACT_ROWS = 2**24  # elements of an fp64 result that are formed at once
+_EXACT_ROWS = 2**24  # elements of an fp64 result that are computed at once
 
 
 class Wrong(AssertionError):
-    """A row whose result is further from fp64 than the rule allows: it is not timed."""
+    """The row's result is further from fp64 than the rule allows. It is not timed."""
 
 
 class Unavailable(RuntimeError):
-    """A row that cannot compute this problem here; the message says why."""
+    """The row cannot compute this problem here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One way to compute a problem.
 
-    make(operands) gives the function to time, without arguments. Of Linear it returns y, differentiable
-    in `leaves`; of Merge and Prune it changes the operands. `computes`: which formula is its oracle.
-    `backend`: the one in force while it runs; `setting()`: a context that is, too. `why_not(operands)`:
-    None or why it cannot.
+    make(operands) returns the function to time, which takes no arguments. For Linear it returns y,
+    differentiable in `leaves`; for Merge and Prune it changes the operands. `computes`: which formula is the
+    oracle. `backend`: the backend in force while it runs. `setting()`: a further context to run it in.
+    `why_not(operands)`: None, or why it cannot run.
     """
 
     make: Callable
@@ -56,9 +56,9 @@ class Row:
 
 
 def errors(name: str, got: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """(largest absolute error, relative error in the Frobenius norm); Wrong where `got` is not finite.
+    """(largest absolute error, relative error in the Frobenius norm); Wrong if `got` is not finite.
 
-    In pieces: the differences of a large result in fp64 would take more memory than its operands.
+    Works in pieces: the fp64 differences of a large result would take more memory than its operands.
     """
     if got.shape != exact.shape:
         raise Wrong(f"{name} has shape {tuple(got.shape)} instead of {tuple(exact.shape)}")
@@ -75,15 +75,15 @@ def errors(name: str, got: torch.Tensor, exact: torch.Tensor) -> tuple[float, fl
 
 
 def l2_bytes(device: torch.device) -> int:
-    """The device's L2 cache; 32 MiB is assumed of a CPU."""
+    """Size of the device's L2 cache; 32 MiB is assumed for a CPU."""
     if device.type != "cuda":
         return 2**25
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def copies(problem, device: torch.device) -> int:
-    """Sets of operands to take in turn, so that none is found in L2 from the call before: together
-    twice the cache, and no more than 64. One on a CPU, where nothing but the plumbing is measured."""
+    """Number of operand sets to cycle through, so that no call finds its operands in L2: enough for twice
+    the cache, at most 64. One on a CPU, where measuring only tries out the plumbing."""
     if device.type != "cuda":
         return 1
     return max(1, min(64, math.ceil(2 * l2_bytes(device) / problem.resident_bytes)))
@@ -95,17 +95,17 @@ def timings(
     seconds: float = 0.2,
     restore: dict[str, list[Callable]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each name, sample by sample.
+    """Seconds per call for each name, one figure per sample.
 
-    A name's functions are called in turn (they differ in their operands alone), names take turns
-    sample by sample, so that clocks and temperature are the same for all. On a GPU a sample is the time
-    between two events with some ten calls in between; the device sleeps while the calls are queued, so
-    that Python's time to launch them is not in it. `restore`: called before each sample, not timed.
+    A name's functions differ only in their operands and are called in turn. Names alternate sample by
+    sample, so that clocks and temperature are the same for all. On a GPU a sample is the time between two
+    events with up to 20 calls in between. The device sleeps while the calls are queued, so that Python's
+    launch time is not measured. `restore`: called before each sample, not timed; a sample is one call then.
     """
     turns = {name: itertools.cycle(functions) for name, functions in steps.items()}
     before = {n: itertools.cycle(f) for n, f in (restore or {}).items()}
     cost, launch = {}, {}
-    for name, functions in steps.items():  # warm-up; the last call tells how long one takes
+    for name, functions in steps.items():  # warm-up; the last call gives the cost of one
         for _ in range(max(2, len(functions))):
             if name in before:
                 next(before[name])()
@@ -140,7 +140,8 @@ def _sample(turn, calls: int, launch_s: float, device: torch.device):
             next(turn)()
         return (time.perf_counter() - start) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Clock cycles of at most 2 GHz, for at most 20 ms: a step that waits for the device gains nothing.
+    # In clock cycles, at 2 GHz at most. No longer than 20 ms: it does not help a step that itself waits for
+    # the device.
     torch.cuda._sleep(int(2e9 * min(0.02, 1.5 * calls * launch_s)))
     start.record()
     for _ in range(calls):
@@ -156,7 +157,7 @@ def synchronise(device: torch.device) -> None:
 
 @functools.cache
 def rates(device: torch.device) -> dict[str, float]:
-    """What this device reaches now: bytes/s of a copy, read and written, and FLOP/s of torch.mm.
+    """Rates that this device reaches now: bytes/s of a copy, reads plus writes, and FLOP/s of torch.mm.
 
     GPU: 1 GiB copied, 8192^3 in bfloat16 on random data. CPU: 64 MiB, 512^3 in float32.
     """
@@ -174,12 +175,12 @@ def rates(device: torch.device) -> dict[str, float]:
 
 
 def floor_s(problem, device: torch.device) -> float:
-    """The least time for the problem's FLOPs, or its bytes, whichever is longer, at `rates`."""
+    """The time for the problem's FLOPs or for its bytes at `rates`, whichever is longer."""
     reached = rates(device)
     return max(problem.flops / reached["flop_per_s"], problem.bytes / reached["copy_bytes_per_s"])
 
 
-# The operands of the last problem: rows of one problem come one after the other.
+# The operands of the last problem only, because the rows of one problem are measured one after the other.
 _prepared: dict = {}
 
 
@@ -195,13 +196,13 @@ def operands(problem, device: torch.device) -> list:
 
 
 def release() -> None:
-    """Let go of the last problem's operands."""
+    """Free the last problem's operands."""
     _prepared.clear()
 
 
 def check(problem, row: Row, device: torch.device) -> dict:
-    """{error, error_over_eager, peak_bytes, ...} of one call; Wrong or Unavailable where it is not fit
-    to be timed."""
+    """{error, error_over_eager, peak_bytes, ...} of one call. Raises Wrong or Unavailable if the row must
+    not be timed."""
     o = operands(problem, device)[0]
     reason = row.why_not(o)
     if reason is not None:
@@ -210,7 +211,7 @@ def check(problem, row: Row, device: torch.device) -> dict:
 
 
 def _peak_bytes(problem, row: Row, o, device: torch.device) -> int | None:
-    """Memory that a call takes on top of its operands; not known of a CPU."""
+    """Memory that a call takes on top of its operands; None on a CPU."""
     if device.type != "cuda":
         return None
     step = problem.steps(row, [o])[0]
@@ -223,7 +224,7 @@ def _peak_bytes(problem, row: Row, o, device: torch.device) -> int | None:
 
 
 def facts(problem, device: torch.device) -> dict:
-    """What a record says of a problem beside its times."""
+    """What a record says about a problem besides its times."""
     return {
         "problem": problem.to_dict(),
         "group": problem.name,
@@ -236,7 +237,7 @@ def facts(problem, device: torch.device) -> dict:
 
 
 def times(problem, row: Row, device: torch.device, seconds: float = 0.2) -> dict:
-    """The row in turns with the problem's baseline: medians of both, in seconds."""
+    """Time the row alternately with the problem's baseline: medians of both, in seconds."""
     sets = operands(problem, device)
     baseline = problem.baseline()
     steps = {"row": problem.steps(row, sets), "baseline": problem.steps(baseline, sets)}
@@ -257,7 +258,7 @@ def times(problem, row: Row, device: torch.device, seconds: float = 0.2) -> dict
 
 
 def run(problem, row: Row, device: torch.device, seconds: float = 0.2) -> dict:
-    """Check, then time. {"status": "ok", ...}, or "wrong" or "unavailable" with a "reason"."""
+    """Check, then time. Returns {"status": "ok", ...}, or "wrong" or "unavailable" with a "reason"."""
     try:
         checked = check(problem, row, device)
     except Unavailable as error:

@@ -24,23 +24,23 @@ _DEFAULT_TARGETS = (
     r".*(attn|attention|mlp|ffn|feed_forward|densereludense|fc1|fc2"
     r"|layer\.\d+\.(intermediate|output)\.dense).*"
 )
-# What "all-linear" leaves at full rank beside the heads that a model names itself.
+# Output heads that "all-linear" leaves at full rank, besides those that a model reports itself.
 _HEADS = {"lm_head", "score", "classifier", "qa_outputs", "embed_out"}
-# Path components that torch's and accelerate's wrappers add; A's draw must not depend on them.
+# Path components that wrappers of torch and accelerate add. A's draw must not depend on them.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclasses.dataclass
 class ReLoRaConfig:
-    """What apply_relora does. Names and meanings follow PEFT's LoraConfig where it has them.
+    """Settings of apply_relora. Names and meanings follow PEFT's LoraConfig where it has them.
 
     Attributes:
         r, lora_alpha, lora_dropout, use_rslora, lora_dtype, trainable_scaling: see FusedReLoRaLinear.
-        target_modules: which nn.Linear modules: a list of names (a module matches whose path is the
-            name or ends in "." + name), a regular expression (matched against the whole path),
-            "all-linear" (every one but the output head), or None: attention and MLP projections.
+        target_modules: which nn.Linear modules to wrap: a list of names (a module matches if its path is
+            the name or ends in "." + name), a regular expression (matched against the whole path),
+            "all-linear" (all but the output head), or None (attention and MLP projections).
         exclude_modules: a list of names or a regular expression of modules to leave alone.
-        weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps theirs.
+        weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps their dtype.
         merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
         seed: A's draws and stochastic rounding depend on (seed, module path, merge count) alone.
 
@@ -71,15 +71,15 @@ class ReLoRaConfig:
 def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Module:
     """Swap the targeted nn.Linear modules of `model` for FusedReLoRaLinear, in place; returns `model`.
 
-    Their weights are shared, not copied, and frozen, and lose their gradients; everything else
-    (embeddings, norms, head, biases) stays as it is and trains at full rank. Hooks on them, and
-    buffers, submodules and attributes of the user's own, go over to the layers. The config is kept as
+    Their weights are shared, not copied. They are frozen and their gradients dropped. Everything else
+    (embeddings, norms, head, biases) stays as it is and trains at full rank. Hooks on the targets, and
+    buffers, submodules and attributes that the user added, move to the new layers. The config is kept as
     ``model.relora_config``. Make the optimizer afterwards, from the parameters that require grad.
 
     Raises ValueError, with nothing changed, if nothing is targeted (the message lists candidates), if
-    the model holds FusedReLoRaLinear modules already, or if a target cannot be wrapped: its weight is
-    shared with another module or computed (weight_norm, a parametrization), its forward replaced, or it
-    is in DistributedDataParallel.
+    the model already holds FusedReLoRaLinear modules, or if a target cannot be wrapped: its weight is
+    shared with another module or computed (weight_norm, a parametrization), its forward is replaced or
+    bypassed (nn.TransformerEncoderLayer), or it is in DistributedDataParallel.
     """
     config = ReLoRaConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
@@ -110,7 +110,7 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
                 trainable_scaling=config.trainable_scaling, merge_rounding=config.merge_rounding,
                 seed=config.seed, name=plain_path(path),
             )  # fmt: skip
-    except BaseException:  # out of memory, say: the model stays as it was
+    except BaseException:  # e.g. out of memory: leave the model as it was
         for weight, trained, gradient in before:
             weight.requires_grad_(trained).grad = gradient
         raise
@@ -134,7 +134,7 @@ def relora_layers(model: nn.Module, required: bool = True) -> list[tuple[str, Fu
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_A, lora_B and, where trained, lora_scaling of every layer: what an optimizer reset is for.
+    """lora_A, lora_B and, if trained, lora_scaling of every layer: the parameters to reset at a restart.
 
     Raises ValueError for a model without FusedReLoRaLinear modules.
     """
@@ -146,19 +146,19 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 @torch.no_grad()
 def merge_and_reinit(model: nn.Module) -> int:
-    """Merge every FusedReLoRaLinear of `model` and restart its A and B; returns how many there are.
+    """Merge every FusedReLoRaLinear of `model` and restart its A and B; returns the number of layers.
 
     Per layer: W <- round(W + s B A), then A drawn from (seed, name, merge_count), B zeroed. What the
     model computes stays the same up to the rounding of W. Reset the optimizer's moments and the
     learning rate at the same step (`ReLoRaSchedule` does all three).
 
-    Parameters sharded by FSDP2's fully_shard are merged shard by shard, with the same result; call
-    it on every rank then, with the model that fully_shard was called with.
+    Parameters sharded by FSDP2's fully_shard are merged shard by shard, with the same result. Call this on
+    every rank then, with the model that fully_shard was called with.
 
-    Raises RuntimeError while gradients of A or B are pending (but for those that FSDP2 keeps back under
-    set_requires_gradient_sync(False)), ValueError for parametrized parameters,
-    FloatingPointError if any layer's update is not finite, and BackendUnavailable where a named backend
-    cannot merge one; nothing is changed then.
+    Raises RuntimeError while gradients of A or B are pending (except those that FSDP2 holds back under
+    set_requires_gradient_sync(False)), ValueError for parametrized parameters, FloatingPointError if any
+    layer's update is not finite, and BackendUnavailable if a named backend cannot merge a layer; nothing is
+    changed then.
     """
     sharding.reshard(model)
     layers = relora_layers(model)
@@ -172,11 +172,10 @@ def merge_and_reinit(model: nn.Module) -> int:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Replace every FusedReLoRaLinear by a plain trainable nn.Linear holding the merged weight.
 
-    In place; returns `model` (the new nn.Linear, if `model` is itself one layer). W is rounded to
-    nearest, residual included. What users have put on the layers goes over as in apply_relora. Raises,
-    with nothing changed, FloatingPointError if an update is not finite, TypeError for a sharded model,
-    ValueError for a layer whose forward is replaced and BackendUnavailable where a named backend cannot
-    merge one.
+    In place; returns `model` (the new nn.Linear, if `model` is itself a layer). W, residual included, is
+    rounded to nearest. What users have put on the layers moves as in apply_relora. Raises, with nothing
+    changed, FloatingPointError if an update is not finite, TypeError for a sharded model, ValueError for a
+    layer whose forward is replaced and BackendUnavailable if a named backend cannot merge a layer.
     """
     sharding.reshard(model)
     layers = relora_layers(model)
@@ -184,7 +183,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         layer.check_unload()
         _refuse_replaced("merge_and_unload", path, layer)
     check_finite([layer.update_to_check() for _, layer in layers])
-    # A layer may be a child of several modules, or of one under several names.
+    # A layer may be a child of several modules, or of one module under several names.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for _, layer in layers}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -204,10 +203,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def take_over(new: nn.Module, old: nn.Module) -> None:
-    """Put what users have put on `old`, a linear layer, on `new`, which takes its place: hooks, and
-    parameters, buffers, submodules and attributes by names that neither class has.
+    """Move to `new` what users have put on `old`, the linear layer that it replaces: hooks, and parameters,
+    buffers, submodules and attributes under names that neither class has.
 
-    The dicts of hooks are shared: the RemovableHandles that users hold know them by identity.
+    The dicts of hooks are shared, because the users' RemovableHandles refer to those very objects.
     """
     ours, (mine, theirs) = _own_names(), (vars(new), vars(old))
     for key, value in theirs.items():
@@ -217,14 +216,14 @@ def take_over(new: nn.Module, old: nn.Module) -> None:
         mine[kind].update({k: v for k, v in theirs[kind].items() if k not in ours})
     mine["_non_persistent_buffers_set"] |= theirs["_non_persistent_buffers_set"] - ours
     for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):  # it was given `old` when it was registered
+        if getattr(hook, "with_module", False):  # it was bound to `old` when it was registered
             hook.module = weakref.ref(new)
 
 
 @functools.cache
 def _own_names() -> frozenset[str]:
     layer = FusedReLoRaLinear(1, 1, r=1, device="meta", trainable_scaling=True)
-    return frozenset([*dir(layer), "parametrizations"])  # of factors: what they gave is merged
+    return frozenset([*dir(layer), "parametrizations"])  # of factors: their result has been merged
 
 
 def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
@@ -244,7 +243,7 @@ def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
 
 
 def _no_linears(model: nn.Module) -> dict[str, list[str]]:
-    """Kinds of modules that hold linear layers without being an nn.Linear that is called -> paths."""
+    """{kind: paths} of modules that hold linear layers but are no plain nn.Linear that gets called."""
     conv1d, attentions, subclasses = [], [], []
     attention = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for path, m in model.named_modules():
@@ -262,7 +261,7 @@ def _no_linears(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _warn_left_out(model: nn.Module, config: ReLoRaConfig, linears: dict[str, nn.Linear]) -> None:
-    """Warn of what the config seems to ask for and apply_relora does not wrap."""
+    """Warn about what the config seems to ask for but apply_relora does not wrap."""
     left, targets, exclude = [], config.target_modules, config.exclude_modules
     if exclude and not any(_matches(path, exclude) for path in linears):
         left.append(f"exclude_modules={exclude!r} matches no nn.Linear")
@@ -299,7 +298,7 @@ def _is_target(path: str, is_head: bool, config: ReLoRaConfig) -> bool:
 
 
 def _matches(path: str, pattern: str | Sequence[str]) -> bool:
-    """PEFT's rule: a string is a regular expression of the whole path, a list holds name endings."""
+    """PEFT's rule: a string is a regular expression for the whole path, a list holds name endings."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, path) is not None
     return any(path == name or path.endswith("." + name) for name in pattern)
@@ -323,13 +322,13 @@ def _check_pattern(name: str, pattern) -> None:
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """Hugging Face models' output heads, which stay at full rank."""
+    """The output heads of Hugging Face models; they stay at full rank."""
     getters = (getattr(m, "get_output_embeddings", None) for m in model.modules())
     return {head for getter in getters if callable(getter) and (head := getter()) is not None}
 
 
 def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
-    """Targets that cannot be wrapped, before anything is changed."""
+    """Raise for targets that cannot be wrapped, before anything is changed."""
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
@@ -368,8 +367,9 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
 
 
 def _refuse_replaced(op: str, path: str, module: nn.Module) -> None:
-    """A method put over the class's own calls the module that it was made for, not its successor."""
-    # Not those put back, as accelerate does: type(module).forward bound to module.
+    """Raise if a method is overridden on the instance: it is bound to the old module and would bypass the
+    new one."""
+    # The class's own method bound to the module is fine: accelerate leaves that when it removes its hooks.
     replaced = [
         key
         for key, value in vars(module).items()
@@ -385,11 +385,11 @@ def _refuse_replaced(op: str, path: str, module: nn.Module) -> None:
 
 
 def _plain_class(module: nn.Module) -> type:
-    """Its class, without the one that parametrizations put over it."""
+    """The module's class, without the subclass that parametrizations create."""
     parametrized = parametrize.is_parametrized(module)
     return type(module).__bases__[0] if parametrized else type(module)
 
 
 def plain_path(path: str) -> str:
-    """Without what wrappers (DDP, torch.compile, FSDP, checkpointing) put into it."""
+    """`path` without the components that wrappers (DDP, torch.compile, FSDP, checkpointing) add."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)

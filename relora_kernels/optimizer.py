@@ -16,7 +16,8 @@ from relora_kernels.sharded_prune import prune_sharded_
 
 MODES = ("magnitude", "random", "zero")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Of torch's own those whose state holds others. Their state comes with the first step.
+# torch's optimizers that do not keep Adam's moments. They are refused by class, before their first step has
+# made the state that would show it.
 _OTHER_OPTIMIZERS = tuple(
     getattr(torch.optim, name)
     for name in "SGD ASGD RMSprop Rprop Adagrad Adadelta Adamax Adafactor LBFGS Muon".split()
@@ -34,31 +35,29 @@ def reset_optimizer(
     reset_step: bool = False,
     seed: int | None = None,
 ) -> None:
-    """Prune the Adam moments of `params` in place; every other parameter's state is left alone.
+    """Prune the Adam moments of `params` in place. The state of all other parameters is left alone.
 
     Args:
         optimizer: any optimizer whose state holds ``exp_avg`` and ``exp_avg_sq`` as floating tensors
             (Adam, AdamW, NAdam, ...; ``max_exp_avg_sq`` is treated as ``exp_avg_sq``).
-        params: parameters of `optimizer`. One that has no state yet has nothing to reset, nor has a
-            frozen one that is not the optimizer's, nor one whose state ZeroRedundancyOptimizer keeps on
-            another rank.
+        params: parameters of `optimizer`. Skipped are those without state yet, frozen ones that the
+            optimizer does not hold, and those whose state ZeroRedundancyOptimizer keeps on another rank.
         mode: "magnitude" drops the share `ratio` of smallest |m| (see `prune_`); "random" drops each
-            element with probability `ratio`, from (seed, position in `params`, element) alone, None
-            drawing a seed from torch's generator (replicas of a model need one seed on all ranks);
-            "zero" drops all.
+            element with probability `ratio`; "zero" drops all.
         ratio: share to drop, 0 <= ratio <= 1; not used by "zero".
         paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
-            mask, as the ReLoRA authors' code does: where m is kept and v dropped the next updates are
-            some ten times too large, which only a long learning-rate warm-up hides; a warning says so.
-        reset_step: also set Adam's step count (and NAdam's mu_product) to their start. Without it the
+            mask, as the ReLoRA authors' code does. Where that keeps m and drops v, the next updates are
+            about ten times too large, which only a long learning-rate warm-up hides; a warning says so.
+        reset_step: also set Adam's step count (and NAdam's mu_product) back to the start. Otherwise the
             first updates from zeroed moments are about three times the learning rate
             (0.1 / sqrt(0.001)).
+        seed: for "random", whose masks depend on (seed, position in `params`, element) alone. None draws
+            one from torch's generator; replicas of a model need the same seed on all ranks.
 
-    Raises ValueError for parameters that are not the optimizer's or arguments out of range, and
-    TypeError, naming the optimizer and the state, for state that is not floating Adam moments (8-bit
-    codes, momentum buffers), BackendUnavailable where a named backend cannot prune; nothing is changed
-    then. Moments sharded by FSDP2 give the unsharded
-    result; call it on every rank then.
+    Raises ValueError for parameters that are not the optimizer's or arguments out of range, TypeError
+    (naming the optimizer and the state) for state other than floating Adam moments (8-bit codes, momentum
+    buffers), and BackendUnavailable if a named backend cannot prune; nothing is changed then. Moments
+    sharded by FSDP2 give the unsharded result; call this on every rank then.
     """
     checks.one_of("reset_optimizer", "mode", mode, MODES)
     ratio = checks.fraction("reset_optimizer", "ratio", ratio)
@@ -92,8 +91,8 @@ def reset_optimizer(
 
 
 def _prune_paired(first, second, largest, mode, ratio, seed) -> None:
-    # prune_ zeroes one partner by each mask. |m| keeps its values until its own turn, so a third
-    # tensor (AMSGrad's) is pruned through a copy of m.
+    # prune_ applies each mask to one partner only. So a third tensor (AMSGrad's) is pruned first, as the
+    # partner of a copy of m, while m itself is still unchanged.
     if largest:
         by_index = dict(first)
         copies = [(i, by_index[i].clone()) for i, _ in largest]
@@ -110,7 +109,7 @@ def _prune(moments, mode, ratio, seed, paired_with=None) -> None:
     seeds = [philox.derive_seed("prune", *seed, i) for i, _ in moments]
     local = [sharding.local_rows(t) for t in tensors]
     partners = [sharding.local_rows(t)[0] for t in paired_with or []]
-    # A row of the whole tensor holds as many elements as one of the shard.
+    # A row of the whole tensor has as many elements as a row of the shard.
     first = [row * math.prod(t.shape[1:]) for t, (_, row) in zip(tensors, local)]
     prune_random_([rows for rows, _ in local], ratio, partners, seeds, first)
 
@@ -121,7 +120,7 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
     inner = keeper(optimizer)
     for key in MOMENTS:
         moments = [state.get(key) for _, state in states]
-        # At a glance, as plain tensors pass. A model has hundreds.
+        # Fast path for plain tensors: a model has hundreds.
         plain = {torch.Tensor}.issuperset(map(type, moments))
         if not (plain and set(checks.FLOATS).issuperset([t.dtype for t in moments])):
             for _, state in states:
@@ -132,7 +131,7 @@ def adam_states(optimizer, params) -> list[tuple[int, dict]]:
 
 
 def own_states(optimizer, params) -> list[tuple[int, dict]]:
-    """adam_states of any optimizer: raises for parameters that are not its own alone."""
+    """adam_states for any optimizer: raises only for parameters that it does not hold."""
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise TypeError(f"reset_optimizer: expected a torch optimizer, got {optimizer!r}")
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -150,10 +149,10 @@ def own_states(optimizer, params) -> list[tuple[int, dict]]:
 
 
 def keeper(optimizer):
-    """The optimizer that holds the state: accelerate's has the user's in it, ZeroRedundancyOptimizer one for
-    the parameters that are this rank's to update."""
+    """The optimizer that holds the state: accelerate's wraps the user's optimizer, ZeroRedundancyOptimizer
+    one for the parameters that this rank updates."""
     inner = getattr(optimizer, "optimizer", None)
-    # Not of one that keeps something itself (Lookahead's slow weights), which a merge would leave behind.
+    # Not wrappers with state of their own (Lookahead's slow weights): a merge would not update it.
     own = getattr(optimizer, "state", None)
     if isinstance(inner, torch.optim.Optimizer) and (not own or own is inner.state):
         return keeper(inner)

@@ -1,10 +1,10 @@
-"""LoRA factors to and from PEFT's `save_pretrained` layout, without needing PEFT.
+"""Save and load LoRA factors in PEFT's `save_pretrained` layout, without needing PEFT.
 
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r)
     adapter_config.json          peft_type "LORA", r, lora_alpha, target_modules, use_rslora, ...
 
-A PEFT adapter is added to a base model that it does not hold. In ReLoRA that base moves: merges
-change W, and what is not wrapped trains too. So `save_adapter` writes the base beside the adapter.
+A PEFT adapter is applied to a base model that it does not contain. ReLoRA changes that base: merges
+change W, and unwrapped parameters train too. So `save_adapter` can write the base beside the adapter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from relora_kernels.ops import checks
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
-# Entries of adapter_config.json that say nothing about what the adapter computes, beside those that
-# load_adapter reads. Any other entry that is set belongs to a variant of LoRA, and is refused.
+# Entries of adapter_config.json that do not affect what the adapter computes. Any entry that is set, but is
+# neither here nor in _READ, belongs to a variant of LoRA and is refused.
 _NO_MATTER = {
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "task_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -45,7 +45,8 @@ _NO_MATTER = {
     "ensure_weight_tying",
 }  # fmt: skip
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern"}
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others move the base's weights
+# The other initialisations change the base's weights.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
@@ -53,28 +54,28 @@ def save_adapter(
 ) -> None:
     """Write the factors of `model` as a PEFT LoRA adapter into the new folder `folder`.
 
-    ``PeftModel.from_pretrained(base, folder)`` then computes what `model` does, where `base` holds
-    the present frozen weights. With `base_folder` these go there, with everything else that `model`
-    trains, as the model without its factors (`save_pretrained`; for a model that has none, a
-    state_dict in model.safetensors), and the adapter's config names that folder.
+    ``PeftModel.from_pretrained(base, folder)`` then computes what `model` does, if `base` holds the
+    present frozen weights. With `base_folder`, the model without its factors is written there: these
+    weights and everything else that trains (by `save_pretrained` if the model has it, else as a state_dict
+    in model.safetensors). The adapter's config then names that folder.
 
-    Without it the base must be the one that training started from: no merge yet, nothing trains but
-    lora_A, lora_B and lora_scaling, and no adapter loaded into `model` has brought biases or
+    Without `base_folder` the base must be the one that training started from: no merge yet, only lora_A,
+    lora_B and lora_scaling train, and no adapter loaded into `model` has brought biases or
     modules_to_save.
 
-    A trained scale becomes the layer's lora_alpha. What compensated merges could not store in a 16-bit
-    weight is added to a base that was made from float32 (``weight_dtype``), and is left out of a
-    base that has 16 bits itself: keep a checkpoint of the model to go on training.
+    A trained scale is saved as the layer's lora_alpha. What compensated merges could not store in a 16-bit
+    weight is added to a base that was made from float32 (``weight_dtype``). A base that is 16-bit itself
+    loses it: keep a checkpoint of the model to go on training.
 
-    PEFT (0.21) takes the names gate_proj, up_proj and down_proj in models whose experts transformers 5
-    keeps in one tensor (DeepSeek-V3, say) for the experts': `load_adapter` alone reads such an adapter right.
+    PEFT (0.21) applies the names gate_proj, up_proj and down_proj to the experts in models whose experts
+    transformers 5 keeps in one tensor (e.g. DeepSeek-V3). Only `load_adapter` reads such an adapter right.
 
     Each folder is written under another name and renamed when complete, the base first. With several
-    processes call it on one.
+    processes, call this on one of them.
 
-    Raises FileExistsError if either folder is there already, ValueError if the base would be lost, one
-    folder lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters;
-    nothing is written then.
+    Raises FileExistsError if either folder already exists, ValueError if the base would be lost, one folder
+    lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters; nothing is
+    written then.
     """
     model = _unwrapped(model)
     sharding.reshard(model)
@@ -110,7 +111,7 @@ def save_adapter(
         for key in ("lora_A", "lora_B")
     }
     config = json.dumps(_adapter_config(model, layers, base), indent=2, sort_keys=True) + "\n"
-    with contextlib.ExitStack() as folders:  # left in reverse: no adapter without its base
+    with contextlib.ExitStack() as folders:  # exited in reverse order: no adapter without its base
         temporary = folders.enter_context(_new_folder(Path(folder)))
         _save_file(weights, temporary / _WEIGHTS)
         (temporary / _CONFIG).write_text(config, encoding="utf-8")
@@ -123,13 +124,13 @@ def load_adapter(
 ) -> nn.Module:
     """apply_relora to `model`, the adapter's base, with the factors of the PEFT LoRA adapter in `folder`.
 
-    Which layers are wrapped, their ranks and scales come from the adapter; what PEFT does not know
-    (dtypes, merge_rounding, seed) from `config`. Biases and modules_to_save that the adapter brings
-    replace the model's. In place; returns `model`, which computes what PEFT's model does.
+    The adapter determines which layers are wrapped, their ranks, scales and dropout; what PEFT does not have
+    (dtypes, merge_rounding, seed) comes from `config`. Biases and modules_to_save in the adapter replace the
+    model's. In place; returns `model`, which computes what PEFT's model does.
 
-    Raises ValueError for an adapter that is no plain LoRA of nn.Linear modules (DoRA, embeddings,
-    Conv1D, ...; the message names what stands in the way) or does not fit `model`, FileNotFoundError
-    without both files, and whatever apply_relora raises; `model` is unchanged then.
+    Raises ValueError for an adapter that is not a plain LoRA of nn.Linear modules (DoRA, embeddings,
+    Conv1D, ...; the message names the obstacle) or does not fit `model`, FileNotFoundError if one of the
+    two files is missing, and whatever apply_relora raises; `model` is unchanged then.
     """
     folder = Path(folder)
     settings, weights = _read(folder)
@@ -170,12 +171,13 @@ def load_adapter(
                 setattr(layer, key, nn.Parameter(value.to(like.device, like.dtype)))
         for name, parameter in parameters.items():
             parameter.copy_(others[name])
-    _unwrapped(model).relora_replaced = sorted(parameters)  # the base has others: save_adapter asks
+    # The base has other values for these: save_adapter checks.
+    _unwrapped(model).relora_replaced = sorted(parameters)
     return model
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in DataParallel, DistributedDataParallel and torch.compile's wrapper."""
+    """The model inside DataParallel, DistributedDataParallel and torch.compile's wrapper."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -207,7 +209,7 @@ def _refuse_to_lose_the_base(model, layers) -> None:
 
 
 def _save_base(model, layers, folder: Path) -> None:
-    """`model` without factors: every FusedReLoRaLinear as the nn.Linear of its frozen weight."""
+    """Save `model` without factors: each FusedReLoRaLinear becomes the nn.Linear of its frozen weight."""
     drop = {
         f"{path}.{key}"
         for path in layers
@@ -226,7 +228,7 @@ def _save_base(model, layers, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=state)
         return
     seen: set[int] = set()
-    for key, value in state.items():  # safetensors wants no two tensors in one memory
+    for key, value in state.items():  # safetensors refuses tensors that share memory
         value = value.cpu().contiguous()
         shared = value.untyped_storage().data_ptr() in seen
         state[key] = value.clone() if shared else value
@@ -276,7 +278,7 @@ def _is_seq2seq(model) -> bool:
 
 
 def _saved_alpha(layer: FusedReLoRaLinear) -> float:
-    """PEFT knows no trained scale: the alpha that gives the present one."""
+    """The alpha that gives the present scale: PEFT has no trained one."""
     if layer.lora_scaling is None:
         return layer.lora_alpha
     return layer.scaling * (math.sqrt(layer.r) if layer.use_rslora else layer.r)
@@ -354,7 +356,7 @@ def _fitting_parameters(model, folder: Path, others) -> dict[str, nn.Parameter]:
 
 
 def _alpha(settings: dict, name: str) -> float:
-    """PEFT's rule: the first pattern that matches the end of the path, from a dot on."""
+    """PEFT's rule: the first pattern that matches the whole path or its end after a dot."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return alpha
@@ -370,19 +372,19 @@ def _refuse(folder: Path, expected: str, got) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when complete and on disk."""
+    """Yields a temporary folder beside `folder`, which is renamed to it when complete and on disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.unfinished-"
     for path in folder.parent.iterdir():
         if path.name.startswith(prefix):
-            shutil.rmtree(path)  # of a process that was killed
+            shutil.rmtree(path)  # left by a process that was killed
     temporary = folder.with_name(prefix + uuid.uuid4().hex[:8])
     temporary.mkdir()
     try:
         with files.disk_errors():
             yield temporary
             files.sync(*temporary.rglob("*"), temporary)
-            temporary.rename(folder)  # refused by the system where files have come to lie there
+            temporary.rename(folder)  # fails if files have appeared there meanwhile
             files.sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

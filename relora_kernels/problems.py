@@ -1,8 +1,8 @@
 """What is measured: `Linear`, `Merge` and `Prune`, each an op at a shape.
 
-A problem knows its least FLOPs and bytes, makes its operands, offers a row for each of our backends
+A problem knows its minimum FLOPs and bytes and makes its operands. It offers a row for each of our backends
 (`ours`) and the row that all are timed against (`baseline`), turns a row into functions to time (`steps`),
-and checks a row against fp64 (`check`), by the rule that the tests go by.
+and checks a row against fp64 (`check`) by the same rule as the tests.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ MODELS = {
     "1.3b": (2048, 5461, 24),
 }
 SCALING = 0.25
-_TF32 = 2.0**-10  # the coarsest product that a merge may take from float32 factors
+_TF32 = 2.0**-10  # relative error allowed in a merge: products of float32 factors may be tf32
 
 
 def projections(hidden: int, feed_forward: int) -> list[tuple[int, int]]:
-    """(in, out) of the seven linears of a Llama layer."""
+    """(in, out) of the seven linear modules of a Llama layer."""
     return [*[(hidden, hidden)] * 4, *[(hidden, feed_forward)] * 2, (feed_forward, hidden)]
 
 
@@ -49,11 +49,11 @@ def moments(linears: list[tuple[int, int]], r: int) -> tuple[int, ...]:
 
 class Problem:
     def to_dict(self) -> dict:
-        """As JSON holds it."""
+        """A dict for JSON; `from_dict` reads it."""
         return {"kind": type(self).__name__, **dataclasses.asdict(self)}
 
     def same_operands(self):
-        """The problem whose operands serve this one too."""
+        """The problem whose operands this one can use."""
         return self
 
     def steps(self, row: Row, all_operands: list) -> list[Callable]:
@@ -76,10 +76,10 @@ def _under(row: Row, function: Callable) -> Callable:
 class Linear(Problem):
     """y = x W^T + s (x A^T) B^T of x (tokens, in), W (out, in), A (r, in), B (out, r), and its gradients.
 
-    `direction`: forward (with what autograd keeps), backward (dx, dA, dB), or both; or "main loop", for
-    backends whose module offers main_loop(x, W) -> x W^T, the fused kernel without its low-rank part,
-    and for each value of a backend's CLUSTER; or "backward by PAIR", for each value of a backend's PAIR
-    (cuda: Q and dB in one launch, or in two).
+    `direction`: "forward" (including what autograd keeps), "backward" (dx, dA, dB), or both. Or "main loop":
+    the fused kernel without its low-rank part, for backends whose module has main_loop(x, W) -> x W^T, and
+    for each value of a backend's CLUSTER. Or "backward by PAIR": for each value of a backend's PAIR (cuda: Q
+    and dB in one launch, or in two).
     """
 
     tokens: int
@@ -103,7 +103,7 @@ class Linear(Problem):
 
     @property
     def flops(self) -> int:
-        """2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward. Nothing for dW: W is frozen."""
+        """2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward. No dW, because W is frozen."""
         base = 2 * self.tokens * self.in_features * self.out_features
         low_rank = 2 * self.tokens * self.r * (self.in_features + self.out_features)
         return {
@@ -115,7 +115,7 @@ class Linear(Problem):
 
     @property
     def bytes(self) -> int:
-        """Each operand once a pass: x, y, W, A, B forward; dy, x, P, W, A, B, dx, dA, dB backward."""
+        """Each operand once per pass: x, y, P, W, A, B forward; dy, x, P, W, A, B, dx, dA, dB backward."""
         size = getattr(torch, self.dtype).itemsize
         ends = self.tokens * (self.in_features + self.out_features)
         weight = self.in_features * self.out_features
@@ -132,7 +132,7 @@ class Linear(Problem):
 
     @property
     def resident_bytes(self) -> int:
-        """Of what every direction reads: x (or dy) and W."""
+        """Bytes of what every direction reads: x (or dy) and W."""
         size, ends = getattr(torch, self.dtype).itemsize, min(self.in_features, self.out_features)
         return size * (self.tokens * ends + self.in_features * self.out_features)
 
@@ -182,8 +182,8 @@ class Linear(Problem):
         return only_backward
 
     def check(self, row: Row, o: LinearOperands) -> dict:
-        """Forward error at most 2 times that of the same eager formula in the working dtype, gradients 3
-        times, both against fp64 (FlashAttention's rule)."""
+        """The error against fp64 is at most 2 times (forward) or 3 times (gradients) that of the eager
+        formula in the working dtype (FlashAttention's rule)."""
         exact, eager_errors = o.oracle(row.computes)
         names = ["y", *o.leaf_names(row.computes)]
         forward, leaves = row.make(o), o.leaves(row.computes)
@@ -228,7 +228,8 @@ class LinearOperands:
         self.problem = problem
         self.x, self.dy = leaf(M, K), leaf(M, N).detach()
         self.weight = leaf(N, K, scale=K**-0.5).requires_grad_(False)
-        self.trained_weight = torch.nn.Parameter(self.weight.detach())  # full rank's, in its memory
+        # For full rank; shares weight's memory.
+        self.trained_weight = torch.nn.Parameter(self.weight.detach())
         self.lora_A = leaf(r, K, scale=K**-0.5, dtype=factors)
         self.lora_B = leaf(N, r, scale=0.1, dtype=factors)
         self.scaling, self.dropout = SCALING, problem.dropout
@@ -261,7 +262,7 @@ class LinearOperands:
         return self._oracles[computes]
 
     def _eager(self, names: list[str], dtype: torch.dtype) -> list[torch.Tensor]:
-        """The formula as everybody writes it, from A and B as rounded to x's dtype."""
+        """The formula in plain PyTorch, from A and B rounded to x's dtype."""
         narrow = self.x.dtype
         t = {
             name: getattr(self, name).detach().to(narrow).to(dtype).requires_grad_(name in names)
@@ -305,7 +306,7 @@ def _our_linear(name: str) -> Row:
 
 
 def _by_constant(constant: str, make: Callable, op=linear_op) -> dict[str, Row]:
-    """Rows under each value that a backend's module lists (PAIRS) for a constant of its own (PAIR)."""
+    """A row for each value of a module's constant, such as PAIR, that the module lists as PAIRS."""
     return {
         f"ours {name}, {constant} = {value}": dataclasses.replace(
             make(name), setting=functools.partial(_constant, module, constant, value)
@@ -340,9 +341,9 @@ def _our_main_loop(name: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Merge(Problem):
-    """W += s B A in place, W (out, in), for each of `shapes`; A and B as `factors`.
+    """W += s B A in place, W (out, in), for each of `shapes`. `factors`: the dtype of A and B.
 
-    `by`: the name of a constant (KERNEL) for whose values (KERNELS) a backend has a row each.
+    `by`: the name of a constant, such as KERNEL: a backend gets a row for each of its values (KERNELS).
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -373,7 +374,7 @@ class Merge(Problem):
 
     @property
     def bytes(self) -> int:
-        """W read and written once, its residual too where there is one, A and B read once."""
+        """W, and the residual if there is one, read and written once; A and B read once."""
         size = getattr(torch, self.dtype).itemsize * (2 if self.rounding == "compensated" else 1)
         factors = self.r * sum(map(sum, self.shapes))
         return 2 * size * self.elements + getattr(torch, self.factors).itemsize * factors
@@ -398,8 +399,8 @@ class Merge(Problem):
         return MergeOperands(self, device)
 
     def check(self, row: Row, o: MergeOperands) -> dict:
-        """Error of W (compensated: of W and residual together) at most twice the reference's against
-        fp64, and what tf32 products may add to it."""
+        """The error of W (compensated: of W + residual) against fp64 is at most twice the reference's, plus
+        what tf32 products may add."""
         if row.computes == "copy":
             return {}
         before = [t.clone() for t in (*o.weights, *o.residuals)]
@@ -429,14 +430,14 @@ class Merge(Problem):
 
     def evidence_class(self, o: MergeOperands) -> tuple[str, list] | None:
         if len(self.shapes) > 1 or self.by or self.factors != "float32":
-            return None  # a class says nothing of the factors
+            return None  # evidence is kept for one layer, the default constant and float32 factors
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, self.rounding
         return "merge_", list(evidence.CLASSES["merge_"](*call))
 
 
 class MergeOperands:
-    """An update as large as W itself, so that one that is left out shows; its sign alternates, so that W
-    stays what it was however often it is merged."""
+    """The update is as large as W itself, so that a missing one shows. Its sign alternates, so that W does
+    not grow however often it is merged."""
 
     def __init__(self, problem: Merge, device: torch.device):
         dtype, factors = getattr(torch, problem.dtype), getattr(torch, problem.factors)
@@ -455,7 +456,7 @@ class MergeOperands:
         self.rounding, self.sign = problem.rounding, 1
 
     def calls(self):
-        """The arguments of each merge; the next calls have the other sign."""
+        """The arguments of each merge. The sign flips after each pass over the list."""
         residuals = self.residuals or [None] * len(self.weights)
         for weight, lora_A, lora_B, residual, seed in zip(
             self.weights, self.lora_A, self.lora_B, residuals, self.seeds
@@ -490,7 +491,7 @@ def _our_merge(name: str) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class Prune(Problem):
-    """The share `ratio` of each of `sizes` that is smallest zeroed, and as much of a partner where `paired`."""
+    """Zero the smallest share `ratio` of a tensor of each size; if `paired`, mask a partner alike."""
 
     sizes: tuple[int, ...]
     paired: bool = False
@@ -512,7 +513,7 @@ class Prune(Problem):
 
     @property
     def bytes(self) -> int:
-        """Two reads and one write of each element, one read and one write of its partner."""
+        """Two reads and one write per element, one read and one write per element of a partner."""
         per_element = 5 if self.paired else 3
         return per_element * sum(self.sizes) * getattr(torch, self.dtype).itemsize
 
@@ -534,7 +535,7 @@ class Prune(Problem):
         return PruneOperands(self, device)
 
     def check(self, row: Row, o: PruneOperands) -> dict:
-        """Bit for bit the reference's result; `computes="about"`: at most two elements more or fewer."""
+        """The result equals the reference's bit for bit; `computes="about"`: up to two elements may differ."""
         if row.computes == "copy":
             return {}
         o.restore()
@@ -552,14 +553,14 @@ class Prune(Problem):
 
     def evidence_class(self, o: PruneOperands) -> tuple[str, list] | None:
         if self.ratio != Prune.ratio:
-            return None  # a class says nothing of the ratio
+            return None  # a class does not contain the ratio
         return "prune_", list(evidence.CLASSES["prune_"](o.tensors, self.ratio, o.partners))
 
 
 class PruneOperands:
-    """Pruned tensors are mostly ties at zero: `restore` brings the fresh ones back before each call.
+    """`restore` brings back fresh tensors before each call, because pruned ones are mostly ties at zero.
 
-    Partners are drawn apart from the tensors: a kernel that masked them by their own magnitudes shows.
+    Partners are drawn independently, so that a kernel that masks them by their own magnitudes shows.
     """
 
     def __init__(self, problem: Prune, device: torch.device):
@@ -591,7 +592,7 @@ def _our_prune(name: str) -> Row:
 
 
 def from_dict(fields: dict):
-    """The problem that its `to_dict` wrote down."""
+    """The problem that `to_dict` wrote."""
     fields = dict(fields)
     kind = {"Linear": Linear, "Merge": Merge, "Prune": Prune}[fields.pop("kind")]
     for name in ("shapes", "sizes"):
@@ -601,11 +602,11 @@ def from_dict(fields: dict):
 
 
 def entries(records: list[dict]) -> list[dict]:
-    """Evidence for `auto`, of what `measure.run` found of our rows ("row": "ours NAME").
+    """Evidence for `auto`, from what `measure.run` found about our rows ("row": "ours NAME").
 
-    One entry for each class in which the reference passed and no row was left out: `order` holds the rows
-    that passed, by time over the baseline's, which was measured in turns with each. A row that was wrong
-    or failed at any size of the class is not in it, whatever an older record says.
+    There is one entry for each class in which the reference passed, from the problems of which no row was
+    left out. `order` holds the rows that passed, sorted by time relative to the baseline, which was measured
+    alternately with each. A row that was wrong or failed at any size of the class is excluded.
     """
     unfinished = {record["group"] for record in records if record["status"] == "left out"}
     passed = [record for record in records if record["status"] == "ok" and record["evidence"]]

@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other: a few integers, by collectives on small tensors.
+"""Exchange a few integers between the processes of a run, by collectives on small tensors.
 
-Every function is a collective of the default process group: call it on every rank. Without a
-process group there is one rank, and nothing is sent.
+All functions but `count` and `index` are collectives of the default process group: call them on every rank.
+Without a process group there is one rank, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def count() -> int:
-    """How many ranks there are."""
+    """The number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -22,9 +22,9 @@ def index() -> int:
 
 
 def start_maximum(values: Sequence[int]) -> Callable[[], list[int]]:
-    """Starts one all-reduce; the function returned waits for it and gives each value's maximum.
+    """Start one all-reduce. The returned function waits for it and returns each value's maximum.
 
-    Waiting a step later costs a GPU nothing: by then the small all-reduce has long run.
+    Waiting one step later costs a GPU nothing: by then the small all-reduce is long done.
     """
     if count() == 1:
         return lambda: list(values)
@@ -39,12 +39,12 @@ def start_maximum(values: Sequence[int]) -> Callable[[], list[int]]:
 
 
 def maximum(values: Sequence[int]) -> list[int]:
-    """Each value's maximum over all ranks; a broadcast, where the others give the least value."""
+    """Each value's maximum over all ranks; a broadcast, if the other ranks pass the least value."""
     return start_maximum(values)()
 
 
 def gather(values: Sequence[int]) -> list[list[int]]:
-    """Every rank's values (as many on each), in the order of ranks."""
+    """Every rank's values, in rank order. All ranks pass equally many."""
     if count() == 1:
         return [list(values)]
     tensor = torch.tensor(list(values), dtype=torch.int64, device=_device())
@@ -54,7 +54,7 @@ def gather(values: Sequence[int]) -> list[list[int]]:
 
 
 def gather_bytes(data: bytes) -> list[bytes]:
-    """Every rank's bytes, in the order of ranks."""
+    """Every rank's bytes, in rank order."""
     if count() == 1:
         return [data]
     sizes = [row[0] for row in gather([len(data)])]
@@ -67,7 +67,7 @@ def gather_bytes(data: bytes) -> list[bytes]:
 
 
 def _device() -> torch.device:
-    """A host tensor where the backend takes one: it makes no GPU wait."""
+    """The CPU if the backend supports it, so that no GPU has to wait."""
     if "gloo" in str(dist.get_backend_config()):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The jagged learning rate, and the one object that decides when to merge, reset and restart."""
+"""The jagged learning rate, and the object that decides when to merge, reset and restart."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from relora_kernels.ops import checks
 from relora_kernels.optimizer import MODES, adam_states, keeper, own_states, reset_optimizer
 from relora_kernels.reference import philox
 
-_SHORT_WARMUP = 50  # steps: below it, independent masks blew up (beta2 = 0.999)
+_SHORT_WARMUP = 50  # steps; with fewer, independent masks diverged (beta2 = 0.999)
 
 
 def cosine_with_warmup(
     warmup_steps: int, total_steps: int, min_ratio: float = 0.1
 ) -> Callable[[int], float]:
-    """Multiplier f(t): linear 0 -> 1 over warmup_steps, then half a cosine down to min_ratio.
+    """Multiplier f(t): linear from 0 to 1 over warmup_steps, then half a cosine down to min_ratio.
 
     f(t) = t / w for t < w, else min + (1 - min) * (1 + cos(pi (t - w) / (T - w))) / 2 (ReLoRA,
     arXiv 2307.05695), and min from T on. Steps count optimizer updates.
 
-    Raises ValueError unless 0 <= warmup_steps < total_steps and 0 <= min_ratio <= 1, TypeError for a
-    min_ratio that is no number.
+    Raises ValueError unless 0 <= warmup_steps < total_steps and 0 <= min_ratio <= 1, TypeError if
+    min_ratio is not a number.
     """
     for name, value in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
         checks.whole_number("cosine_with_warmup", name, value, 0)
@@ -49,21 +49,21 @@ def cosine_with_warmup(
 class JaggedLR(LRScheduler):
     """A base schedule with a restart every `restart_every` steps (a "jagged" schedule).
 
-    With P = restart_every, w = restart_warmup_steps, t the step and k = floor(t / P): where t >= P
-    and t mod P < w the multiplier is (t mod P) / w * f(k P + w), elsewhere f(t) (ReLoRA, arXiv
-    2307.05695, section 3). With `anneal_steps` = a the last a steps before a restart fall linearly
-    towards 0 as well.
+    With P = restart_every, w = restart_warmup_steps, t the step and k = floor(t / P): if t >= P and
+    t mod P < w the multiplier is (t mod P) / w * f(k P + w), else f(t) (ReLoRA, arXiv 2307.05695,
+    section 3). With `anneal_steps` = a the rate also falls linearly towards 0 over the last a steps before
+    a restart.
 
     Args:
-        optimizer: its param groups' lr are the base rates.
-        base_schedule: f, a function step -> multiplier, or any of torch's or transformers' schedulers
-            that follow the step alone and change learning rates alone (cycle_momentum=False), made for
+        optimizer: the lr values of its param groups are the base rates.
+        base_schedule: f, a function step -> multiplier, or a scheduler of torch or transformers that
+            depends only on the step and changes only learning rates (cycle_momentum=False), made for
             `optimizer` and not stepped yet.
         restart_every, restart_warmup_steps, anneal_steps: steps; restart_warmup_steps + anneal_steps
             <= restart_every.
-        total_steps: length of the run, if known: there is no restart at or after it.
+        total_steps: length of the run, if known. No restart happens at or after it.
 
-    Raises ValueError for other values, TypeError for what is no optimizer.
+    Raises ValueError for other values, TypeError if `optimizer` is not an optimizer.
     """
 
     def __init__(
@@ -101,21 +101,21 @@ class JaggedLR(LRScheduler):
             )
         self.restart_every, self.restart_warmup_steps = restart_every, restart_warmup_steps
         self.anneal_steps = anneal_steps
-        self.end = total_steps  # accelerate takes what has total_steps for OneCycleLR
-        # By ReLoRaSchedule; here because they are saved with the step count. `restarting` is None, or
-        # each layer's merge count when the restart began that has not come to its end.
+        self.end = total_steps  # accelerate takes any scheduler with a total_steps for OneCycleLR
+        # Set by ReLoRaSchedule; stored here to be saved with the step count. While a restart is unfinished,
+        # `restarting` maps each layer to its merge count from before the restart; else it is None.
         self.restarts_done = 0
         self.restarting: dict[str, int] | None = None
         super().__init__(optimizer)
 
     def restarts_due(self, step: int) -> int:
-        """How many restarts lie at or before `step`: one at every multiple of restart_every."""
+        """The number of restarts at or before `step`: one at every multiple of restart_every."""
         if self.end is not None:
             step = min(step, self.end - 1)
         return step // self.restart_every
 
     def multiplier(self, step: int, base: Callable[[int], float] | None = None) -> float:
-        """The factor on the base rate at `step` (of the first param group, unless `base` is given)."""
+        """The factor on the base rate at `step`, by `base` (default: the first param group's schedule)."""
         base = base or self.base_schedules[0]
         start = self.restarts_due(step) * self.restart_every
         since = step - start
@@ -133,14 +133,14 @@ class JaggedLR(LRScheduler):
         ]
 
     def state_dict(self) -> dict:
-        """Plain numbers: the schedules, which are functions, and total_steps come from the constructor."""
+        """Plain numbers. The schedules, which are functions, and total_steps come from the constructor."""
         left_out = ("base_schedules", "recorded", "end")
         state = {k: v for k, v in super().state_dict().items() if k not in left_out}
         return state | {"first_multipliers": self.recorded and self.recorded.first()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Continue from `state_dict`, before or after the optimizer's own, also if that was loaded before
-        the schedules were made. Raises ValueError if it was saved with other restarts."""
+        """Continue from `state_dict`. The optimizer's own may be loaded before or after this, even before the
+        schedules are made. Raises ValueError if the restarts were configured differently."""
         for key in ("restart_every", "restart_warmup_steps", "anneal_steps"):
             saved = state_dict.get(key)
             _require("JaggedLR.load_state_dict", saved == getattr(self, key),
@@ -155,7 +155,7 @@ class JaggedLR(LRScheduler):
             self.recorded.walk_from(first)
         for group, before, rate in zip(groups, rates, self.get_lr(), strict=True):
             if float(group["lr"]) != float(before):
-                continue  # the optimizer's state has brought another since
+                continue  # loading the optimizer's state has set another rate since
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -163,7 +163,7 @@ class JaggedLR(LRScheduler):
 
 
 class _Recorded:
-    """A scheduler as a function of the step: a copy of it walks ahead on a stand-in optimizer."""
+    """A scheduler as a function of the step. A copy of it steps ahead on a stand-in optimizer."""
 
     def __init__(self, scheduler: LRScheduler) -> None:
         step = getattr(scheduler, "last_epoch", 0)
@@ -174,7 +174,7 @@ class _Recorded:
                  "a base_schedule that changes learning rates alone",
                  f"{type(scheduler).__name__} with cycle_momentum=True")  # fmt: skip
         self.scheduler = scheduler
-        # OneCycleLR ends, while a restart's warm-up asks for the rate that it leads to.
+        # OneCycleLR cannot step past its end, but a late restart's warm-up may end beyond it.
         self.last_step = (
             scheduler.total_steps - 1 if isinstance(scheduler, OneCycleLR) else math.inf
         )
@@ -187,8 +187,8 @@ class _Recorded:
         return [self(i, 0) for i in range(len(self.initial))]
 
     def walk_from(self, first: list[float]) -> None:
-        """Step 0 anew, with these multipliers. The optimizer's rates are of a later step if its state was
-        loaded before the scheduler was made."""
+        """Record again from step 0, with these multipliers at step 0. Needed if the optimizer's state was
+        loaded before the scheduler was made: its rates were then those of a later step."""
         self._walk([multiplier * lr for multiplier, lr in zip(first, self.initial)])
 
     def _walk(self, rates: list[float]) -> None:
@@ -220,20 +220,19 @@ def _cycles_momentum(scheduler: LRScheduler) -> bool:
 
 
 class ReLoRaSchedule:
-    """One boundary for merge, optimizer reset and learning-rate restart.
+    """Does merge, optimizer reset and learning-rate restart at the same step.
 
     In a plain loop::
 
         loss.backward(); optimizer.step(); optimizer.zero_grad(); schedule.step()
 
     With a trainer that steps schedulers itself, hand it `lr_scheduler` and call `restart_if_due`
-    after each step (ReLoRaCallback does). Restarts are counted by lr_scheduler.last_epoch alone: one that
-    accelerator.prepare has wrapped takes a step for every process, and so comes to them sooner.
+    after each step (ReLoRaCallback does). Restarts follow lr_scheduler.last_epoch alone. A scheduler wrapped
+    by accelerator.prepare steps once for every process, so its restarts come sooner.
 
-    With torch.distributed, call it on every rank of the default group, all of which hold this model
-    (DDP, or FSDP2's fully_shard): each call sends a few integers, so that ranks which have drifted
-    apart, or hold other factors or residuals of the same rows, end with an error rather than with a wrong
-    model.
+    With torch.distributed, call it on every rank of the default group, all of which hold this model (DDP, or
+    FSDP2's fully_shard). Each call sends a few integers, so that ranks that are at different steps, or whose
+    factors or residuals differ for the same rows, raise an error instead of producing a wrong model.
 
     Args:
         model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.
@@ -241,11 +240,11 @@ class ReLoRaSchedule:
         reset_mode, reset_ratio, paired, reset_step: see `reset_optimizer` (mode, ratio, ...);
             reset_mode None leaves the moments alone, whatever they are.
 
-    Raises ValueError if LoRA parameters that are trained are not the optimizer's or are sharded otherwise
-    than by rows, TypeError if its state holds no Adam moments to reset (of an optimizer whose class does
-    not tell, behind its first step) or it is DeepSpeed's. Warns if independent masks meet a restart
-    warm-up under 50 steps, and at a restart of layers whose lora_B is still 0 (nothing has trained them)
-    or with an optimizer that keeps no state.
+    Raises ValueError if the optimizer does not hold all trained LoRA parameters or they are sharded otherwise
+    than by rows. Raises TypeError if the optimizer is DeepSpeed's or does not keep Adam moments to reset; if
+    its class does not show the latter, the error comes after its first step. Warns about independent masks
+    with a restart warm-up under 50 steps, and at a restart if lora_B of a layer is still 0 (nothing has
+    trained it) or the optimizer has no state.
     """
 
     def __init__(
@@ -278,15 +277,16 @@ class ReLoRaSchedule:
                 stacklevel=2,
             )
         refuse_deepspeed("ReLoRaSchedule", model, optimizer)
-        # What has to hold before a merge as well, and not after it alone.
+        # Also checked before a merge: reset_optimizer would raise only after it.
         self._states = adam_states if reset_mode is not None else own_states
         sharding.reshard(model)
         self._states(optimizer, list(lora_parameters(model)))
         for _, layer in relora_layers(model):
             layer.check_placement()
         self.seed = relora_layers(model)[0][1].seed
-        self._place = None  # the ranks' last comparison of step and restart, under way
-        self._seen = reset_mode is None  # the factors' state, which comes with their first step
+        self._place = None  # the pending answer of the ranks' last comparison of step and restart
+        # Whether the optimizer's state of the factors, made by their first step, has been checked.
+        self._seen = reset_mode is None
         self.model, self.optimizer = model, optimizer
         self.reset_mode, self.reset_ratio = reset_mode, reset_ratio
         self.paired, self.reset_step = paired, reset_step
@@ -301,11 +301,11 @@ class ReLoRaSchedule:
 
     @property
     def cycle(self) -> int:
-        """Restarts done so far."""
+        """The number of restarts done so far."""
         return self.lr_scheduler.restarts_done
 
     def step(self) -> bool:
-        """After optimizer.step() and zero_grad(): step the learning rate, and restart where due.
+        """After optimizer.step() and zero_grad(): step the learning rate, and restart if due.
 
         True if it restarted. Raises as `restart_if_due` does.
         """
@@ -313,12 +313,12 @@ class ReLoRaSchedule:
         return self.restart_if_due()
 
     def restart_if_due(self) -> bool:
-        """Merge, draw A anew and reset the moments if the learning rate has come to a restart.
+        """Merge, draw A anew and reset the moments if the learning rate has reached a restart.
 
-        True if it did. Raises as merge_and_reinit and reset_optimizer do, the latter as soon as the
-        optimizer has made its state, and RuntimeError where ranks disagree. After an error, an interrupt
-        included, the restart stays due, and the next call does what is left of it: no layer is merged
-        twice. `state_dict` carries that over a resume.
+        True if it restarted. Raises as merge_and_reinit and reset_optimizer do (the latter's errors about
+        the state as soon as the optimizer has made it), and RuntimeError if ranks disagree. After an error
+        or interrupt the restart stays due, and the next call does the rest of it: no layer is merged twice.
+        `state_dict` keeps that across a resume.
         """
         scheduler = self.lr_scheduler
         due = scheduler.restarts_due(scheduler.last_epoch)
@@ -332,7 +332,7 @@ class ReLoRaSchedule:
             return False
         self._merge()
         if self.reset_mode is not None:
-            # Pruning what this restart has pruned already changes nothing: a repeat is harmless.
+            # A repeat after an interrupt is harmless: pruning what is already pruned changes nothing.
             reset_optimizer(
                 self.optimizer,
                 params,
@@ -346,11 +346,11 @@ class ReLoRaSchedule:
         return True
 
     def _merge(self) -> None:
-        """Every layer that this restart has not merged yet."""
+        """Merge every layer that this restart has not merged yet."""
         layers, scheduler = dict(relora_layers(self.model)), self.lr_scheduler
         plain = {plain_path(path): layer for path, layer in layers.items()}
         if len(plain) == len(layers):
-            layers = plain  # a resumed run may be in other wrappers
+            layers = plain  # a resumed run may use other wrappers
         counts = {path: int(layer.merge_count) for path, layer in layers.items()}
         before = scheduler.restarting or {}
         merged = {path for path in counts if counts[path] == before.get(path, -2) + 1}
@@ -365,7 +365,7 @@ class ReLoRaSchedule:
                     UserWarning,
                     stacklevel=2,
                 )
-            scheduler.restarting = counts  # nothing done yet, or a mark of another course of events
+            scheduler.restarting = counts  # nothing merged yet, or a stale record
             merge_and_reinit(self.model)  # refuses before it changes anything
             return
         for path in untouched:
@@ -374,8 +374,9 @@ class ReLoRaSchedule:
     def _compare_places(self, due: int) -> None:
         """RuntimeError if ranks are at different steps or restarts.
 
-        The answer of one call is read at the next, which makes no GPU wait, but at once before a
-        restart: a rank that is early then finds the others' answer rather than waits for them.
+        The answer of one call is read at the next, so that no GPU waits. Before a restart, and at the first
+        call, it is read at once: a rank that is early then raises instead of waiting for the others in the
+        merge.
         """
         if ranks.count() == 1:
             return
@@ -397,10 +398,10 @@ class ReLoRaSchedule:
                     )
 
     def _compare_factors(self, layers: dict) -> None:
-        """RuntimeError if the ranks' factors or residuals, or what A's next draw depends on, differ."""
+        """RuntimeError if ranks differ in factors, residuals, or what A's next draw depends on."""
         if ranks.count() == 1:
             return
-        keys, found = [], []  # of each key two numbers: where it begins, and its digest
+        keys, found = [], []  # for each key two numbers: its first row, and its digest
         for path, layer in layers.items():
             for key, first, digest in _digests(layer):
                 keys.append(f"{path}: {key}")
@@ -413,7 +414,7 @@ class ReLoRaSchedule:
             )
         table = torch.tensor(ranks.gather(found)).view(ranks.count(), len(keys), 2).tolist()
         for key, values in zip(keys, zip(*table)):
-            of_first: dict[int, tuple[int, int]] = {}  # of each first row: a rank, its digest
+            of_first: dict[int, tuple[int, int]] = {}  # first row -> (a rank, its digest)
             for rank, (first, digest) in enumerate(values):
                 before, expected = of_first.setdefault(first, (rank, digest))
                 if digest != expected:
@@ -426,7 +427,7 @@ class ReLoRaSchedule:
                     )
 
     def state_dict(self) -> dict:
-        """Plain numbers: step, restarts done and learning rates."""
+        """Plain numbers: step, restarts done, learning rates, and merge counts during a restart."""
         return self.lr_scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -434,7 +435,7 @@ class ReLoRaSchedule:
 
 
 def refuse_deepspeed(where: str, *objects) -> None:
-    """TypeError for DeepSpeed's engines and optimizers, also inside Accelerate's."""
+    """TypeError for DeepSpeed's engines and optimizers, also inside Accelerate's wrappers."""
     for thing in objects:
         while thing is not None:
             if type(thing).__module__.partition(".")[0] == "deepspeed":
@@ -448,7 +449,7 @@ def refuse_deepspeed(where: str, *objects) -> None:
 
 
 def _warn_untrained(layers: dict) -> None:
-    """Of this rank's rows of B: no collective for a warning."""
+    """Looks at this rank's rows of B only: a warning is not worth a collective."""
     rows = {
         path: sharding.local_rows(layer.lora_B.detach())[0]
         for path, layer in layers.items()
@@ -467,23 +468,23 @@ def _warn_untrained(layers: dict) -> None:
 
 
 def _digests(layer):
-    """(what, its first row, a number): what ranks that hold the same rows have in common."""
+    """(name, first row, digest) of all that must agree between ranks that hold the same rows."""
     draw = philox.derive_seed(layer.seed, layer.name, int(layer.merge_count))
     yield "seed, name or merge count", 0, draw % 2**62
     for key in ("lora_A", "lora_B"):
         rows, first = sharding.local_rows(getattr(layer, key).detach())
         yield key, first, _bits(rows)
-    # No parameter or buffer: DDP and broadcast_from_rank0 send it to nobody.
+    # The residual is neither parameter nor buffer, so DDP and broadcast_from_rank0 do not send it.
     residual, (weight, first) = layer.weight_residual, sharding.local_rows(layer.weight.detach())
     if residual is not None and len(residual) != len(weight):  # made before W was sharded
         residual = residual[first : first + len(weight)]
     yield "weight_residual", first, 0 if residual is None else _bits(residual)
-    if sharding.is_sharded(layer.weight):  # ranks of other rows have it too, or all have lost it
+    if sharding.is_sharded(layer.weight):  # either all ranks have loaded one or none has
         yield "weight_residual", 0, int(layer.residual_loaded)
 
 
 def _bits(tensor: torch.Tensor) -> int:
-    """A sum of a tensor's bytes, eight at a time: equal for equal tensors, NaN included."""
+    """The sum of a tensor's bytes, read as int64s: equal for equal tensors, also with NaN."""
     content = tensor.detach().reshape(-1).view(torch.uint8)
     if content.storage_offset() % 8:
         content = content.clone()

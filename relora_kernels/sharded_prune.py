@@ -1,8 +1,9 @@
-"""Magnitude pruning of sharded tensors: each rank keeps its rows, and the thresholds are the whole tensors'.
+"""Magnitude pruning of sharded tensors: each rank keeps its rows; thresholds are those of the whole tensors.
 
-The radix selection of csrc/prune.cu over all ranks: every rank counts the digits of its own elements, the
-counts are added up, and all pick the same bin. Collectives are batched: one all_reduce of a few KB a tensor
-for each digit of all tensors of a dtype (two in 16 bits, three in 32, six in 64) and one for the next key.
+This is the radix selection of csrc/prune.cu over all ranks: each rank counts the digits of its own elements,
+the counts are added up, and all ranks pick the same bin. Collectives are batched over all tensors of a dtype:
+one all_reduce of a few KB per tensor for each digit (two for 16 bits, three for 32, six for 64), and one for
+the next key.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from relora_kernels import sharding
 from relora_kernels.ops.prune import prune_
 from relora_kernels.reference import prune as reference
 
-# Bits of a key, by bytes of an element: histograms of 2 to 64 KB a tensor.
+# Bits of a key's digits, highest first, by bytes per element: histograms of up to 2 to 64 KB per tensor.
 DIGITS = {2: (8, 7), 4: (11, 10, 10), 8: (13, 10, 10, 10, 10, 10)}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def prune_sharded_(tensors, ratio: float, paired_with=None) -> None:
-    """prune_(tensors, ratio, paired_with), where some or all of the tensors are DTensors.
+    """prune_(tensors, ratio, paired_with) for lists in which some or all tensors are DTensors.
 
-    Supported are rows over one mesh dimension (empty and uneven shards too) and replicas; a partner is
-    sharded as its tensor is. Equal bit for bit to pruning the whole tensors. A collective over the
+    Supported are rows over one mesh dimension (also empty and uneven shards) and replicas; a partner must be
+    sharded like its tensor. The result equals pruning the whole tensors bit for bit. A collective over the
     tensors' shard dimensions: call on every rank with the same list.
     """
     partners = list(paired_with) if paired_with else [None] * len(tensors)
@@ -67,7 +68,7 @@ def _prune_group(process_group, pairs, ratio: float) -> None:
 
 
 def _thresholds(process_group, local, sizes, ratio: float) -> list[torch.Tensor]:
-    """quantile(|t|, ratio) of each whole tensor, from every rank's rows; in the tensors' dtype."""
+    """quantile(|t|, ratio) of each whole tensor, computed from all ranks' rows; in the tensors' dtype."""
     from torch.distributed import ReduceOp, all_reduce
 
     dtype, device = local[0].dtype, local[0].device
@@ -86,7 +87,7 @@ def _thresholds(process_group, local, sizes, ratio: float) -> list[torch.Tensor]
         digit = (up_to <= left[:, None]).sum(1)
         here, before = (c.gather(1, digit[:, None])[:, 0] for c in (counts, up_to - counts))
         left, prefix = left - before, prefix << bits | digit
-    # The order statistic above: the same key where it is tied, else the next one that any rank has.
+    # The next order statistic: the same key if it is tied, else the next key that any rank has.
     _, above, greatest = count(local, prefix, 0, 0)
     extremes = torch.stack([above, -greatest])
     all_reduce(extremes, ReduceOp.MIN, group=process_group)

@@ -9,7 +9,7 @@ import torch
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """A DTensor, by its mesh: torch.distributed need not be there."""
+    """Whether it is a DTensor. Recognised by its mesh, so that torch.distributed need not be available."""
     return hasattr(tensor, "device_mesh")
 
 
@@ -18,12 +18,12 @@ def any_sharded(tensors) -> bool:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The logical tensor, gathered from all ranks if it is sharded. A collective: call on every rank."""
+    """The whole tensor, gathered from all ranks if it is sharded. A collective: call on every rank."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def row_dimension(tensor: torch.Tensor) -> int | None:
-    """The mesh dimension over which `tensor` is cut into rows; None for a plain or replicated tensor."""
+    """The mesh dimension over which `tensor` is sharded by rows; None for a plain or replicated tensor."""
     if not is_sharded(tensor):
         return None
     sharded = [dim for dim, p in enumerate(tensor.placements) if not p.is_replicate()]
@@ -36,13 +36,13 @@ def row_dimension(tensor: torch.Tensor) -> int | None:
 
 
 def is_cut(tensor: torch.Tensor) -> bool:
-    """Whether ranks hold different rows of `tensor`, or could if it had more."""
+    """Whether ranks hold different rows of `tensor`, or would if it had more rows."""
     dim = row_dimension(tensor)
     return dim is not None and tensor.device_mesh.size(dim) > 1
 
 
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(this rank's rows, a view; the logical number of the first of them)."""
+    """(a view of this rank's rows, the logical index of the first row)."""
     if not is_sharded(tensor):
         return tensor, 0
     dim, first = row_dimension(tensor), 0
@@ -53,11 +53,11 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """`local`, this rank's rows, as a DTensor placed as `parameter` is; itself if that is not sharded.
+    """`local`, this rank's rows, as a DTensor placed like `parameter`; `local` itself if that is not sharded.
 
-    Checkpoints then gather and cut it as they do the parameter. A `local` that holds all rows, made
-    before the parameter was sharded, is cut first: all ranks have to come to a DTensor, also where one
-    of them holds every row, or gathering would wait for ever.
+    Checkpoints then gather and shard it as they do the parameter. A `local` that holds all rows, because it
+    was made before the parameter was sharded, is cut first. Every rank must return a DTensor, even one whose
+    shard is all rows: otherwise gathering would hang.
     """
     if not is_sharded(parameter):
         return local
@@ -73,8 +73,8 @@ def like(parameter: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Put FSDP2's parameters back into shards: after a forward pass a module may hold the whole ones,
-    and what is written to those is lost."""
+    """Put FSDP2's parameters back into shards. After a forward pass a module may hold unsharded ones, and
+    writes to those are lost."""
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()

@@ -20,23 +20,24 @@ import torch
 from relora_kernels import evidence, measure, problems
 from relora_kernels.worker import Worker
 
-# For one row: check and timing, and the first time that a backend serves an op, its compilation.
+# Limits for checking and timing one row. The first one includes compilation: it applies when a backend
+# serves an op for the first time.
 FIRST_LIMIT_S, LIMIT_S = 75.0, 25.0
 DIRECTIONS = ("forward", "backward")
 ROUNDINGS = ("compensated", "nearest", "stochastic")
-# Models of transformers' whose layers have these seven linears: q, k, v, o, gate, up, down.
+# model_type of transformers' models whose layers have these seven linears: q, k, v, o, gate, up, down.
 LLAMA_LIKE = (
     "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2",
     "olmo3", "smollm3", "granite", "cohere", "cohere2", "seed_oss", "exaone4", "hunyuan_v1_dense", "ernie4_5",
     "ministral3", "internlm3", "vaultgemma", "cwm", "stablelm", "bitnet", "diffllama",
 )  # fmt: skip
-# What the workers must not take over: a backend named for the user's own runs.
+# The workers must not inherit a backend that the user has named for other runs.
 WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here, 130 interrupted, and what was
-    finished until then written."""
+    """Exit status: 0 written, 1 nothing could be written, 2 cannot tune here, 130 interrupted (what was
+    finished by then is written)."""
     args = _parser().parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
-    try:  # before minutes of measuring, not after them
+    try:  # check before minutes of measuring, not after
         path = evidence.cache_path()
         evidence.check_writable(path)
     except OSError as error:
@@ -139,7 +140,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _linears(args) -> list[tuple[int, int]]:
-    """(in, out) of every linear of the model."""
+    """(in, out) of every linear module of the model."""
     if args.shapes:
         return args.shapes
     if args.model_config is None:
@@ -183,7 +184,7 @@ def _linears(args) -> list[tuple[int, int]]:
 
 
 def _cases(linears: list[tuple[int, int]], args) -> list[dict]:
-    """The products first, largest first: they run at every step."""
+    """lora_linear first, because it runs at every step; largest shapes first."""
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     shapes = sorted(set(linears), key=lambda shape: -shape[0] * shape[1])
     found = [
@@ -214,7 +215,7 @@ def run_case(case: dict) -> dict:
 
 
 def _measure(cases: list[dict], args) -> tuple[list[dict], bool]:
-    """A record of each case; and whether Ctrl-C has cut it short."""
+    """(a record for each case, whether Ctrl-C interrupted it)."""
     from tqdm import tqdm
 
     deadline, records, compiled = time.monotonic() + 60 * args.minutes, [], set()
@@ -245,7 +246,7 @@ def _measure(cases: list[dict], args) -> tuple[list[dict], bool]:
 
 
 def _print_table(records: list[dict], entries: list[dict]) -> None:
-    """Times of what passed, the reason of what did not, and what `auto` takes by it."""
+    """Print times of the rows that passed, reasons for the others, and what `auto` then takes."""
     first = {(e["op"], *e["class"]): e["order"][0] for e in entries}
     group = None
     for record in records:

@@ -1,8 +1,9 @@
-"""Calls that may crash, hang or leave a GPU unusable: each costs itself alone.
+"""Run calls that may crash, hang or leave a GPU unusable, so that a failure costs only that call.
 
-`Worker("module:function")` keeps one process that answers calls of function(argument), both JSON. A
-process that dies, answers too late or raises is thrown away, and the next call starts another: after a
-failed kernel no CUDA context can be trusted. Importing torch takes seconds, so it is kept otherwise.
+`Worker("module:function")` keeps one process that answers calls of function(argument); argument and result
+are JSON. A process that dies, answers too late or raises is discarded, and the next call starts another,
+because no CUDA context can be trusted after a failed kernel. Otherwise the process is reused, because
+importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from pathlib import Path
 
 START_LIMIT_S = 120.0  # importing torch from a cold disk takes most of a minute
 _PR_SET_PDEATHSIG = 1
-# Without the current directory, which Python puts first: a copy of the sources may lie there.
+# Drops the current directory, which Python puts first in sys.path: it may hold a copy of the sources.
 _START = "import sys; del sys.path[0]; from relora_kernels.worker import serve; serve()"
 
 
 class Worker:
-    """call(argument, limit_s) -> {"status": "ok", "value": ...}, or {"status": why, "reason": words,
-    "log": the end of what it printed}, why being raised, crashed or hung.
+    """call(argument, limit_s) -> {"status": "ok", "value": ...}, or {"status": "raised", "crashed" or "hung",
+    "reason": words, "log": the end of what it printed}.
 
-    `path`: folders to import from, before all others; then comes the one that this package was imported
-    from, and never the current directory. `environment`: variables, None for one to drop.
+    `path`: folders to import from before all others. Next comes the one that this package was imported from;
+    the current directory is never used. `environment`: variables to set; None drops one.
     """
 
     def __init__(self, target: str, path: list = (), environment: dict | None = None):
@@ -49,7 +50,7 @@ class Worker:
         self.close()
 
     def call(self, argument, limit_s: float) -> dict:
-        """`limit_s` is for the call; starting the process and its imports come on top."""
+        """`limit_s` applies to the call alone; starting the process and its imports come on top."""
         if self._process is None:
             self._start()
             begun = self._answer(START_LIMIT_S)
@@ -59,7 +60,7 @@ class Worker:
             self._process.stdin.write(json.dumps(argument) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has died; so its output has ended
+            pass  # it has died: _answer finds the end of its output
         return self._answer(limit_s)
 
     def _answer(self, limit_s: float) -> dict:
@@ -68,7 +69,7 @@ class Worker:
         except queue.Empty:
             self.close()
             return self._failed("hung", f"no answer within {limit_s:.0f} s")
-        if line is None:  # the end of its output: it died
+        if line is None:  # end of its output: it has died
             return self._failed("crashed", f"the process ended with {self.close()}")
         answer = json.loads(line)
         if answer["status"] == "ok":
@@ -81,19 +82,19 @@ class Worker:
         return {"status": status, "reason": reason, "log": self._log.read()[-2000:]}
 
     def close(self) -> int | None:
-        """End the process; its exit status, negative for a signal."""
+        """End the process. Returns its exit status, negative for a signal, or None if it had to be killed."""
         process, self._process = self._process, None
         if process is None:
             return None
         try:
             process.stdin.close()
-            # One that has died is collected; a live one is not waited for: it may hang.
+            # Reaps a process that has died. A live one is not waited for: it may hang.
             process.wait(timeout=0.2)
         except (BrokenPipeError, subprocess.TimeoutExpired):
             pass
         status = process.poll()
         if status is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its compilers with it
+            os.killpg(process.pid, signal.SIGKILL)  # also the compilers it started
         process.wait()
         self._reader.join()
         process.stdout.close()
@@ -125,7 +126,7 @@ def serve() -> None:
     target, parent = sys.argv[1:3]
     die_with_the_parent(int(parent), signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the function prints must not be taken for an answer
+    os.dup2(2, 1)  # what the function prints must not look like an answer
     module, _, name = target.partition(":")
     function = getattr(importlib.import_module(module), name)
     answers.write(json.dumps({"status": "ok"}) + "\n")
@@ -141,8 +142,8 @@ def serve() -> None:
 
 
 def die_with_the_parent(parent: int, number: int) -> None:
-    """From now on this process gets signal `number` when the one that started it, `parent`, ends in
-    whatever way: also in mid-hang, or where nothing tells of a kill. Linux alone."""
+    """Make the kernel send this process signal `number` when its parent, process `parent`, ends in any way,
+    even if this process hangs or the parent is killed. Linux only."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # it died before the call above
         os._exit(1)

@@ -1,6 +1,6 @@
 """CUDA backend: launchers around the compiled module `relora_kernels._C` (sources: csrc/).
 
-The module is loaded at the first question about it, never at import.
+The module is loaded on first use, never at import.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _REMEDY = "reinstall relora_kernels with RELORA_KERNELS_CUDA=on"
 
 @functools.cache
 def extension():
-    """(module, None), or (None, why there is none)."""
+    """(module, None), or (None, why it is not available)."""
     try:
         return importlib.import_module("relora_kernels._C"), None
     except ModuleNotFoundError as error:
@@ -30,7 +30,7 @@ def extension():
 
 
 def why_no_device(device: torch.device) -> str | None:
-    """Why the compiled kernels cannot run on `device`; None where they can."""
+    """Why the compiled kernels cannot run on `device`; None if they can."""
     module, reason = extension()
     if module is None:
         return reason
@@ -53,8 +53,9 @@ def _why_no_gpu(index: int) -> str | None:
 
 
 def why_no_arch(capability: tuple[int, int], archs: list[str], ptx: list[str]) -> str | None:
-    """Machine code runs on its own major version from its minor version on ("90a": on 9.0 alone),
-    PTX on everything from its version on."""
+    """Why nothing that was built runs on this GPU; None if something does. Machine code runs on its own
+    major version and its minor version or a later one ("90a": on 9.0 only), PTX on its version or any later
+    one."""
     major, minor = capability
     for arch in archs:
         its_major, its_minor = divmod(int(arch.rstrip("af")), 10)

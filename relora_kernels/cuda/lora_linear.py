@@ -3,16 +3,16 @@
     product  y = P B^T + x W^T + bias, dx = mask * (Q A) + dy W: both segments in one float32 accumulator
              P = s dropout(x) A^T, Q = s dy B: one segment, the scale applied before the one rounding
     summed   dA = Q^T dropout(x), dB = dy^T P: slabs of M in float32, added in a fixed order
-    pair     Q and dB in one launch, which takes turns between the two
+    pair     Q and dB in one launch, which alternates between the two
 
-dbias is torch's sum. No atomics: the results are bitwise repeatable. On sm_90 the products are TMA and
-wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
+dbias is torch's sum. No atomics are used, so results are bitwise repeatable. On sm_90 the products use TMA
+and wgmma (csrc/two_segment_sm90.cu), from sm_80 on cp.async and mma.sync (csrc/two_segment_sm80.cu).
 
 Results of any pitch are written directly. Operands whose rows do not start at multiples of 16 bytes (x, dy
-and weight with in or out = 5461) are copied to a padded pitch at each call: cp.async and TMA take no others,
-and a box of TMA may not begin anywhere else either. Of 2048 x 5461 in bfloat16 that reads and writes 45 MB
-for the weight, on an H200 10 us at 4.3 TB/s, and 358 MB for 16384 tokens of 5461: 84 us beside the product's
-464 us at 790 TFLOP/s. Estimates, and floors.
+and weight with in or out = 5461) are copied to a padded pitch at each call: cp.async and TMA accept no
+others, and a TMA box may not begin anywhere else either. For 2048 x 5461 in bfloat16 the copy of the weight
+reads and writes 45 MB: 10 us on an H200 at 4.3 TB/s. For 16384 tokens of 5461 it is 358 MB: 84 us, next to
+464 us for the product at 790 TFLOP/s. These are estimated lower bounds, not measurements.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from relora_kernels.reference.lora_linear import dropout_constants
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 PER_16_BYTES = 8  # elements
-STEP = 64  # rows of M that a slab is a multiple of
-TILE = 128  # rows of a tile, and columns of the narrow one
+STEP = 64  # rows of M per step; a slab is a whole number of steps
+TILE = 128  # rows of a tile, and columns of a narrow one
 WIDE = 256  # columns of sm_90's large tile
-# Blocks of sm_90 that share a tile of W: 1, or 2 for the undropped wide tiles. Which is faster is for a
-# device to say: "main loop" of bench/gpu_check.py.
+# Blocks that share a tile of W on sm_90: 1, or 2 for wide tiles without dropout. "main loop" of
+# bench/gpu_check.py measures which is faster on a device.
 CLUSTER = 1
 CLUSTERS = (1, 2)
-# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of so many blocks. csrc/two_segment.h
-# says what it may gain, and again a device has to: "backward by PAIR" of bench/gpu_check.py.
+# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of this many blocks. csrc/two_segment.h
+# says what it may gain; "backward by PAIR" of bench/gpu_check.py measures it.
 PAIR = 0
 PAIRS = (0, 1, 2)
 
 
 def why_not_forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed) -> str | None:
-    """Why the kernels cannot serve this call; None where they can."""
+    """Why the kernels cannot serve this call; None if they can."""
     reason = why_no_device(x.device)
     if reason is not None:
         return reason
@@ -87,7 +87,7 @@ def backward(
 ):
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
 
-    A gradient that is not needed comes back with 0 elements.
+    A gradient that is not needed is returned with 0 elements.
     """
     dropout = _dropout(dropout_p, seed)
     dx, dlora_A, dlora_B = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
@@ -102,7 +102,7 @@ def backward(
     else:
         if need_q:
             q = _product("nn", dy, _rows(lora_B, dy.dtype), scale=scaling, padded=True)
-        if need_dB:  # right behind Q, which leaves some of dy in L2, or all where it fits
+        if need_dB:  # right after Q, which leaves dy in L2, or the part that fits
             dlora_B = _summed(dy, _rows(p), 1.0, lora_B.dtype)
     if need_dx:
         a = _rows(lora_A, dy.dtype)
@@ -120,9 +120,9 @@ def main_loop(x, weight) -> torch.Tensor:
 def _product(
     form: str, x, w, p=None, b=None, *, bias=None, scale=1.0, dropout=(None, 0, 1.0), padded=False
 ) -> torch.Tensor:
-    """dropout(p @ b) + x @ w, times scale, + bias. Form nt: w (N, K), b (N, r); nn: (K, N), (r, N).
+    """scale * (dropout(p @ b) + x @ w) + bias. Form nt: w (N, K), b (N, r); nn: w (K, N), b (r, N).
 
-    Returns (M, N), contiguous or, `padded`, with rows of a multiple of 16 bytes.
+    Returns (M, N), contiguous or, if `padded`, with a row pitch that is a multiple of 16 bytes.
     """
     (M, K), N = x.shape, w.shape[0 if form == "nt" else 1]
     pitch = _padded(N) if padded else N
@@ -149,8 +149,8 @@ def _summed(x, w, scale: float, dtype) -> torch.Tensor:
 def _pair(x, w, p, scale: float, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """scale * x (M, K) @ w (K, n), as a `padded` product, and x^T @ p (M, n) in `dtype`, in one launch."""
     (M, K), n = x.shape, w.shape[1]
-    # Slabs of as many steps as a tile of x @ w takes, so that all units last alike; of fewer where that
-    # would leave processors without work; of whole tiles of rows.
+    # A slab takes as many steps as a tile of x @ w, so that all units of work take equally long; fewer if
+    # that would leave processors idle; rounded up to whole tiles of rows.
     most, rows = min(-(-K // STEP), _slab_steps(M, K, n, x.device)), TILE // STEP * PAIR
     slab_steps = -(-most // rows) * rows
     out, sums = x.new_empty(M, _padded(n))[:, :n], _partial(x, n, slab_steps)
@@ -170,19 +170,19 @@ def _pair(x, w, p, scale: float, dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _slab_steps(M: int, m: int, n: int, device: torch.device) -> int:
-    """Steps of M for sums (m, n): a tile of a slab for each processor, but no fewer than four steps."""
+    """Steps per slab of M for sums (m, n): a tile of a slab per processor, but at least four steps."""
     steps, tiles = -(-M // STEP), -(-m // TILE) * -(-n // TILE)
     return -(-steps // max(1, min(_processors(device) // tiles, steps // 4)))
 
 
 def _partial(x, n: int, slab_steps: int) -> torch.Tensor:
-    """Sums (slabs, m, n) of x (M, m), with an even pitch: pairs are stored at once."""
+    """Memory for the sums (slabs, m, n) of x (M, m). Its pitch is even, because sums are stored in pairs."""
     M, m = x.shape
     return x.new_empty(-(-M // (slab_steps * STEP)), m, n + n % 2, dtype=torch.float32)
 
 
 def _total(partial, n: int, scale: float, dtype) -> torch.Tensor:
-    """scale * the sum of `partial`, slab by slab: (m, n) in `dtype`."""
+    """scale * the sum of `partial` over slabs, in their order: (m, n) in `dtype`."""
     slabs, m, _ = partial.shape
     out = partial.new_empty(m, n, dtype=dtype)
     _launch(
@@ -201,7 +201,7 @@ def _multiply(
     form: str, out, x, w, sizes, p=None, b=None, *, bias=None, scale=1.0, dropout=(None, 0, 1.0),
     slab_steps=1, sums=None, block_n=TILE, cluster=1,
 ) -> None:  # fmt: skip
-    """What csrc/launch.h calls TwoSegmentArgs."""
+    """Launch with the arguments of TwoSegmentArgs in csrc/launch.h."""
     bias = None if bias is None else bias.contiguous()
     seed, threshold, keep_scale = dropout
     _launch(
@@ -228,7 +228,7 @@ def _multiply(
 
 
 def _masked(x, dropout) -> torch.Tensor:
-    """x with zeros where dropped; 1 / keep is left to the product."""
+    """x with zeros where dropped; the product applies 1 / keep."""
     seed, threshold, keep_scale = dropout
     if threshold == 0 or x.numel() == 0:
         return x
@@ -260,7 +260,7 @@ def _kernel(device: torch.device) -> str | None:
 
 
 def _variant(kernel: str, M: int, N: int, dropout: bool, device: torch.device) -> dict:
-    """The wide tile where it keeps every processor busy. With dropout there is no other."""
+    """On sm_90 the wide tile if it keeps every processor busy, and always with dropout."""
     wide_tiles = -(-M // TILE) * -(-N // WIDE)
     if kernel != "sm90" or not dropout and (N <= TILE or wide_tiles < _processors(device)):
         return {"block_n": TILE, "cluster": 1}
@@ -273,7 +273,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _dropout(p: float, seed) -> tuple:
-    """(seed, drop where the 16 random bits are below this, 1 / probability of being kept)."""
+    """(seed, drop an element if its 16 random bits are below this, 1 / the probability to keep)."""
     return seed, *dropout_constants(p)
 
 
@@ -282,7 +282,7 @@ def _padded(cols: int) -> int:
 
 
 def _rows(t: torch.Tensor, dtype=None) -> torch.Tensor:
-    """`t` in `dtype`; a copy where its rows overlap, or start at other than multiples of 16 bytes."""
+    """`t` in `dtype`; a padded copy unless its rows are contiguous, apart and 16-byte aligned."""
     rows, cols = t.shape
     starts = t.stride(0) % PER_16_BYTES == 0 and t.stride(0) >= cols and t.data_ptr() % 16 == 0
     if t.dtype == (dtype or t.dtype) and starts and (t.stride(1) == 1 or cols == 1):

@@ -11,21 +11,21 @@ from relora_kernels.cuda import extension, why_no_device
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# launch.h's MergeLayer: six matrices as pointer and two strides; n, k, r, restart_rows; two seeds; two
+# launch.h's MergeLayer: six matrices, each a pointer and two strides; n, k, r, restart_rows; two seeds; two
 # first rows; scaling and restart_step; restarts; three numbers that the launch fills in.
 _LAYER = struct.Struct("=18q4q2Q2q2f4I")
 _NOTHING = (0, 0, 0)
 _NO_RESTART = (None, None, None, 0.0, 0, 0)
-_MOST_PITCH = 2**29  # of the sm90 kernel: elements of a row, and from one to the next
+_MOST_PITCH = 2**29  # limit of the sm90 kernel on columns and row pitch, in elements
 
-# The kernel of a layer that the one for sm_90 can take: csrc/merge.cu tells them apart, bench/gpu_check.py
-# times both ("by KERNEL").
+# The kernel for layers that the sm_90 kernel can take. csrc/merge.cu describes both; bench/gpu_check.py times
+# both ("by KERNEL").
 KERNEL = "sm90"
 KERNELS = ("streamed", "sm90")
 
 
 def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> str | None:
-    """Why the kernel cannot serve this call; None where it can."""
+    """Why the kernel cannot serve this call; None if it can."""
     reason = why_no_device(weight.device)
     if reason is not None:
         return reason
@@ -48,32 +48,31 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 
 
 def merge_many_(merges, restarts=None) -> None:
-    """Every merge, a tuple of merge_'s arguments, in one launch for each device, dtypes, rounding and
-    kernel.
+    """Every merge, a tuple of merge_'s arguments, in one launch per device, dtypes, rounding and kernel.
 
-    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Behind
-    the write lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
-    (seed, first_row), lora_B zeroed, and 1 added to merge_count.
+    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. After the
+    write lora_A (the parameter, or the rows of its shard) is drawn from U(-bound, bound) by
+    (seed, first_row), lora_B is zeroed, and 1 is added to merge_count.
     """
     module, _ = extension()
     groups: dict[tuple, list] = {}
     for merge, restart in zip(merges, restarts or [None] * len(merges)):
         weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row = merge
-        if residual is None and rounding == "compensated":  # float32: nothing is dropped to keep
+        if residual is None and rounding == "compensated":  # float32: rounding drops nothing
             rounding = "nearest"
-        # By the layer alone: what a list is made of decides no bit of a result.
+        # Depends on this layer alone, so that the rest of the list cannot change a bit of its result.
         kept = residual if rounding == "compensated" else None
         kind = _kernel(weight, lora_A.shape[0], scaling, kept, module)
-        # Factors that the kernel does not know become float32, which is exact.
+        # Factors in a dtype that the kernel does not take are converted to float32, which is exact.
         narrow = kind == "sm90" and lora_A.dtype == torch.bfloat16
         wanted = torch.bfloat16 if narrow else torch.float32
         restarted = wanted if restart is None else restart[0].dtype
         factors = lora_A, lora_B
-        if lora_A.dtype != wanted:  # asking, which is quicker than `to` for hundreds of layers
+        if lora_A.dtype != wanted:  # this test is quicker than `to` for hundreds of layers
             factors = lora_A.to(wanted), lora_B.to(wanted)
         key = weight.device, weight.dtype, wanted, restarted, rounding, kind
         groups.setdefault(key, []).append((weight, *factors, merge, restart))
-    # Before the first launch: a list may not end at a later one for want of a table, half of it merged.
+    # All tables before the first launch: running out of memory later would leave the list half merged.
     tables = [
         _table(module, device, kind, len(group)) for (device, *_, kind), group in groups.items()
     ]
@@ -82,7 +81,7 @@ def merge_many_(merges, restarts=None) -> None:
 
 
 def _kernel(weight, r, scaling, residual, module) -> str:
-    """Of this layer alone: launch.h says what the one for sm_90 can take."""
+    """The kernel for this layer. launch.h says what the one for sm_90 can take."""
     if KERNEL != "sm90" or not module.merge_has_sm90 or not _is_hopper(weight.device):
         return "streamed"
     fits = r <= module.merge_most_rank and weight.shape[1] <= _MOST_PITCH
@@ -98,7 +97,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _table(module, device, kind, layers: int) -> torch.Tensor | None:
-    """Memory on the device for a launch's layers, where they do not travel with it."""
+    """Device memory for a launch's layers; None if they fit into its arguments."""
     if kind != "sm90" and layers <= module.merge_inline_layers:
         return None
     n_bytes = layers * _LAYER.size + module.merge_counter_bytes
@@ -132,7 +131,7 @@ def _launch(
         if count is not None:
             counts.append(count)
     with torch.cuda.device(device):
-        if counts:  # first: no layer may be merged and then, for want of memory, not counted
+        if counts:  # first: if memory runs out here, no layer has been merged uncounted
             torch._foreach_add_(counts, 1)
         try:
             module.merge(

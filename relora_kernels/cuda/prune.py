@@ -14,7 +14,7 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DT
 
 
 def why_not(tensors, ratio, paired_with) -> str | None:
-    """Why the kernels cannot serve this call; None where they can."""
+    """Why the kernels cannot serve this call; None if they can."""
     dtypes = {*Tensors.of(tensors).dtypes, *Tensors.of(paired_with).dtypes}
     for dtype in dtypes - CODES.keys():
         return f"a tensor in {dtype}; the kernels take float32, bfloat16 and float16"
@@ -40,13 +40,13 @@ def prune_(tensors, ratio, paired_with) -> None:
 
 
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
-    """Arguments as of reference/prune.py, on one device."""
+    """Arguments as in reference/prune.py, on one device."""
     flat = _Flat(tensors, paired_with, seeds, first_elements)
     flat.run("prune_random_", extension()[0].prune_random, drop_below(ratio))
 
 
 def magnitude_counts(tensors, prefixes, shift, bits):
-    """Arguments and results as of reference/prune.py; bits <= 13."""
+    """Arguments and results as in reference/prune.py; bits <= 13."""
     device = tensors[0].device
     counts = torch.zeros(len(tensors), 2**bits, dtype=torch.int64, device=device)
     lowest = torch.full((len(tensors),), NONE_ABOVE, dtype=torch.int64, device=device)
@@ -62,8 +62,8 @@ def magnitude_counts(tensors, prefixes, shift, bits):
 
 
 class _Flat:
-    """A list and its partners as the kernels take them: contiguous (strided ones through copies), in
-    rows of seven int64 (launch.h's PruneTensor)."""
+    """A list and its partners as the kernels take them: contiguous (copies of strided ones), as rows of seven
+    int64 (launch.h's PruneTensor)."""
 
     def __init__(self, tensors, partners=(), seeds=(), first=()):
         self.given = self.flat = [*tensors, *partners]
@@ -84,7 +84,7 @@ class _Flat:
         )
         self.rows = array("q", bytes(8 * len(columns) * len(tensors)))
         for i, column in enumerate(columns):
-            if column:  # zeros: no partners, no seeds
+            if column:  # else zeros: no partners, no seeds
                 self.rows[i :: len(columns)] = array("q", column)
 
     def run(self, op: str, function, *arguments, written: bool = True) -> None:

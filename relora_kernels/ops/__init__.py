@@ -1,4 +1,4 @@
-"""The ops: each file declares one schema, its checks, fake and implementations, and the public function."""
+"""The ops: each file has the schemas, checks, fakes, implementations and public functions of one op."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ LIBRARY = torch.library.Library("relora_kernels", "DEF")
 
 
 def no_autocast(device_type: str):
-    """Implementations choose their dtypes; a caller's autocast would multiply float32 in 16 bits."""
+    """Disables autocast: implementations choose their dtypes; autocast would multiply float32 in 16 bits."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Checks shared by the public functions: each error says what was expected, what was got, what to do."""
+"""Checks shared by the public functions. Each error says what was expected, what was got and what to do."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Tensors(list):
-    """A list of tensors that looks a thing up at each of them once: that takes 50 ns, and the moments of a
-    model are hundreds."""
+    """A list of tensors that caches their dtypes, pointers and contiguity: each look-up takes 50 ns, and a
+    model has hundreds of moments."""
 
     @classmethod
     def of(cls, tensors) -> Tensors:
@@ -41,13 +41,13 @@ def describe(tensor) -> str:
 
 
 def some(names, count: int = 4) -> str:
-    """The first `count` of them, for a message."""
+    """The first `count` of `names`, for a message."""
     names = list(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def plain_tensors(op: str, **tensors) -> None:
-    """Every argument is an ordinary strided floating-point tensor; all sit on one device."""
+    """Each argument must be an ordinary strided floating-point tensor; all must be on one device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {describe(tensor)}")
@@ -74,7 +74,7 @@ def plain_tensors(op: str, **tensors) -> None:
 
 
 def lora_shapes(op: str, weight, lora_A, lora_B) -> None:
-    """weight (out, in), lora_A (r, in), lora_B (out, r) with r >= 1, lora_A and lora_B of one dtype."""
+    """Expects weight (out, in), lora_A (r, in), lora_B (out, r), r >= 1, lora_A and lora_B of one dtype."""
     if weight.dim() != 2:
         raise ValueError(f"{op}: expected weight (out, in), got shape {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -97,7 +97,7 @@ def lora_shapes(op: str, weight, lora_A, lora_B) -> None:
 
 
 def writable(op: str, tensors) -> None:
-    """None is an inference tensor outside of inference mode, which raises when it has been written."""
+    """Refuses inference tensors outside of inference mode: torch raises only after they were written."""
     if torch.is_inference_mode_enabled():
         return
     for t in tensors:
@@ -109,7 +109,7 @@ def writable(op: str, tensors) -> None:
 
 
 def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
-    """No two elements of `tensor` share memory, so that it can be written in place."""
+    """No two elements of `tensor` may share memory, because it is written in place."""
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size > 1 and stride < extent:
@@ -121,12 +121,12 @@ def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def apart(op: str, *lists, read=()) -> None:
-    """No tensor of `lists`, which are written, shares memory with another one of them or of `read`.
+    """No tensor of `lists`, which are written, may share memory with another one of them or of `read`.
 
-    Views that interleave, as two column ranges of one matrix do, are apart; so a tensor that is not
-    contiguous counts by its first element alone.
+    Interleaved views, such as two column ranges of one matrix, are allowed. So a non-contiguous tensor is
+    checked by its first element only.
     """
-    # At a glance, as if every tensor were one span: in order, none begins before the last one ended.
+    # Fast path: take each tensor as one span. If no span, in order, begins before the last one ended, done.
     starts = [at for some in (*lists, read) for at in Tensors.of(some).pointers]
     sizes = [t.nbytes for some in (*lists, read) for t in some]
     ends = sorted(map(operator.add, starts, sizes))
@@ -139,7 +139,7 @@ def apart(op: str, *lists, read=()) -> None:
         for i, t in enumerate((*written, *read))
         if t.numel() > 0 and t.data_ptr() != 0  # 0: on meta, or FSDP has freed it
     )
-    end, end_written = (0, None), (0, None)  # of what began before; whose
+    end, end_written = (0, None), (0, None)  # the furthest end so far, and whose
     for start, size, i in spans:
         before, other = end if i < len(written) else end_written
         if start < before:
@@ -198,7 +198,7 @@ def one_of(op: str, name: str, value, known: Sequence) -> None:
 
 
 def lora_options(op: str, r, lora_alpha, lora_dropout, merge_rounding, seed, dtypes: dict) -> None:
-    """What FusedReLoRaLinear and ReLoRaConfig have in common."""
+    """Checks the options that FusedReLoRaLinear and ReLoRaConfig have in common."""
     whole_number(op, "rank r", r, 1)
     if finite_number(op, "lora_alpha", lora_alpha) <= 0.0:
         raise ValueError(f"{op}: expected lora_alpha > 0, got {lora_alpha}")

@@ -1,4 +1,4 @@
-"""lora_linear: the layer's product, forward and backward. Formula: reference/lora_linear.py."""
+"""lora_linear: the layer's forward and backward. Formula: reference/lora_linear.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from relora_kernels.cuda import lora_linear as _cuda
 from relora_kernels.ops import LIBRARY, checks, no_autocast
 from relora_kernels.reference import lora_linear as _reference
 
-# What is before the reference `auto` takes without a record: see backend.py.
+# `auto` takes the backends listed before the reference without a record (see backend.py).
 IMPLEMENTATIONS = {"reference": _reference, "cuda": _cuda}
 if backend.triton_missing() is None:
     from relora_kernels._triton import lora_linear as _triton
@@ -96,7 +96,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, lora_A, lora_B, p, seed)
         ctx.scaling, ctx.dropout_p, ctx.x_shape = scaling, dropout_p, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # As F.linear: the result is no view for autograd, so in-place operations on it stay legal
+        # As in F.linear, the result is not a view for autograd, so in-place operations on it stay legal
         # under FSDP2, whose hooks a view would drop.
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
@@ -146,15 +146,15 @@ def lora_linear(
         bias: (out,) in x's dtype or float32, or None.
         dropout_p: probability, in steps of 2^-16, of zeroing an element of x on the low-rank branch.
         seed: of the dropout mask; an int, or an int64 tensor of one element on x's device. None
-            draws one from torch's generator. The mask is a function of (seed, element) alone.
+            draws one from torch's generator. The mask depends on (seed, element) alone.
 
     Returns: (..., out) in x's dtype.
 
-    Under autocast x, weight and bias are cast to its dtype as by ``F.linear``. Differentiable once;
-    torch.func's transforms (grad, vmap) and fx.symbolic_trace do not go through it.
+    Under autocast x, weight and bias are cast to its dtype as by ``F.linear``. Differentiable once; does
+    not support torch.func's transforms (grad, vmap) or fx.symbolic_trace.
 
-    Raises ValueError or TypeError for shapes, dtypes, devices or ranges other than these, and
-    `BackendUnavailable` where a named backend cannot serve the call.
+    Raises ValueError or TypeError for other shapes, dtypes, devices or ranges, and `BackendUnavailable` if
+    a named backend cannot serve the call.
     """
     x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, lora_A, lora_B, bias)
@@ -201,8 +201,8 @@ def _check(x, weight, lora_A, lora_B, bias) -> None:
 
 
 def _autocast(x, weight, bias):
-    """Cast as autocast casts F.linear's arguments. lora_A and lora_B stay masters."""
-    if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # autocast knows no meta device
+    """Cast as autocast casts F.linear's arguments. lora_A and lora_B keep their dtype."""
+    if not isinstance(x, torch.Tensor) or x.device.type == "meta":  # autocast does not support meta
         return x, weight, bias
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
@@ -218,7 +218,7 @@ def _autocast(x, weight, bias):
 
 
 def _seed_tensor(seed, device) -> torch.Tensor:
-    """A 0-dim or 1-element int64 tensor on `device`: kernels read it there, without synchronising."""
+    """A 0-dim or 1-element int64 tensor on `device`, where kernels read it without synchronising."""
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
@@ -228,6 +228,6 @@ def _seed_tensor(seed, device) -> torch.Tensor:
                 f"got {checks.describe(seed)}"
             )
         return seed
-    # A fill: torch.tensor would copy from the host and wait for it.
+    # full() is a fill; torch.tensor would copy from the host and wait.
     seed = checks.int64("lora_linear", "seed", seed)
     return torch.full((), seed, dtype=torch.int64, device=device)

@@ -54,12 +54,12 @@ def _merge_many(weights, As, Bs, scalings, rounding, residuals, seeds, first_row
             weights, As, Bs, scalings, residuals, seeds, first_rows, strict=True
         )
     ]
-    served: dict = {}  # implementation: what it serves, in the list's order
+    served: dict = {}  # implementation -> what it serves, in the list's order
     for merge, restart in zip(merges, zip(*restarts, strict=True), strict=True):
         module = backend.resolve("merge_", IMPLEMENTATIONS, "why_not", *merge)
         served.setdefault(module, []).append((merge, restart))
     for module, pairs in served.items():
-        with no_autocast(weights[0].device.type):  # merge_and_restart sorts by device
+        with no_autocast(weights[0].device.type):  # merge_and_restart groups by device
             module.merge_many_(*map(list, zip(*pairs)))
 
 
@@ -88,7 +88,7 @@ def merge_(
     residual: torch.Tensor | None = None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """W <- round(W + scaling * B @ A) in place; returns `weight`. lora_A and lora_B are left alone.
+    """W <- round(W + scaling * B @ A) in place; returns `weight`. lora_A and lora_B do not change.
 
     Equivalent to ``weight.copy_(weight.float() + scaling * (lora_B.float() @ lora_A.float()))``.
 
@@ -100,20 +100,20 @@ def merge_(
         rounding: how the sum is rounded to weight's dtype, once.
             ``"nearest"`` loses updates much smaller than the weight (bfloat16, update of 1e-3 of the
             weight's norm: half of it);
-            ``"stochastic"`` is unbiased; random bits are a function of (seed, element) alone;
+            ``"stochastic"`` is unbiased; the random bits depend on (seed, element) alone;
             ``"compensated"`` keeps what rounding drops in `residual` and adds it at the next merge. The
-            residual is rounded, too: merges whose updates are under some 2^-18 of a bfloat16 weight, or
-            3e-8 in float16, do not add up.
+            residual is rounded, too: updates below about 2^-18 of a bfloat16 weight, or 3e-8 in float16,
+            do not add up over several merges.
             For float32 and float64 weights, whose sums need no narrowing, all three are nearest.
         residual: (out, in) in weight's dtype, on weight's device or in host memory, zeros before the
-            first merge; written in place. Expected with ``"compensated"`` and only there.
+            first merge; written in place. Only for ``"compensated"``, which needs it for a 16-bit weight.
         seed: int64, used by ``"stochastic"``.
 
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
-    share memory with weight or residual, and FloatingPointError where the update cannot be computed in
-    finite numbers: NaN, a factor's element of 2^120 or more, B @ A or the update beyond float32's range,
-    a float16 sum beyond its own. W is untouched then. BackendUnavailable where a named backend cannot
-    serve the call.
+    share memory with weight or residual. Raises FloatingPointError if the update cannot be computed in
+    finite numbers: NaN, a factor's element of 2^120 or more, B @ A or the update beyond float32's range, a
+    sum beyond float16's for a float16 weight. Raises BackendUnavailable if a named backend cannot serve the
+    call. W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)
@@ -123,10 +123,10 @@ def merge_(
 def merge_checked(
     weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row=0, check=False
 ) -> torch.Tensor:
-    """merge_ without check_arguments. `check`: still refuse tensors that share memory and an update that
-    is not finite.
+    """merge_ without check_arguments. With `check` it still refuses tensors that share memory and an update
+    that is not finite.
 
-    `first_row` is the logical row of weight[0], where weight and lora_B are rows of a larger layer.
+    `first_row` is the logical row of weight[0] if weight and lora_B are rows of a larger layer.
     """
     staged = residual
     if residual is not None and residual.device != weight.device:
@@ -140,7 +140,7 @@ def merge_checked(
 
 
 class Restart(NamedTuple):
-    """A layer's merge with the restart of its factors behind it, arguments checked."""
+    """A layer's merge followed by the restart of its factors. Arguments are already checked."""
 
     weight: torch.Tensor  # (rows, in), this rank's rows
     lora_A: torch.Tensor  # (r, in), whole
@@ -151,7 +151,7 @@ class Restart(NamedTuple):
     seed: int
     first_row: int
     restart_A: torch.Tensor  # lora_A or this rank's rows of it, drawn anew
-    merge_count: torch.Tensor  # int64, gains 1
+    merge_count: torch.Tensor  # int64; incremented
     bound: float
     restart_seed: int
     restart_row: int
@@ -159,9 +159,9 @@ class Restart(NamedTuple):
 
 @torch.no_grad()
 def merge_and_restart(restarts: Sequence[Restart]) -> None:
-    """Merge the layers and restart their factors, in as few launches as the backend can.
+    """Merge the layers and restart their factors, in as few launches as the backend needs.
 
-    Where it raises, each layer has been merged, restarted and counted, or is untouched.
+    After an error each layer is either merged, restarted and counted, or untouched.
     """
     groups: dict = {}
     for restart in restarts:
@@ -220,12 +220,12 @@ def check_backend(weight, lora_A, lora_B, rounding: str) -> None:
 @torch.no_grad()
 def check_finite(updates) -> None:
     """Raise FloatingPointError if an update (weight, lora_A, lora_B, scaling, residual, name) cannot be
-    computed in finite numbers: factors, sums of products in any order, scaling times those, and a
-    float16 sum with weight and residual.
+    computed in finite numbers: the factors, sums of products in any order, scaling times those, and for a
+    float16 weight the sum with weight and residual.
 
-    |s| r max|A| max|B| bounds every element of the update, so one reduction over all factors of a
-    dtype and one copy to the host per device settle the usual case, without temporaries of a tensor's
-    size; |B| |A| is formed, in pieces, only for an update whose bound does not settle it.
+    |s| r max|A| max|B| bounds every element of the update. So the usual case takes one reduction over all
+    factors of a dtype and one copy to the host per device, without temporaries of a tensor's size. |B| |A|
+    is computed, in pieces, only for an update that this bound does not settle.
     """
     updates = [u for u in updates if u[1].numel() > 0 and u[2].numel() > 0 and not u[1].is_meta]
     if not updates:
@@ -259,32 +259,32 @@ def _check_finite(updates) -> None:
         )
 
 
-# Of factors beside weights other than float64: from some 2^127.99 on tf32 rounds to infinity, and the
-# CUDA kernels need room for scales (csrc/merge_sm90.cu).
+# Factors must be below this, except with float64 weights: from about 2^127.99 on tf32 rounds to infinity, and
+# the CUDA kernels need headroom for scales (csrc/merge_sm90.cu).
 _FACTORS_END = 2.0**120
 
 
 def _tf32_error(r: int) -> float:
-    """Of a sum of r products of factors rounded to 11 bits, relative to that of their magnitudes."""
+    """Error bound of a sum of r products of factors rounded to 11 bits, relative to the sum of magnitudes."""
     return 2.0**-10 + (r + 8) * 2.0**-23
 
 
 def _is_bounded(dtype, r, scaling, A, B, weight, residual) -> bool:
-    """By the largest magnitudes alone. False with a NaN among them."""
+    """Whether the largest magnitudes alone prove the update finite. False if one is NaN."""
     products = r * A * B
     work = torch.promote_types(dtype, torch.float32)
     # A tenth of the range leaves room for the sum's own rounding.
     if not products * max(1.0, scaling) < torch.finfo(work).max / 10:
         return False
-    if dtype == torch.float16:  # its own range ends soon: the sum counts
+    if dtype == torch.float16:  # its range is small, so the sum has to fit too
         update = products * scaling * (1 + _tf32_error(r))
         if not update + weight + residual <= torch.finfo(dtype).max:
             return False
     return dtype == torch.float64 or max(A, B) < _FACTORS_END
 
 
-# max|t| of each tensor, NaN if one is in it; unlike t.abs().amax() without a temporary of t's size. One
-# launch for a list on a GPU; on a CPU the norm takes 5.8 ms for 2^21 numbers, the extremes 0.2 to 0.8.
+# max|t| of each tensor, NaN if it holds one; unlike t.abs().amax(), without a temporary of t's size. On a GPU
+# one launch serves a list. On a CPU the norm takes 5.8 ms for 2^21 numbers, amax and amin 0.2 to 0.8 ms.
 _LARGEST = {
     "cuda": lambda tensors: torch._foreach_norm(tensors, ord=math.inf),
     "cpu": lambda tensors: [torch.maximum(t.amax(), -t.amin()) for t in tensors],
@@ -292,7 +292,7 @@ _LARGEST = {
 
 
 def _magnitudes(updates) -> list[list[float]]:
-    """max|t| of each update's lora_A and lora_B and, of a float16 sum, weight and residual (else 0)."""
+    """max|t| of each update's lora_A, lora_B and, if weight is float16, weight and residual (else 0)."""
     # (device, dtype, the kernels' dtype) -> {place in `found`: tensor}
     groups: dict[tuple, dict[tuple[int, int], torch.Tensor]] = {}
     for row, (weight, lora_A, lora_B, _, residual, _) in enumerate(updates):
@@ -307,7 +307,7 @@ def _magnitudes(updates) -> list[list[float]]:
     places: dict[torch.device, list[tuple[int, int]]] = {}
     for (device, _, work), tensors in groups.items():
         largest = torch.stack(_LARGEST[device.type](list(tensors.values())))
-        # As the kernels hold them: what is inf there is inf here.
+        # In the kernels' dtype: what overflows there is inf here, too.
         magnitudes.setdefault(device, []).append(largest.to(work).double())
         places.setdefault(device, []).extend(tensors)
     found = torch.zeros(len(updates), 4, dtype=torch.float64)
@@ -318,7 +318,7 @@ def _magnitudes(updates) -> list[list[float]]:
 
 
 def _is_finite(weight, lora_A, lora_B, scaling, residual) -> bool:
-    """Element by element, whatever the order that a kernel sums products in."""
+    """Checks every element, for any order in which a kernel may sum the products."""
     work = torch.promote_types(weight.dtype, torch.float32)
     a = lora_A.to(work)
     a_abs, rows_at_once = a.abs(), max(1, 2**24 // lora_A.shape[1])

@@ -51,7 +51,7 @@ def _prune_random(tensors, ratio, paired_with, *keys):
 
 
 def _check_memory(op: str, tensors: Tensors, paired_with: Tensors) -> None:
-    """Every element may be written, and is once: by no other tensor of the two lists, and no other index."""
+    """Every element must be writable and belong to one tensor and one index only."""
     checks.writable(op, [*tensors, *paired_with])
     for name, some in (("tensors", tensors), ("paired_with", paired_with)):
         if not some.contiguous:
@@ -96,18 +96,18 @@ def prune_(
     """Zero, in place, the elements of each tensor with |t| <= quantile(|t|, ratio).
 
     Equivalent, for each tensor of at most 2^24 elements, to
-    ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``: thresholds
-    are exactly torch.quantile's (linear interpolation), at any size (ReLoRA, arXiv 2307.05695,
-    prunes Adam's moments so at a restart).
+    ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``. Thresholds
+    are exactly torch.quantile's (linear interpolation), at any size. ReLoRA (arXiv 2307.05695) prunes
+    Adam's moments this way at a restart.
 
     Args:
         tensors: one tensor or a list; float32, bfloat16, float16 or float64; any shape, size >= 0.
             Ties at the threshold are dropped. A tensor holding NaN becomes all zero.
         ratio: share to drop, 0 <= ratio <= 1. 0 still drops the smallest value, 1 drops all.
-        paired_with: as many tensors of the same shapes, zeroed where their partner in `tensors` is.
+        paired_with: as many tensors of the same shapes, zeroed by the mask of their partner in `tensors`.
 
-    Raises TypeError or ValueError for anything else, tensors that share memory among them, and
-    BackendUnavailable where a named backend cannot serve the call, before anything is changed.
+    Raises TypeError or ValueError for anything else, including tensors that share memory, and
+    BackendUnavailable if a named backend cannot serve the call; nothing is changed then.
     """
     tensors = _as_list("tensors", tensors)
     paired = [] if paired_with is None else _as_list("paired_with", paired_with)
@@ -119,7 +119,7 @@ def prune_(
         for t, partner in zip(tensors, paired):
             checks.plain_tensors("prune_", tensor=t, paired_with=partner)
     parts = list(_by_device(devices, tensors, paired))
-    if len(parts) > 1:  # before the first of them is pruned; each is checked by itself too
+    if len(parts) > 1:  # before the first one is pruned; the op checks each one too
         _check_memory("prune_", Tensors(tensors), Tensors(paired))
     for chosen, partners in parts:
         torch.ops.relora_kernels._prune_(chosen, ratio, partners)
@@ -128,8 +128,8 @@ def prune_(
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
     """Drop each element with probability `ratio`, drawn from (seed of its tensor, flat index) alone.
 
-    `paired_with`: empty or as long, zeroed by the same masks. `first_elements`: each tensor's first flat
-    index, 0 but for a shard.
+    `paired_with`: empty, or as long as `tensors`; zeroed by the same masks. `first_elements`: each tensor's
+    first flat index, 0 except for a shard.
     """
     if paired_with:
         _check_shapes("prune_random_", tensors, paired_with)
@@ -156,7 +156,7 @@ def _check_shapes(op: str, tensors, paired) -> None:
 
 
 def _by_device(devices, *columns):
-    """The columns (as long as `devices`, or empty) in parts of one device each: an op serves one."""
+    """Split the columns (each as long as `devices`, or empty) by device: an op serves one device."""
     of_each = dict.fromkeys(devices)
     for device in of_each:
         chosen = [d == device for d in devices] if len(of_each) > 1 else repeat(True)
@@ -174,8 +174,8 @@ def _as_list(name: str, tensors) -> list[torch.Tensor]:
 
 
 def _usual(tensors) -> bool:
-    """Whether all pass every check at a glance: one by one they take 2 us a tensor, and a model has
-    hundreds. In columns, so that each look-up at a tensor costs no more than itself."""
+    """Fast path: whether all tensors are ordinary. plain_tensors takes 2 us per tensor, and a model has
+    hundreds. Works by attribute over the whole list, so that a tensor costs only its attribute look-ups."""
     return (
         {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
         and set(checks.FLOATS).issuperset([t.dtype for t in tensors])

@@ -5,14 +5,14 @@
     Q  = s * dy B                  (M, r)
     dx = dy W + mask * (Q A)       dA = Q^T dropout(x)      dB = dy^T P      dbias = sum over M of dy
 
-dropout(x) = mask * x, where the mask is 0 or 1 / keep: elements are set to zero, whatever they held, and
-1 / keep goes into the products' scale, so it costs no rounding.
+dropout(x) = mask * x, where the mask is 0 or 1 / keep. Dropped elements are set to zero, whatever they held.
+1 / keep goes into the products' scale, so it adds no rounding.
 
 There is no dW: W is frozen. lora_A and lora_B are rounded to x's dtype for the products (float32
 masters, bf16 compute); their gradients are summed in float32 and returned in their own dtype.
 The order (small product first, then the large GEMM adds onto it in place) hides the read of y behind
 the large GEMM and rounds the small term instead of the large one. On a GPU these are cuBLAS calls, and
-no tensor of y's size is touched but by them: this is the plan that a fused kernel has to beat.
+nothing else touches a tensor of y's size. A fused kernel has to beat this plan.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def why_not_backward(
 
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, drop=None):
-    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `drop`: another launcher of zero_dropped."""
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `drop`: replaces zero_dropped."""
     drop = drop or zero_dropped
     keep_scale = dropout_constants(dropout_p)[1]
     p = _scaled_mm(drop(x, dropout_p, seed), lora_A.to(x.dtype).T, scaling * keep_scale)
@@ -59,9 +59,9 @@ def backward(
     *,
     drop=None,
 ):
-    """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
+    """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32 (float64 for float64).
 
-    A gradient that is not needed comes back with 0 elements.
+    A gradient that is not needed is returned with 0 elements.
     """
     drop = drop or zero_dropped
     keep_scale = dropout_constants(dropout_p)[1]
@@ -86,10 +86,10 @@ def backward(
 
 
 def zero_dropped(x: torch.Tensor, p: float, seed, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x (M, in) with zeros where elements are dropped, in `out` (x itself may be it) or a new tensor.
+    """x (M, in) with zeros where elements are dropped, in `out` (which may be x) or a new tensor.
 
-    Element (m, k) is dropped where its 16 random bits are below round(p * 2^16). p < 2^-17 drops
-    nothing: x comes back.
+    Element (m, k) is dropped if its 16 random bits are below round(p * 2^16). p < 2^-17 drops nothing
+    and returns x.
     """
     threshold = dropout_constants(p)[0]
     if threshold == 0:
@@ -100,18 +100,18 @@ def zero_dropped(x: torch.Tensor, p: float, seed, out: torch.Tensor | None = Non
 
 
 def dropout_constants(p: float) -> tuple[int, float]:
-    """(drop where the 16 random bits are below this, 1 / the probability of being kept that this gives)."""
+    """(drop an element if its 16 random bits are below this, 1 / the resulting probability to keep)."""
     threshold = round(p * 65536)
     return threshold, 65536.0 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
 def dropout_mask(x: torch.Tensor, p: float, seed) -> torch.Tensor:
-    """(M, in) in x's dtype: 0 where dropped, 1 / keep elsewhere. For oracles: no backend forms it."""
+    """(M, in) in x's dtype: 0 where dropped, 1 / keep elsewhere. For oracles only: no backend builds it."""
     return zero_dropped(torch.full_like(x, dropout_constants(p)[1]), p, seed)
 
 
 def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * a @ b, scaled before the one rounding: the GEMM's alpha, in its epilogue."""
+    """scaling * a @ b, rounded once, after scaling (the GEMM's alpha, applied in its epilogue)."""
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)  # beta 0: not read
 
 

@@ -14,7 +14,7 @@ import torch
 
 from relora_kernels.reference import philox
 
-_ROW_BLOCK_ELEMENTS = 2**24  # float32 temporaries stay under some 200 MB whatever the size of W
+_ROW_BLOCK_ELEMENTS = 2**24  # keeps float32 temporaries under about 200 MB for any size of W
 _BF16_MAX_BITS = 0x7F7F0000
 
 
@@ -25,13 +25,13 @@ def why_not(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row
 def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row) -> None:
     """weight (out, in), lora_A (r, in), lora_B (out, r), residual (out, in) or None; all 2-D.
 
-    `first_row` is the logical row of weight[0] (a shard's): random bits belong to logical elements.
+    `first_row` is the logical row of weight[0] (of a shard): random bits belong to logical elements.
     """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a = lora_A.to(work)
     rows_at_once = max(1, _ROW_BLOCK_ELEMENTS // max(1, weight.shape[1]))
     compensated = rounding == "compensated" and residual is not None
-    # W is written when all of it has been computed: running out of memory changes nothing.
+    # W is written after all of it has been computed, so running out of memory changes nothing.
     merged = torch.empty_like(weight)
     rest = torch.empty_like(residual) if compensated else None
     for row in range(0, weight.shape[0], rows_at_once):
@@ -57,10 +57,10 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 def merge_many_(merges, restarts=None, merge_one=None) -> None:
     """Every merge, a tuple of merge_'s arguments, one after the other, by merge_ or another backend's.
 
-    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. Once W
-    is written lora_A, the parameter or the rows of a shard of it, is drawn from U(-bound, bound) by
-    (seed, first_row), lora_B zeroed, and 1 added to merge_count. What can fail for want of memory
-    comes before the write: a layer is merged and restarted, or untouched.
+    `restarts`: for each merge (lora_A, lora_B, merge_count, bound, seed, first_row), or None. After W is
+    written, lora_A (the parameter, or the rows of its shard) is drawn from U(-bound, bound) by
+    (seed, first_row), lora_B is zeroed, and 1 is added to merge_count. Whatever can run out of memory comes
+    before the write, so a layer is either merged and restarted, or untouched.
     """
     merge_one = merge_one or merge_
     for merge, restart in zip(merges, restarts or [None] * len(merges)):
@@ -76,11 +76,10 @@ def merge_many_(merges, restarts=None, merge_one=None) -> None:
 
 
 def stochastic_round(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 `value` to `dtype` (bfloat16 or float16) with 16 random `bits` (int64) an element.
+    """float32 `value` to `dtype` (bfloat16 or float16) with 16 random `bits` (int64) per element.
 
     Rounds away from zero with probability equal to the discarded fraction, so the mean is exact to
-    2^-16 of a step (float16: 2^-13). inf, NaN and what lies above the largest finite number take
-    round-to-nearest.
+    2^-16 of a step (float16: 2^-13). inf, NaN and values above the largest finite number round to nearest.
     """
     magnitude = value.abs()
     raw = value.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF

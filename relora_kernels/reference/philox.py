@@ -1,15 +1,15 @@
 """The random-bit contract that every backend follows, in plain PyTorch.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). A draw is a
-pure function of (seed, stream, row, column) of a logical element, so it depends neither on tile
-shape nor on backend, sharding or world size:
+pure function of (seed, stream, row, column) of a logical element, so it does not depend on tile
+shape, backend, sharding or world size:
 
     key     = (seed mod 2^32, seed div 2^32)            seed: int64, read as unsigned
     counter = (column div E, row, stream, 0)            E elements share one draw of four words
-    E = 8   16 bits an element: word (column mod 8) div 2, its low half where column is even
-    E = 4   32 bits an element: word (column mod 4)
+    E = 8   16 bits per element: word (column mod 8) div 2; its low half if column is even
+    E = 4   32 bits per element: word (column mod 4)
 
-Rows and column blocks are taken mod 2^32. `csrc/numerics.cuh` and `triton/philox.py` hold the same
+Rows and column blocks are taken mod 2^32. `csrc/numerics.cuh` and `triton/philox.py` implement the same
 contract for the kernels.
 """
 
@@ -19,10 +19,10 @@ import hashlib
 
 import torch
 
-STREAM_ROUND = 0  # stochastic rounding at a merge, 16 bits an element of W
-STREAM_DROPOUT = 1  # dropout on the low-rank branch, 16 bits an element of x
-STREAM_INIT = 2  # the draw of A, 32 bits an element
-STREAM_PRUNE = 3  # random pruning, 32 bits an element of the flattened tensor (row 0)
+STREAM_ROUND = 0  # stochastic rounding at a merge, 16 bits per element of W
+STREAM_DROPOUT = 1  # dropout on the low-rank branch, 16 bits per element of x
+STREAM_INIT = 2  # the draw of A, 32 bits per element
+STREAM_PRUNE = 3  # random pruning, 32 bits per element of the flattened tensor (row 0)
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # round multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
@@ -30,11 +30,11 @@ _U32 = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple, key: tuple, rounds: int = 10) -> tuple:
-    """Four words of Philox4x32. Words are int64 tensors (or ints) holding values in [0, 2^32)."""
+    """Four words of Philox4x32. Words are int64 tensors (or ints) with values in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # int64 products wrap mod 2^64, so low and high words come out as if unsigned.
+        # int64 products wrap mod 2^64, so the low and high words are those of the unsigned product.
         p0, p1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _U32) ^ c1 ^ k0,
@@ -85,7 +85,7 @@ def uniform_(tensor: torch.Tensor, start_row: int, bound: float, seed) -> torch.
     """Fill a 2-D `tensor` with U(-bound, bound), keyed by logical element; returns it.
 
     Element = (n - 2^23) * fl32(bound * 2^-23) with n the upper 24 of its 32 bits: one rounding, so
-    every backend gets the same float32. `start_row` is the logical row of tensor[0] (a shard's).
+    every backend gets the same float32. `start_row` is the logical row of tensor[0] (of a shard).
     """
     step = torch.tensor(bound * 2.0**-23, dtype=torch.float32).item()
     rows_at_once = max(1, 2**22 // max(1, tensor.shape[1]))

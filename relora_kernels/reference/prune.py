@@ -4,8 +4,8 @@
     keep = |t| > thr                         strictly: ties at the threshold are dropped
 
 The contract for special values: a NaN anywhere makes the threshold NaN, so nothing is kept and the
-tensor becomes all zero; inf ranks above every finite number; a dropped element becomes +0, whatever
-it was (no mask is multiplied, so inf and NaN leave no NaN behind).
+tensor becomes all zero. inf ranks above every finite number. A dropped element becomes +0, whatever
+it was: no mask is multiplied, so a dropped inf or NaN does not become NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
 
 
 def prune_(tensors, ratio, paired_with) -> None:
-    """Each tensor of `tensors` on its own; `paired_with` is empty or as long, zeroed by the same masks."""
+    """Prune each tensor separately. `paired_with` is empty, or as long and zeroed by the same masks."""
     for i, t in enumerate(tensors):
         if t.numel() == 0:
             continue
@@ -52,14 +52,14 @@ def drop_below(ratio: float) -> int:
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements=None) -> None:
     """Drop each element with probability `ratio`, keyed by (seed of the tensor, flat index).
 
-    first_elements: the flat index of each tensor's first element, 0 by default. Rows of a sharded
-    tensor draw the bits of the whole one so.
+    first_elements: the flat index of each tensor's first element, 0 by default. With it, rows of a
+    sharded tensor draw the bits that they have in the whole one.
     """
     threshold = drop_below(ratio)
     for i, t in enumerate(tensors):
         n, first = t.numel(), first_elements[i] if first_elements else 0
         drop = torch.empty(n, dtype=torch.bool, device=t.device)
-        for start in range(0, n, 2**24):  # 2^24 at once: draws take some 50 bytes an element
+        for start in range(0, n, 2**24):  # 2^24 at once: draws take about 50 bytes per element
             count = min(2**24, n - start)
             at = (0, first + start)
             bits = philox.bits32(seeds[i], philox.STREAM_PRUNE, (1, count), at, t.device)
@@ -70,9 +70,9 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements=None) -> No
 
 
 def magnitude_counts(tensors, prefixes, shift, bits):
-    """Histograms of one digit of the magnitude keys: what a radix selection over several ranks adds up.
+    """Histograms of one digit of the magnitude keys, for a radix selection over several ranks.
 
-    A key is an element's bits without the sign (an int64 here); keys order as magnitudes do, NaN last.
+    A key is an element's bits without the sign (an int64 here). Keys are ordered like magnitudes, NaN last.
 
     Args:
         tensors: T tensors of one dtype on one device.
@@ -80,8 +80,8 @@ def magnitude_counts(tensors, prefixes, shift, bits):
         shift, bits: the digit is (key >> shift) mod 2^bits.
 
     Returns three int64 tensors: counts (T, 2^bits); lowest (T,), the least key with
-    key >> (shift + bits) > prefix, NONE_ABOVE where there is none; highest (T,), the greatest key, -1
-    for an empty tensor.
+    key >> (shift + bits) > prefix, NONE_ABOVE if there is none; highest (T,), the greatest key, -1 for an
+    empty tensor.
     """
     results = []
     for t, prefix in zip(tensors, prefixes):
@@ -100,7 +100,7 @@ def magnitude_counts(tensors, prefixes, shift, bits):
 
 
 def magnitude_keys(t: torch.Tensor) -> torch.Tensor:
-    """(numel,) integers of t's width: its elements' bits without the sign."""
+    """(numel,) integers as wide as t's elements: their bits without the sign."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return t.contiguous().view(integer).flatten() & torch.iinfo(integer).max
 
@@ -108,14 +108,14 @@ def magnitude_keys(t: torch.Tensor) -> torch.Tensor:
 def magnitude_quantile(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
     """torch.quantile(magnitude.float().flatten(), ratio) for any size; a 0-dim float32 tensor.
 
-    Order statistics k and k + 1 come from one selection and one pass, without a sort and without
+    Order statistics k and k + 1 take one selection and one pass, without a sort and without
     torch.quantile's limit of 2^24 elements. (float64 stays float64.)
     """
     flat = magnitude.flatten()
     work = torch.float64 if flat.dtype == torch.float64 else torch.float32
     low_rank, weight = quantile_rank(flat.numel(), ratio, work)
     low = _order_statistic(flat, low_rank)
-    # The next order statistic: `low` again where it is tied, else the smallest element above it.
+    # The next order statistic: `low` again if it is tied, else the smallest element above it.
     at_most = (flat <= low).sum()
     above = torch.where(flat > low, flat, torch.inf).amin()
     high = torch.where((at_most >= low_rank + 2) | (weight == 0.0), low, above)
@@ -124,7 +124,7 @@ def magnitude_quantile(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def _order_statistic(flat: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th smallest element, from 0. A CPU's kthvalue takes quadratic time where values descend."""
+    """The k-th smallest element, from 0. On a CPU kthvalue takes quadratic time for descending values."""
     if flat.device.type != "cpu":
         return torch.kthvalue(flat, k + 1).values
     if k < flat.numel() // 2:
@@ -135,8 +135,8 @@ def _order_statistic(flat: torch.Tensor, k: int) -> torch.Tensor:
 def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tuple[int, float]:
     """(k, w): the quantile lies between order statistics k and k + 1 (from 0), at fraction w.
 
-    rank = fl(ratio) * fl(n - 1) in float32 as torch.quantile has it; in float64 above 2^24 elements,
-    where float32 no longer holds every rank.
+    rank = fl(ratio) * fl(n - 1) in float32 as in torch.quantile; in float64 above 2^24 elements, for
+    which float32 cannot represent every rank.
     """
     if n > _TORCH_F32_RANK_LIMIT:
         work = torch.float64
@@ -147,4 +147,4 @@ def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tu
 
 def lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:
     """torch.lerp: a + w (b - a) below w = 1/2, b - (b - a)(1 - w) above, with a fused multiply-add."""
-    return torch.lerp(a, b, a.new_full((), weight))  # a fill: nothing waits for the host
+    return torch.lerp(a, b, a.new_full((), weight))  # a fill: no wait for the host
