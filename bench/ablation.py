@@ -5,15 +5,16 @@
     python bench/ablation.py --size 60m --train_files corpus/ --minutes 8     as often as it takes
     python bench/ablation.py --report                          the table and plots of what is there
 
-Options that it does not know go to every run's relora-train.
+Unknown options are passed to relora-train in every run.
 
-A run is a folder of relora-train, <output>/<run>-<seed>. Finished runs are passed over, interrupted ones
-resumed; runs made with other options are refused. Runs of one seed share one warm start. Equal steps and
-batches: equal tokens. A run that gave up because no gradient was finite any more is over too, and says so
-in the table. Killed in whatever way, it has its runs save a checkpoint and end (on Linux).
+A run is a relora-train folder, <output>/<run>-<seed>. Finished runs are skipped, interrupted ones
+resumed; runs made with other options are refused. Runs of one seed share a warm start if theirs would
+be the same. Equal steps and batches mean equal tokens. A run that gave up because its gradients were
+no longer finite is over, too; the table says so. However this driver is killed, its runs save a
+checkpoint and end (on Linux).
 
-Exit code 0: all runs are over. 1: a run failed; the others go on, and the next call tries it again. 2: bad
-options. 3: --minutes were over, and the runs that are named are left for the next call.
+Exit code 0: all runs are over. 1: a run failed; the others continue, and the next call retries it.
+2: bad options. 3: --minutes ran out; the runs that are named are left for the next call.
 """
 
 import argparse
@@ -35,11 +36,10 @@ from relora_kernels.train import SkipNonFiniteCallback
 from relora_kernels.train.args import parse_args
 from relora_kernels.train.output import RunFolder
 
-# run -> what it changes in relora-train's defaults for the size. "steps" stands for the number of
-# steps, a rate of "x 2" for twice the preset's, "<= 25" for its value but 25 at most; {} is the
-# project's defaults.
+# run -> its changes to the size's defaults. "steps" stands for the number of steps, a rate of "x 2" for
+# twice the default, "<= 25" for the default but at most 25; {} is the project's defaults.
 ONE_CYCLE, BF16 = {"cycle_steps": "steps"}, {"bf16": "true"}
-# The authors' code: factors and their moments in bf16 too, each moment pruned by its own mask.
+# As the authors' code: factors and their moments in bf16, too, each moment pruned by its own mask.
 UPSTREAM = BF16 | {"lora_dtype": "bfloat16", "merge_rounding": "nearest", "no_paired": True}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 GRIDS = {
@@ -57,7 +57,7 @@ GRIDS = {
         "reset-independent-20": {"restart_warmup_steps": 20, "no_paired": True},
         **{f"bf16-{rounding}": BF16 | {"merge_rounding": rounding} for rounding in ROUNDINGS},
         "upstream": UPSTREAM,
-        # As much restart warm-up as independent masks ask for.
+        # As much restart warm-up as independent masks need.
         "upstream-warmup100": UPSTREAM | {"restart_warmup_steps": 100, "cycle_steps": 200},
     },
     # Many small merges, as at the end of a long run or in fine-tuning.
@@ -84,14 +84,15 @@ GRIDS = {
 }
 
 SIZES = ("micro", "60m", "130m")
-# Whose warm start the other runs of its seed take: those in bf16 begin elsewhere.
+# The runs whose warm start the others of the same seed take. bf16 runs need one of their own.
 DONOR, BF16_DONOR = "lora", "bf16-compensated"
-# Options of relora-train that are the driver's, and settings that may differ between runs of a table.
+# relora-train options reserved for this driver; settings that may differ between the runs of a table.
 OWN = ("--config", "--output_dir", "--overwrite", "--preset", "--resume", "--seed",
        "--warm_start_from")  # fmt: skip
 FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
 TRAIN = [sys.executable, "-m", "relora_kernels.train"]
-if sys.platform == "linux":  # SIGTERM, at which a run saves and ends, when this process is killed
+# If this process is killed, its runs get SIGTERM, at which they save and end.
+if sys.platform == "linux":
     TRAIN = [sys.executable, "-c", "import os, runpy, signal, sys\n"
              "from relora_kernels.worker import die_with_the_parent\n"
              "die_with_the_parent(int(sys.argv.pop(1)), signal.SIGTERM)\n"
@@ -138,7 +139,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="be done within so long (a tenth is kept for "
                         "saving and the table); the next call goes on")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="train nothing")
-    options, more = parser.parse_known_args()  # of relora-train, for every run
+    options, more = parser.parse_known_args()  # more: for relora-train, in every run
     if taken := [word for word in more if word.split("=")[0] in OWN]:
         parser.error(f"expected options that all runs can share, got {', '.join(taken)}")
     if options.jobs < 1:
@@ -151,7 +152,7 @@ def parse_options() -> argparse.Namespace:
         options.words += ["--steps", str(options.steps)]
     if options.train_files:
         options.words += ["--train_files", *options.train_files]
-    options.base = parse_args(options.words)  # ends with a message for a bad one
+    options.base = parse_args(options.words)  # exits with a message for a bad option
     return options
 
 
@@ -169,7 +170,7 @@ def _refuse(why: str) -> NoReturn:
 
 def seeds_in(output: Path) -> list[int]:
     runs = [path.parent for path in output.glob("*-*/metrics.jsonl")]
-    runs = [run for run in runs if run.name.rpartition("-")[2].isdecimal()]  # not a user's own
+    runs = [run for run in runs if run.name.rpartition("-")[2].isdecimal()]  # not a user's folder
     return sorted({int(run.name.rpartition("-")[2]) for run in runs if is_over(run)})
 
 
@@ -178,7 +179,7 @@ def changes_of(name: str) -> dict:
 
 
 def mixed(runs: list, output: Path, base) -> list[str]:
-    """Settings in which runs that are there differ from `base` or each other, and not by their names."""
+    """Settings in which existing runs differ from `base` or each other, beyond what their names say."""
     seen = {key: (value, "these options") for key, value in base.settings().items()} if base else {}
     wrong = []
     for name, seed in runs:
@@ -199,7 +200,7 @@ def mixed(runs: list, output: Path, base) -> list[str]:
 
 
 def train_all(runs: list, options, output: Path) -> list[str]:
-    """One process a run, `jobs` at a time; the donor of each seed's warm start before its takers.
+    """Train each run in its own process, `jobs` at a time, each seed's warm-start donors first.
 
     Returns a line for each run that failed.
     """
@@ -298,7 +299,7 @@ def is_finished(run: Path) -> bool:
 
 
 def gave_up(run: Path) -> bool:
-    """Whether relora-train ended it, as SkipNonFiniteCallback does; resumed it would end again."""
+    """Whether SkipNonFiniteCallback ended the run. Resumed, it would end again."""
     rows = [] if is_finished(run) else RunFolder(run).rows()
     start = diverged_at([row for row in rows if "eval_loss" not in row])
     return start is not None and rows[-1]["step"] - start >= SkipNonFiniteCallback().limit

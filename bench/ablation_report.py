@@ -15,14 +15,14 @@ from safetensors import safe_open
 
 from relora_kernels.train.output import RunFolder
 
-DONOR = "lora"  # through whose warm start the full-rank run passes too
+DONOR = "lora"  # the full-rank run passes through its warm start, too
 FULL = "full-rank"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def write_report(output: Path, runs: list[tuple[str, int]]) -> None:
-    """table.md, table.csv, runs.csv and plots/ in `output`; `runs`: (name, seed), finished ones and such
-    as gave up."""
+    """Write table.md, table.csv, runs.csv and plots/ into `output`; `runs`: (name, seed) of those that
+    finished or gave up."""
     by_name: dict[str, dict[int, dict]] = {}
     for name, seed in runs:
         folder = output / f"{name}-{seed}"
@@ -51,7 +51,7 @@ def write_report(output: Path, runs: list[tuple[str, int]]) -> None:
 
 
 def cut_short(folder: Path, rows: list[dict]) -> dict:
-    """What there is of the summary of a run that gave up."""
+    """As much of a summary as there is for a run that gave up."""
     speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     memory = [row["peak_memory"] for row in rows if "peak_memory" in row]
     return {
@@ -63,8 +63,8 @@ def cut_short(folder: Path, rows: list[dict]) -> dict:
 
 
 def diverged_at(rows: list[dict]) -> int | None:
-    """The step from which on all were skipped for their gradients, or no validation loss was a number;
-    None if neither holds at the end."""
+    """The step from which on all steps were skipped for their gradients, or else no validation loss was
+    finite; None if neither holds at the end."""
     skipped = {row["step"] for row in rows if "skipped" in row}
     step = rows[-1]["step"] if rows else 0
     while step in skipped and step - 1 in skipped:
@@ -106,7 +106,7 @@ def table_row(name: str, by_name: dict) -> dict:
 
 
 def difference(found: dict, others: dict) -> str:
-    """Mean of the final losses' differences, seed by seed, and their range."""
+    """Mean and range of the differences between final losses, seed by seed."""
     values = [
         found[seed]["figures"]["eval_loss_final"] - others[seed]["figures"]["eval_loss_final"]
         for seed in found
@@ -120,7 +120,7 @@ def difference(found: dict, others: dict) -> str:
 def figures(run: dict) -> dict[str, float]:
     """What the table shows of one run."""
     rows, found = run["rows"], dict(run["summary"])
-    # Not the summary's, which is the last finite one. What gave up on the way has none.
+    # From the rows, with NaN for null; the summary holds None then. A run that gave up has none.
     losses = [finite(row["eval_loss"]) for row in rows if "eval_loss" in row]
     found["eval_loss_final"] = losses[-1] if "eval_loss_final" in found else math.nan
     if math.isnan(found["eval_loss_final"]):
@@ -142,12 +142,12 @@ def figures(run: dict) -> dict[str, float]:
 
 
 def finite(value: float | None) -> float:
-    """A number of metrics.jsonl, whose null is NaN or inf."""
+    """A number from metrics.jsonl, where null stands for NaN or inf."""
     return math.nan if value is None else value
 
 
 def updates_after_restarts(rows: list[dict]) -> list[dict[int, float]]:
-    """Of each cycle but the first, step after the restart -> size of its update over the rate."""
+    """For each cycle but the first: step after the restart -> size of its update / learning rate."""
     restarts = {row["cycle"]: row["step"] for row in rows if "restart" in row}
     cycles: dict[int, dict[int, float]] = {cycle: {} for cycle in restarts}
     for row in rows:
@@ -163,10 +163,10 @@ def entropy_rank(values: list[float]) -> float:
 
 
 def spectra(output: Path, name: str, seed: int) -> dict[str, list[list[float]]]:
-    """Per projection, of each layer the singular values of W_end - W_start, descending.
+    """Per projection, each layer's singular values of W_end - W_start, descending.
 
-    As the run has measured them, W_start its own after the warm start. A full-rank run has not: from
-    its weights and the donor's start. {} where neither is there.
+    As measured by the run itself, with W_start after its own warm start. A full-rank run has none:
+    they are computed from its final weights and the donor's start. {} if neither is there.
     """
     folder = output / f"{name}-{seed}"
     found: dict[str, list[list[float]]] = {}
@@ -216,7 +216,7 @@ def write_markdown(path: Path, table: list[dict], by_name: dict) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# Names of runs, by their beginnings, of one panel; the first three are in each, for comparison.
+# Panel -> how the names of its runs begin. Those in ALWAYS are in every panel, for comparison.
 PANELS = {
     "What ReLoRA is made of": ("lora-from", "relora-from", "relora-no"),
     "Moments at a restart": ("reset",),
@@ -227,7 +227,7 @@ ALWAYS = {FULL: "-", "lora": "--", "relora": "-."}
 
 
 def panels(by_name: dict) -> dict[str, list[str]]:
-    """Each run in the first panel that names it, beside those that are in all."""
+    """Each run in the first panel that matches its name, together with those that are in all."""
     left = [name for name in by_name if name not in ALWAYS]
     found = {}
     for title, starts in PANELS.items():
@@ -306,7 +306,7 @@ def draw_spectra(path: Path, by_name: dict) -> None:
                 mean = [statistics.mean(values) for values in zip(*found)]
                 axes.plot(range(1, len(mean) + 1), mean, label=name, linewidth=1.2)
         axes.set_yscale("log")
-        # Below is rounding: an update of rank r ends at once.
+        # Anything below is rounding: an update of rank r ends abruptly.
         axes.set_ylim(1e-4 * max((y.get_ydata()[0] for y in axes.lines), default=1.0))
         axes.set(title=projection, xlabel="index", ylabel="singular value")
     grid.flat[-1].set_axis_off()
@@ -317,7 +317,7 @@ def draw_spectra(path: Path, by_name: dict) -> None:
 
 
 def draw_kept(path: Path, by_name: dict) -> None:
-    """What each merge left of its update, per rounding of bf16 weights."""
+    """The share of its update that each merge kept, per rounding of bf16 weights."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()
     for name, found in by_name.items():
@@ -330,7 +330,7 @@ def draw_kept(path: Path, by_name: dict) -> None:
             axes.plot(kept.keys(), map_mean(kept), marker="o", markersize=3, label=name)
     axes.set(title="Share of s B A that a merge leaves in W (projection)", xlabel="optimizer steps")
     axes.axhline(1.0, color="0.8", linewidth=0.8)
-    axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))  # shares, not the fourth decimal of 1
+    axes.set_ylim(0, max(1.1, axes.get_ylim()[1]))  # show shares, not their fourth decimal
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
         figure.savefig(path, dpi=100)
@@ -340,7 +340,7 @@ def map_mean(lists: dict) -> list[float]:
     return [statistics.mean(values) for values in lists.values()]
 
 
-# What a sweep's runs are named by -> label, number of the run that has none in its name.
+# Key in the names of a sweep's runs -> label, and the value of the run without one in its name.
 SWEEPS = {
     "r": ("rank of a cycle", lambda settings: settings["lora_r"]),
     "cycle": ("steps between merges", lambda settings: settings["cycle_steps"]),

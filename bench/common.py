@@ -1,4 +1,4 @@
-"""Which problems are measured, and one row of pytest-benchmark."""
+"""The problems that are measured, and how one row of pytest-benchmark is."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ from relora_kernels.problems import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a run writes, as git's status leaves it out.
+# Pathspecs that exclude a run's own output from git status.
 RESULTS = (":!bench/results", ":!relora_kernels/records")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 MAIN_LOOP, PAIR = "main loop", "backward by PAIR"
 KEY_SHAPES = [(4096, 4096), (2048, 5461), (1024, 1024)]
-# Every (in, out) of the paper's models and of a 7B model; 5464 is what an odd 5461 is compared with.
+# Every (in, out) of the paper's models and of a 7B model; The odd 5461 is compared with 5464.
 SHAPES = list(
     dict.fromkeys(
         [
@@ -46,7 +46,7 @@ SHAPES = list(
         ]
     )
 )
-# What is measured of lora_linear on a GPU: shapes, tokens, ranks, directions.
+# Problems of lora_linear on a GPU: shapes, tokens, ranks, directions.
 LINEAR = [
     ([(4096, 4096), (2048, 5464)], [16384], [128], [MAIN_LOOP]),
     (KEY_SHAPES, [16384], [128], [PAIR]),
@@ -57,7 +57,7 @@ LINEAR = [
 _HIDDEN, _FEED_FORWARD, _LAYERS = MODELS["1.3b"]
 _LARGEST_MODEL = projections(_HIDDEN, _FEED_FORWARD) * _LAYERS
 ROUNDINGS = ("nearest", "compensated", "stochastic")
-SMALL = {  # a CPU's share: enough to see that everything runs
+SMALL = {  # for a CPU: just enough to see that everything runs
     "linear": [
         Linear(512, 512, 512, 64, d, "float32", "float32") for d in (BOTH, FORWARD, BACKWARD)
     ],
@@ -67,7 +67,7 @@ SMALL = {  # a CPU's share: enough to see that everything runs
 
 
 def problems(op: str, gpu: bool = GPU) -> list:
-    """What is measured of `op`: the full set on a GPU."""
+    """The problems of `op`: the full set on a GPU, a few small ones on a CPU."""
     if not gpu:
         return SMALL[op]
     if op == "linear":
@@ -103,7 +103,7 @@ def problems(op: str, gpu: bool = GPU) -> list:
 
 
 def by_worth(gpu: bool) -> list:
-    """All problems, what matters most first, for a machine that is there for minutes."""
+    """All problems, most important first, so that a short time budget covers what matters."""
 
     def key(problem) -> int:
         if not isinstance(problem, Linear):
@@ -119,7 +119,7 @@ def by_worth(gpu: bool) -> list:
 
 
 def run_case(case: dict) -> dict:
-    """One case of gpu_check.py, in its worker: the machine, a train step, or a row of a problem."""
+    """Run one case of gpu_check.py, in its worker: the machine, a train step, or a row of a problem."""
     device = torch.device("cuda", 0) if case["device"] == "cuda" else torch.device("cpu")
     if device.type == "cuda" and not GPU:
         raise RuntimeError("expected a CUDA GPU that torch can use, got none")
@@ -143,8 +143,8 @@ def parameters(problems: list) -> list:
 
 
 def measure_row(benchmark, problem, name: str) -> None:
-    """Check the row, then time it: once as Python sees it, with the device waited for, and on a GPU once
-    by the device's own clock in turns with the problem's baseline (extra_info: median_s, baseline_s)."""
+    """Check the row, then time it by Python's clock, including the wait for the device. On a GPU, also
+    by the device's clock, in turns with the baseline (extra_info: median_s, baseline_s)."""
     import pytest
 
     row = peers.rows(problem)[name]
@@ -174,14 +174,14 @@ def measure_row(benchmark, problem, name: str) -> None:
     benchmark.extra_info.update(info)
 
 
-_IN_TURNS: dict[str, dict[str, list[float]]] = {}  # of each group: seconds, sample by sample
+_IN_TURNS: dict[str, dict[str, list[float]]] = {}  # group -> function -> seconds of each sample
 
 
 def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
-    """One of several functions that are timed in turns: all of their medians go into extra_info."""
+    """Report one of several functions that are timed in turns; extra_info gets all medians."""
     if group not in _IN_TURNS:
         steps = {n: [function] for n, function in functions.items()}
-        # By Python's clock on a GPU too: the device's own would leave out what is looked for.
+        # By Python's clock on a GPU, too: the device's clock would miss the overhead measured here.
         _IN_TURNS[group] = measure.timings(steps, torch.device("cpu"), seconds=1.0)
     found = _IN_TURNS[group]
     # Sample by sample, so that what slows the machine down for a while slows both sides of a ratio.
@@ -196,7 +196,7 @@ def measure_in_turns(benchmark, group: str, name: str, functions: dict) -> None:
 
 
 def machine(device: torch.device = DEVICE) -> dict:
-    """Device, versions and commit of a run, and the rates that its floors are made of."""
+    """Device, versions and commit of a run, and the rates that its floors are computed from."""
     return {
         **evidence.identity(device),
         "cuda": torch.version.cuda or "none",
@@ -207,8 +207,8 @@ def machine(device: torch.device = DEVICE) -> dict:
 
 
 def commit() -> str:
-    """The commit that is measured, with a + where files differ from it, other than results of earlier
-    runs. RELORA_KERNELS_COMMIT names it for a copy of the tree without its git history."""
+    """The commit that is measured, with a + if files differ from it (other than results of earlier
+    runs). Set RELORA_KERNELS_COMMIT to name it in a copy of the tree without git history."""
     if os.environ.get("RELORA_KERNELS_COMMIT"):
         return os.environ["RELORA_KERNELS_COMMIT"]
 

@@ -1,4 +1,4 @@
-"""Timing that waits for the GPU; the device, its rates and the commit beside the figures."""
+"""Timing that waits for the GPU; results are stored with the device, its rates and the commit."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def rates() -> dict[str, float]:
-    """The floors' rates, measured before anything else of the same run."""
+    """The rates behind the floors, measured before anything else in the run."""
     return measure.rates(common.DEVICE)
 
 

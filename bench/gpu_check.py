@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUILT = (
     ROOT / "build" / "gpu_check"
-)  # what is measured; the environment's own packages stay as they are
+)  # what is measured is installed here; the environment's packages stay unchanged
 BUILD = [
     sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--upgrade",
     "--target", str(BUILT.relative_to(ROOT)), ".",
@@ -41,8 +41,8 @@ TESTS = [
     "no:cacheprovider",
 ]  # fmt: skip
 SUBJECTS = ("linear", "merge", "prune", "train")
-# Step -> files, and pytest's -k: a file's other tests are for machines without a GPU. What could hang is by
-# itself and last; the others share the seconds that a start of pytest takes.
+# Step -> files, and pytest's -k: a file's other tests are for machines without a GPU. Tests that could
+# hang have a step of their own, last; the others share steps, since each start of pytest takes seconds.
 TEST_STEPS = {
     "cuda_merge": (["cuda_merge"], None),
     "cuda_prune": (["cuda_prune"], "gpu"),
@@ -51,7 +51,8 @@ TEST_STEPS = {
     ),
     "cuda_gemm": (["cuda_gemm_gpu"], None),
 }  # fmt: skip
-STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "linear"}  # else all
+# Steps of one subject; the others belong to all.
+STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "linear"}
 SANITIZER_PARTS = {  # of tests/sanitizer_program.py
     "linear": ["linear"],
     "merge": ["merges", "streamed_merges", "many_tiles", "lists"],
@@ -61,20 +62,20 @@ SANITIZER_PARTS = {  # of tests/sanitizer_program.py
 SANITIZER = "compute-sanitizer"
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 BUILD_LIMIT_S = 240.0
-# Of the time that is left, at most: for all tests, then for both tools; and what one of these needs
-# to be worth starting. On an H200 (2026-11-28) memcheck of merge and prune took 15 s, racecheck of
-# merges, but for lists of them, 21.
+# Largest shares of the remaining time: for all tests, then for both tools. No step is started with
+# less than LEAST_S. On an H200 (2026-11-28), memcheck of merge and prune took 15 s, racecheck of
+# merges, without the lists of them, 21 s.
 TESTS_SHARE, SANITIZER_SHARE, LEAST_S = 0.25, 0.25, 10.0
-# For one case: check and timing, and the first time that a row of an op is met, its compilation.
+# For one case: check and timing; the first case of an op and row also compiles its kernels.
 FIRST_LIMIT_S, CASE_LIMIT_S = 90.0, 30.0
-# Of the workers: no backend named for other purposes may reach into a measurement.
+# For the workers: a backend named in this environment must not affect a measurement.
 WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
 
 def main(arguments: list[str] | None = None, target: str = "common:run_case", cases=None) -> int:
-    """Exit status: 0 what there was time for was measured, 2 nothing can be measured here.
+    """Exit status: 0 if what there was time for was measured, 2 if nothing can be measured here.
 
-    `target`, `cases`: what the workers call and with what, for tests of the plumbing.
+    `target`, `cases`: the function that the workers call, and its arguments; for tests of this script.
     """
     args = _parser().parse_args(arguments)
     args.only = [subject for subject in SUBJECTS if subject in args.only]
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
         results["steps"].update(steps)
         write_json(file, results)
         if args.device == "cuda":
-            # The tests run on the GPU in processes of their own; this one lets go of its memory.
+            # The tests run on the GPU in processes of their own: free the worker's memory for them.
             worker.close()
             found_at = {"PYTHONPATH": os.pathsep.join(map(str, path))}
             for kind, (share, commands, environment) in CHECKS.items():
@@ -166,11 +167,11 @@ def tests(only: list[str]) -> dict[str, list[str]]:
 
 
 def sanitizer(only: list[str]) -> dict[str, list[str] | str]:
-    """Step -> command, or why there is none, for each tool and subject: what has passed is not run again."""
+    """Step -> command, or why there is none. A step per tool and subject: passed ones are not rerun."""
     found = shutil.which(SANITIZER)
     return {
         f"sanitizer {tool} {subject}": f"{SANITIZER} is not on PATH" if found is None else [
-            # torch probes the API in ways that fail; launches that fail raise anyway.
+            # torch makes API calls that fail on purpose; failed launches raise anyway.
             found, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no",
             sys.executable, str(ROOT / "tests" / "sanitizer_program.py"), *parts,
         ]
@@ -180,17 +181,17 @@ def sanitizer(only: list[str]) -> dict[str, list[str] | str]:
     }  # fmt: skip
 
 
-# Kind -> (share of the time that is left, its commands, what they find in their environment).
+# Kind -> (share of the remaining time, commands, environment variables).
 CHECKS = {
     "tests": (TESTS_SHARE, tests, {}),
-    # Each tensor in an allocation of its own: the sanitizer sees no borders within one.
+    # Each tensor gets an allocation of its own: the sanitizer sees no bounds within one.
     "sanitizer": (SANITIZER_SHARE, sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
 }
 
 
 def run_steps(commands: dict, steps: dict, limit_s: float, **environment: str) -> Iterator[str]:
-    """The commands that have not passed, those without a verdict first; yields each name when `steps`
-    has it. One that hangs takes half of the time that is left, the last one all of it."""
+    """Run the commands that have not passed, those without a verdict first; yields each name when
+    `steps` has its result. A hanging one may use half of the remaining time (the last one, all)."""
     deadline = time.monotonic() + limit_s
     waiting = [name for name in commands if steps.get(name, {}).get("status") != "ok"]
     waiting.sort(key=lambda name: steps.get(name, {}).get("status") in ("failed", "hung"))
@@ -207,7 +208,7 @@ def run_steps(commands: dict, steps: dict, limit_s: float, **environment: str) -
 
 
 def list_cases(device: str, only: list[str]) -> list[dict]:
-    """Every row of every problem, then train steps, as the worker takes them; of `only`, if any."""
+    """The worker's cases: every row of every problem, then train steps; of `only`, if any."""
     import common
     import peers
     import train_step
@@ -230,7 +231,7 @@ def list_cases(device: str, only: list[str]) -> list[dict]:
 
 
 def measure(worker, cases: list[dict], results: dict, file: Path, deadline: float, write) -> int:
-    """One call of the worker for each case that is not in `results`; returns how many were left out."""
+    """Call the worker for each case that is not in `results`; returns how many were left out."""
     missing = [case for case in cases if case["name"] not in results["cases"]]
     compiled = set()
     for i, case in enumerate(missing):
@@ -260,7 +261,7 @@ def measure(worker, cases: list[dict], results: dict, file: Path, deadline: floa
 
 
 def resume(file: Path, machine: dict) -> dict:
-    """What `file` holds of the same commit, kernels, device and driver; else an empty start."""
+    """The results in `file`, if of the same commit, kernels, device and driver; else empty ones."""
     empty = {
         "machine": machine,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -271,7 +272,7 @@ def resume(file: Path, machine: dict) -> dict:
     try:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         same = {**earlier["machine"], "rates": 0} == {**machine, "rates": 0}
-        # A commit that files differ from says too little to go on with it.
+        # With a +, files differ from the commit: it does not identify what was measured.
         return {**empty, **earlier} if same and not machine["commit"].endswith("+") else empty
     except (OSError, ValueError, KeyError, TypeError):
         return empty
@@ -299,8 +300,8 @@ def finish(results: dict, file: Path, write, args, left_out: int) -> None:
 
 
 def ship(results: dict) -> Path | None:
-    """The evidence for `auto` in the package's own folder, of the groups in which no row of ours is
-    missing."""
+    """Write the evidence for `auto` into the package's own folder, from the groups in which no row of
+    ours is missing. Returns its path, or None if there is none."""
     from relora_kernels import evidence, problems
 
     records = [record for record in results["cases"].values() if record["kind"] == "row"]
@@ -327,14 +328,14 @@ def slug(device: str) -> str:
 
 
 def without_paths(text: str) -> str:
-    """Results are published: where this machine keeps its files is nobody's business."""
+    """Hide where this machine keeps its files: results are published."""
     for folder, name in ((ROOT, "."), (Path(sys.prefix), "<python>"), (Path.home(), "~")):
         text = text.replace(str(folder), name)
     return text
 
 
 def run_step(command: list[str], folder: Path, limit_s: float, **environment: str) -> dict:
-    """A command in a process group of its own: {status: ok, failed or hung, seconds, last_line, log}."""
+    """Run a command in its own process group: {status: ok, failed or hung, seconds, log, ...}."""
     start = time.monotonic()
     process = subprocess.Popen(
         command, cwd=folder, env={**os.environ, **environment}, text=True, errors="replace",
@@ -347,7 +348,7 @@ def run_step(command: list[str], folder: Path, limit_s: float, **environment: st
         os.killpg(process.pid, 9)
         log, _ = process.communicate()
         status = "hung"
-    except BaseException:  # Ctrl-C reaches this process alone
+    except BaseException:  # Ctrl-C reaches only this process
         os.killpg(process.pid, 9)
         process.wait()
         raise

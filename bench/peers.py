@@ -1,4 +1,4 @@
-"""What people use instead, each re-implemented from its description in a few lines of PyTorch.
+"""The alternatives that people use, re-implemented in a few lines of PyTorch (PEFT: its own layer).
 
 A row of `linear_rows` returns y of an operands object `o` (x, weight, lora_A, lora_B, scaling), in the
 operands' dtype; rows of `merge_rows` and `prune_rows` change the operands in place.
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from relora_kernels.measure import Row
 from relora_kernels.problems import Linear, Merge, Prune
 
-QUANTILE_LIMIT = 2**24  # elements that torch.quantile takes
+QUANTILE_LIMIT = 2**24  # the most elements that torch.quantile takes
 
 
 def eager_lora(o):
@@ -24,20 +24,20 @@ def eager_lora(o):
 
 
 def factors(o):
-    """A and B in x's dtype; a cast at each call where they are float32 masters."""
+    """A and B in x's dtype; cast at each call if they are float32 masters."""
     return o.lora_A.to(o.x.dtype), o.lora_B.to(o.x.dtype)
 
 
 def full_rank(o):
-    """nn.Linear that trains W: the backward has dW."""
+    """nn.Linear with a trained W: its backward computes dW, too."""
     return lambda: F.linear(o.x, o.trained_weight)
 
 
 class Chain(torch.autograd.Function):
-    """Hand-written LoRA of cuBLAS calls, with P = s x A^T saved or computed again in the backward.
+    """Hand-written LoRA of cuBLAS calls, with P = s x A^T saved or recomputed in the backward.
 
     small_first: y = P B^T, then y.addmm_(x, W^T) (the two-call order); else y = x W^T, then
-    y.addmm_(P, B^T) (the addmm chain: Unsloth and Axolotl compute P again, RunLoRA has both).
+    y.addmm_(P, B^T) (the addmm chain: Unsloth and Axolotl recompute P, RunLoRA has both).
     """
 
     @staticmethod

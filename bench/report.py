@@ -45,7 +45,7 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Either kind of file. Raises ValueError for anything else."""
+    """Load either kind of file. Raises ValueError for anything else."""
     with whole(path):
         results = _load(Path(path))
         results.source, groups(results.rows)  # what every table needs
@@ -54,7 +54,7 @@ def load(path: Path) -> Results:
 
 @contextlib.contextmanager
 def whole(path: Path):
-    """What is made of a file that lacks something, or holds a 0 or a word for a time, is a ValueError."""
+    """Raise ValueError for a file that lacks something, or has a time that is 0 or not a number."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, json.JSONDecodeError) as error:
@@ -83,7 +83,7 @@ def _load(path: Path) -> Results:
 
 
 def relative(row: dict) -> float:
-    """Time over that of the group's baseline, which was measured in turns with it where there is one."""
+    """Time over the baseline's, measured in turns with it; without a baseline, the time itself."""
     return row["median_s"] / row.get("baseline_s", 1.0)
 
 
@@ -99,9 +99,9 @@ def groups(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def ratio_table(rows: list[dict]) -> str:
-    """Each row's time, over the baseline's and over the eager formula's, beside floor, error, memory.
+    """Each row's time, also relative to the baseline and the eager formula, with floor, error, memory.
 
-    On a GPU the time is the device's own; "with Python's part" is a call's as its caller sees it.
+    On a GPU, the time is by the device's clock; "with Python's part" is the time that a caller sees.
     """
     lines = []
     for group, members in groups(rows).items():
@@ -115,7 +115,7 @@ def ratio_table(rows: list[dict]) -> str:
             "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for name, row in members.items():
-            of_floor = "fraction_of_floor" in row  # the op's, which is no floor of a baseline
+            of_floor = "fraction_of_floor" in row  # the op's floor, not a baseline's
             cells = [
                 f"{scale * row['median_s']:.4g}",
                 f"{scale * row['wall_s']:.4g}" if "wall_s" in row else "",
@@ -179,8 +179,8 @@ def best(members: dict[str, dict]) -> dict:
 
 
 def bars(results: Results) -> list[Bar]:
-    """The speeds that the project sets itself, each at the shape where it is worst. All but the layer's
-    overhead are an H200's: a CPU's times say nothing about them."""
+    """The project's own speed targets, each at the shape where it is worst. All but the layer's
+    overhead are for an H200: a CPU's times say nothing about them."""
     rows = results.rows if results.on_gpu else []
     linear = _linear_bars([row for row in rows if _kind(row) == "Linear"])
     return (
@@ -244,7 +244,7 @@ def _linear_bars(rows: list[dict]) -> list[Bar]:
         if row["row"].startswith("ours ") and row.get("repeatable") is False
     ]
     checked = any(row["row"].startswith("ours ") for row in rows)
-    loops = {}  # of the best backend, as it is: what other constants of it would give is no bar
+    loops = {}  # of the best backend, without the rows that vary one of its constants
     for shape, members in by_direction.get("main loop", {}).items():
         if backends := {name: row for name, row in ours(members).items() if "," not in name}:
             loops[shape] = 1 / relative(best(backends))
@@ -268,7 +268,7 @@ def _linear_bars(rows: list[dict]) -> list[Bar]:
 
 
 def _copy_share(members: dict[str, dict]) -> float:
-    """Bytes needed over time, against the bytes over time of the device copy beside it."""
+    """Needed bytes per second, relative to those of the device copy measured in turns with it."""
     row = best(ours(members))
     copied = 2 * sum(out * in_ for out, in_ in row["problem"]["shapes"])
     copied *= {"float32": 4}.get(row["problem"]["dtype"], 2)
@@ -346,7 +346,7 @@ def _step_bars(rows: list[dict]) -> list[Bar]:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """roofline.png, speedup.png and memory.png, those that the rows suffice for."""
+    """Draw roofline.png, speedup.png and memory.png, as far as the rows suffice."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -396,8 +396,8 @@ def _log_axis(axis, low: float, high: float) -> None:
 
 
 def _roofline(plt, results: Results):
-    """Left: FLOP/s over FLOP/byte of the products under the device's two floors. Right: the share of the
-    floor that what is bound by memory reaches."""
+    """Left: FLOP/s over FLOP/byte of the products, below the device's two limits. Right: the share of
+    the floor that the memory-bound ops reach."""
     rows = [row for row in results.rows if "fraction_of_floor" in row and _kind(row)]
     products = [row for row in rows if _kind(row) == "Linear" and row["row"] not in BASELINES]
     memory = [
@@ -460,7 +460,7 @@ def _roofline(plt, results: Results):
 
 
 def _products_by_shape(results: Results) -> dict[str, dict[str, dict]]:
-    """Forward + backward at the most measured number of tokens and rank: shape -> row name -> row."""
+    """Forward + backward at the most measured "size" (tokens, r); "shapes": shape -> row name -> row."""
     rows = [
         row
         for row in results.rows

@@ -1,6 +1,6 @@
-"""lora_linear against the formulas that people use instead; floor: the plain frozen GEMM's FLOPs and r's.
+"""lora_linear against the formulas that people use instead. Floor: frozen GEMM plus rank-r terms.
 
-FLOPs: 2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward; bytes: each operand once a pass.
+FLOPs: 2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward; bytes: each operand once per pass.
 """
 
 import common

@@ -1,6 +1,6 @@
 """merge_ against the eager merge and a device copy of W.
 
-Bytes: W (and its residual) read and written once, A and B read once. FLOPs: 2 r each element.
+Bytes: W (and its residual) read and written once, A and B read once. FLOPs: 2 r per element.
 """
 
 import common

@@ -1,4 +1,4 @@
-"""What the layer costs beside its arithmetic: Python's share a call, and the same formula by hand.
+"""The layer's cost on top of its arithmetic: Python's time per call, against the same formula by hand.
 
 The functions of a group are timed in turns; `extra_info["in_turns"]` of each row holds all their medians.
 """
@@ -12,7 +12,7 @@ from relora_kernels import FusedReLoRaLinear
 
 
 def functions(tokens: int, features: int, r: int) -> dict:
-    """Forward + backward of the layer, and of its formula as everybody writes it."""
+    """Forward + backward of the layer, and of its formula as it is usually written."""
     torch.manual_seed(0)
     layer = FusedReLoRaLinear(features, features, bias=False, r=r, device=common.DEVICE)
     torch.nn.init.normal_(layer.lora_B)
@@ -36,7 +36,7 @@ def functions(tokens: int, features: int, r: int) -> dict:
 
 @pytest.mark.parametrize("row", ["by hand", "FusedReLoRaLinear"])
 def test_python_overhead(benchmark, row):
-    """One token of eight features: all that is left is Python's share, a call forward and backward."""
+    """One token of eight features: what remains is Python's time for a forward and backward call."""
     common.measure_in_turns(benchmark, "overhead: 1 token, 8 x 8", row, functions(1, 8, 2))
 
 

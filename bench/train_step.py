@@ -1,12 +1,12 @@
 """One training step of the paper's models: full rank, eager LoRA as the ReLoRA authors compute it, ours.
 
-"ours" follows `auto`, that is what is on record on the device; "ours triton" and such name the backend of
+"ours" uses `auto`, which follows the device's records. "ours triton" and the like name the backend of
 the products, for the models that matter most.
 
-A step is forward, backward and AdamW on one microbatch of random tokens, no dropout, bf16 on a GPU: for
-full rank and eager LoRA everything in bf16 (as upstream has it), for ours float32 factors beside bf16
-weights (its default). "compiled" compiles each block of layers on its own, as PyTorch advises for repeated
-blocks: it takes seconds where the whole model takes minutes.
+A step is forward, backward and AdamW on one microbatch of random tokens, without dropout, in bf16 on a
+GPU. Full rank and eager LoRA have everything in bf16 (as upstream does), ours has float32 factors with
+bf16 weights (its default). "compiled" compiles each block of layers separately, as PyTorch advises for
+repeated blocks: that takes seconds, where the whole model would take minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from relora_kernels.model import relora_layers
 from relora_kernels.ops.lora_linear import IMPLEMENTATIONS
 
 METHODS = ("full-rank", "eager LoRA", "ours")
-# Without dropout triton_mask is the reference.
+# Without dropout, triton_mask is the same as the reference.
 NAMED = tuple(f"ours {name}" for name in IMPLEMENTATIONS if name != "triton_mask")
 MODELS = ("350m", "1.3b", "60m", "250m")
 EQUAL, LARGEST = "equal microbatch", "largest microbatch"
@@ -35,7 +35,7 @@ GIB = float(os.environ.get("RELORA_BENCH_GIB", 24))
 
 
 class EagerLora(nn.Module):
-    """y = W x + s B (A x), every tensor in W's dtype, as PyTorch's autograd takes it."""
+    """y = W x + s B (A x), with every tensor in W's dtype, left to PyTorch's autograd."""
 
     def __init__(self, layer):
         super().__init__()
@@ -109,7 +109,7 @@ def _preset(name: str) -> dict[str, str]:
 
 
 def cases(gpu: bool) -> list[dict]:
-    """What matters most first. A CPU has a micro model at one size, not compiled."""
+    """All cases, most important first. A CPU gets a micro model at one size, not compiled."""
     if not gpu:
         return [_case("micro", method, False, EQUAL) for method in METHODS]
     return (
@@ -119,7 +119,7 @@ def cases(gpu: bool) -> list[dict]:
             for preset in MODELS
             for compiled in (False, True)
             for method in METHODS
-            if size == EQUAL or not compiled or preset in MODELS[:2]  # each size is compiled anew
+            if size == EQUAL or not compiled or preset in MODELS[:2]  # each size is recompiled
         ]
         + [_case(preset, method, False, EQUAL) for preset in MODELS[:2] for method in NAMED]
     )
@@ -143,7 +143,7 @@ def why_not() -> str | None:
 
 
 def in_turn(step) -> list[float]:
-    """Seconds of some steps, the device waited for after each."""
+    """Seconds of each of a few steps, including the wait for the device."""
     seconds = []
     for _ in range(12 if step.tokens.is_cuda else 3):
         start = time.perf_counter()
@@ -154,8 +154,8 @@ def in_turn(step) -> list[float]:
 
 
 def run(case: dict, device: torch.device, timer=in_turn) -> dict:
-    """{status, tokens_per_s, peak_bytes, microbatch, median_s, ...} of one case; timer(step) -> seconds
-    of some steps."""
+    """Run one case: {status, tokens_per_s, peak_bytes, microbatch, median_s, ...}; timer(step) returns
+    the seconds of a few steps."""
     record = {"group": case["group"], "row": case["row"], "gib": case["gib"]}
     if why_not() is not None:
         return {**record, "status": "unavailable", "reason": why_not()}
@@ -187,8 +187,8 @@ def run(case: dict, device: torch.device, timer=in_turn) -> dict:
 def largest(attempt, limit_bytes: float) -> int | None:
     """The largest microbatch that fits, to within 5 %; None if not even one sequence does.
 
-    Memory grows linearly with the microbatch: two small ones tell where the limit is. Whatever does not
-    fit then (fragments, workspaces) is tried again a twentieth smaller.
+    Memory grows linearly with the microbatch, so two small ones predict the limit. If that does not fit
+    (fragmentation, workspaces), it is tried again 5 % smaller.
     """
     one, two = attempt(1), attempt(2)
     if one is None or two is None:
@@ -201,7 +201,7 @@ def largest(attempt, limit_bytes: float) -> int | None:
 
 
 def trial(case: dict, microbatch: int, device: torch.device, timer) -> dict | None:
-    """Tokens a second and peak memory of some steps; None where they do not fit."""
+    """Tokens per second and peak memory of a few steps; None if they do not fit."""
     measure.release()
     try:
         with use_backend(

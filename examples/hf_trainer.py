@@ -2,10 +2,10 @@
 
     python examples/hf_trainer.py --train_file notes.txt --output_dir run --max_steps 400
 
-Everything else is what such a script has anyway; the Trainer is handed the schedule's learning rate
-in place of the one it had. Nothing is downloaded: a byte-level tokenizer is trained on the text, and
-the model starts from scratch unless --model_name_or_path names one (ReLoRA wants a model that has seen
-some full-rank training). Resume with --resume_from_checkpoint run/checkpoint-200.
+Everything else is what such a script has anyway, except that the Trainer gets the schedule's
+learning rate instead of its own. Nothing is downloaded: a byte-level tokenizer is trained on the text,
+and the model starts from scratch unless --model_name_or_path names one (ReLoRA wants a model that has
+seen some full-rank training). Resume with --resume_from_checkpoint run/checkpoint-200.
 """
 
 import math

@@ -3,7 +3,7 @@
     python examples/plain_loop.py                  trains a small model for 300 steps
     python examples/plain_loop.py --resume         continues from its last checkpoint
 
-The model learns which of two numbers is the larger; the data is made on the way.
+The model learns which of two numbers is the larger; the data is generated on the fly.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 
 def batch(step: int) -> torch.Tensor:
-    """Data as a function of the step alone, so that a resumed run sees what it would have seen."""
+    """Data as a function of the step alone, so that a resumed run sees the same batches."""
     return torch.randint(NUMBERS, (BATCH, 2), generator=torch.Generator().manual_seed(step))
 
 
@@ -64,7 +64,7 @@ def main() -> None:
         saved = torch.load(args.checkpoint, weights_only=True)
         for name, part in (("model", model), ("optimizer", optimizer), ("schedule", schedule)):
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"])  # of the dropout masks
+        torch.set_rng_state(saved["rng"])  # for the dropout masks
         first = saved["step"]
 
     last = args.steps if args.stop_at is None else args.stop_at
@@ -74,7 +74,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        restarted = schedule.step()  # learning rate; where due, merge, new factors, moments pruned
+        restarted = schedule.step()  # learning rate; if due: merge, new factors, pruned moments
         if restarted or (step + 1) % 25 == 0:
             rate = schedule.lr_scheduler.get_last_lr()[0]
             note = f"  restart {schedule.cycle}" if restarted else ""

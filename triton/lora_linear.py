@@ -5,7 +5,7 @@
     split        dA = Q^T dropout(x), dB = dy^T P, dbias    M cut into slabs, summed in a fixed order
 
 FLOPs: 2 M (N K + r (N + K)) forward, 2 M (N K + 2 r (N + K)) backward. No atomics, so the results are
-bitwise repeatable. The dropout mask is drawn again wherever it is needed; only its seed is kept.
+bitwise repeatable. The dropout mask is drawn again wherever it is needed; only its seed is stored.
 """
 
 import torch
@@ -16,15 +16,16 @@ from relora_kernels import backend
 from relora_kernels._triton import philox
 from relora_kernels.reference.lora_linear import dropout_constants
 
-# Tiles by bytes of an element. float32 is multiplied in float32 on the ordinary units, where large tiles
-# spill. Where its operand is masked, of 32 rows: 64 Triton 3.7 multiplies in tf32 on sm_100, `ieee` or
-# not, for it takes what a mask of joined words has chosen as widened from 16 bits.
+# Tile sizes, keyed by element size in bytes. float32 is multiplied in float32 on the ordinary units,
+# where large tiles spill. Masked float32 operands use 32-row tiles: with 64 rows, Triton 3.7 silently
+# uses tf32 on sm_100, even under `ieee`, because it takes values selected by a mask of joined words
+# for values widened from 16 bits.
 LOW_RANK = {
     2: {"BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4},
     4: {"BLOCK_M": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 4},
 }
 LOW_RANK_MOST_R = 128  # BLOCK_R = r rounded up to a power of two, at least 16, at most this
-# By the shared memory that a block may have (bytes, from): A100, Hopper, data-centre Blackwell; the rest.
+# Then by the least shared memory per block, in bytes: A100, Hopper, data-centre Blackwell; others.
 TWO_SEGMENT = {
     2: {
         160_000: {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
@@ -32,38 +33,38 @@ TWO_SEGMENT = {
     },
     4: {0: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}},
 }
-# The mask of a 128 x 256 tile is drawn beside its accumulator: 71 spills on sm_90, none at 128 x 128.
+# The mask is drawn while the accumulator is live: 71 spills at 128 x 256 on sm_90, none at 128 x 128.
 TWO_SEGMENT_DROPOUT = {
     2: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
 }
-# Up to so many rows the read of W is what takes time. wgmma multiplies 64 rows at least.
+# Up to this many rows, reading W dominates the time. wgmma multiplies at least 64 rows.
 FEW_ROWS = 64
 TWO_SEGMENT_FEW_ROWS = {
     2: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     4: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
-# Where neighbours in a row cannot be loaded 16 bytes at a time: pointers for each element fill the
-# registers, and the loads are not pipelined. 128 x 256 spills up to 426 registers then.
+# Overrides for operands that cannot be loaded 16 bytes at a time: a pointer for each element fills the
+# registers, and the loads are not pipelined. 128 x 256 would spill up to 426 registers.
 TWO_SEGMENT_ODD = {2: {"BLOCK_N": 128, "BLOCK_K": 32}, 4: {"BLOCK_N": 64}}
-MULTIPLE = 16  # elements: of sizes and pitches, Triton sees no smaller power of two
+MULTIPLE = 16  # elements; the only divisibility of sizes and pitches that Triton specialises on
 SPLIT = {
     2: {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_M": 32, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_L": 32, "BLOCK_R": 64, "BLOCK_M": 16, "num_warps": 4, "num_stages": 3},
 }
-SPLIT_PROGRAMS = 264  # slabs are cut until there are so many programs: two for each SM of an H100
+SPLIT_PROGRAMS = 264  # M is cut into slabs to reach this many programs: two per SM of an H100
 REDUCE = {"BLOCK": 1024, "num_warps": 4}
-GROUP_M = 8  # tiles of rows that share a pass over W, for L2
+GROUP_M = 8  # row tiles that share a pass over W, for L2 hits
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
 def plus_product(acc, left, right, PRECISION: tl.constexpr):
-    """acc + left @ right, one step of a sum over many.
+    """acc + left @ right, one step of a long sum.
 
-    The ordinary units add a float32 product's terms one after the other: were acc the first of them, the
-    error would be that of one chain over the whole sum. A step's terms are summed by themselves.
-    (The compiler puts `acc + tl.dot(left, right)` back into one chain; a difference it leaves alone.)
+    The ordinary units add a float32 product's terms one after the other. Starting from acc would chain
+    all steps, with the rounding error of one long chain, so each step's terms are summed separately.
+    (The compiler folds `acc + tl.dot(left, right)` back into one chain; a difference it leaves alone.)
     """
     if PRECISION == "ieee":
         return acc - tl.dot(-left, right, input_precision=PRECISION)
@@ -78,7 +79,7 @@ def low_rank_kernel(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """p (M, r) = scaling * dropout(x (M, K)) @ a, a given as (r, K) or (K, r)."""
-    tiles_r = tl.cdiv(r, BLOCK_R)  # neighbours share a tile of x, so that L2 serves it
+    tiles_r = tl.cdiv(r, BLOCK_R)  # neighbouring programs share a tile of x, through L2
     rows = (tl.program_id(0) // tiles_r) * BLOCK_M + tl.arange(0, BLOCK_M)
     rs = (tl.program_id(0) % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
@@ -122,8 +123,8 @@ def two_segment_kernel(
 ):  # fmt: skip
     """out (M, N) = dropout'(p (M, r) @ b) + x (M, K) @ w + bias, w and b given as (N, K) or (K, N).
 
-    One loop over the k-steps of both segments, switched by the base pointer, keeps the pipeline full
-    from one to the other. With dropout, the mask belongs to the first segment alone: two loops.
+    One loop over the k-steps of both segments switches base pointers, so the pipeline stays full
+    between them. With dropout there are two loops, because the mask applies to the first segment only.
     """
     row_tile, col_tile = output_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -260,7 +261,7 @@ def why_not_backward(
 
 
 def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_segment=None):
-    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: another launcher of it."""
+    """x (M, in) -> y (M, out), P (M, r), both in x's dtype. `two_segment`: replaces `_two_segment`."""
     two_segment, r = two_segment or _two_segment, lora_A.shape[0]
     x, weight = unit_columns(x), unit_columns(weight)
     a, b = _compute_copy(lora_A, x, 0), _compute_copy(lora_B, x, 1)
@@ -408,14 +409,14 @@ def shared_memory(device: torch.device) -> int:
 
 
 def precision(x: torch.Tensor) -> str:
-    """float32 stays float32: as torch's default, no tf32. Narrow types ignore it."""
+    """For tl.dot: no tf32 for float32, as is torch's default. 16-bit types ignore it."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _compute_copy(factor: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Tensor:
-    """`factor` in x's dtype, with zeros up to a multiple of 16 in the dimension `rank`, that of r.
+    """`factor` in x's dtype, zero-padded to a multiple of 16 in dimension `rank`, the one of size r.
 
-    One loop loads both segments: were P's pitch r = 8, it would load x too two bytes at a time.
+    One loop loads both segments: if P had the pitch r = 8, x would also be loaded two bytes at a time.
     """
     r = factor.shape[rank]
     if r % MULTIPLE == 0:
@@ -428,5 +429,5 @@ def _compute_copy(factor: torch.Tensor, x: torch.Tensor, rank: int) -> torch.Ten
 
 
 def unit_columns(t: torch.Tensor) -> torch.Tensor:
-    """`t` with neighbours in a row next to each other; a view or expansion without that is copied."""
+    """`t` with a column stride of 1; a view or expansion with another stride is copied."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

@@ -1,10 +1,10 @@
-"""lora_linear by the reference's plan, its dropout mask drawn in one pass: PyTorch draws it in dozens.
+"""lora_linear as the reference computes it, but its dropout mask takes one pass, not PyTorch's dozens.
 
     mask    out = x where kept, else 0      x read once, out written once; three times a training step
 
-Equal bit for bit to the reference, whose matrix products (on a GPU cuBLAS's) it takes. A backend of its
-own, `triton_mask`: where there is dropout, `auto` takes it rather than the reference, which when named
-stays the independent oracle.
+Equal bit for bit to the reference, because it uses the same matrix products (cuBLAS's on a GPU). It
+is a backend of its own, `triton_mask`: with dropout, `auto` prefers it to the reference, which, when
+named, remains an independent oracle.
 """
 
 import torch
@@ -17,7 +17,7 @@ from relora_kernels.reference import lora_linear as reference
 
 NAME = "triton_mask"
 MASK = {"BLOCK_M": 16, "BLOCK_K": 256, "num_warps": 4}
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # keyed by element size in bytes
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def mask_kernel(
     out_ptr, x_ptr, seed_ptr, M, K, out_stride0, x_stride0, x_stride1, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (M, K), its columns next to each other, = x where the 16 random bits are >= threshold, else 0."""
+    """out (M, K), column stride 1, = x where the 16 random bits are >= threshold, else 0."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col0 = (tl.program_id(0) % tiles_k) * BLOCK_K
@@ -50,7 +50,7 @@ def why_not_backward(
 def _why_not(x, dropout_p) -> str | None:
     if reason := backend.why_not_in_triton(x, mask_kernel, NAME):
         return reason
-    # `auto` takes it without a record that a kernel ever ran here.
+    # `auto` uses it without a record, so first make sure that Triton can start kernels here.
     nothing = "nothing is dropped, and all else is the reference's" if dropout_p == 0.0 else None
     reason = nothing or backend.triton_cannot_start()
     return None if reason is None or backend.is_named(NAME) else reason
@@ -86,7 +86,7 @@ def backward(
 
 
 def zero_dropped(x, p: float, seed, out=None) -> torch.Tensor:
-    """As reference.zero_dropped, with the seed on x's device; `out` has its columns next to each other."""
+    """As reference.zero_dropped, with the seed on x's device; `out` must have a column stride of 1."""
     threshold = reference.dropout_constants(p)[0]
     if threshold == 0:
         return x
@@ -95,7 +95,7 @@ def zero_dropped(x, p: float, seed, out=None) -> torch.Tensor:
     if x.numel() > 0:
         tiles = triton.cdiv(M, MASK["BLOCK_M"]) * triton.cdiv(K, MASK["BLOCK_K"])
         with torch.cuda.device_of(x):
-            mask_kernel[(tiles,)](  # on bits: one kernel for all dtypes of a width, NaNs as they are
+            mask_kernel[(tiles,)](  # on raw bits: one kernel per element size, NaNs unchanged
                 out.view(bits), x.view(bits), seed, M, K,
                 out.stride(0), *x.stride(), threshold, **MASK,
             )  # fmt: skip

@@ -1,11 +1,11 @@
 """lora_linear in Triton, with the tiles of the two-segment product fetched by TMA (sm_90 and newer).
 
-The tensor memory accelerator takes a whole tile by one instruction of one thread, checks its bounds and
-fills with zeros. That frees the registers that pointers and masks hold in lora_linear.py's kernel, and
-two plain loops, one a segment, are both pipelined. It asks for rows that start at multiples of 16
-bytes; other operands are copied to a padded pitch. Everything but this product is lora_linear.py's.
+The tensor memory accelerator fetches a whole tile with one instruction of one thread, checks bounds and
+fills with zeros. That frees the registers that pointers and masks take in lora_linear.py's kernel, so
+two plain loops, one per segment, are both pipelined. Rows must start at multiples of 16 bytes; other
+operands are copied to a padded pitch. Everything but this product is lora_linear.py's.
 
-A backend of its own, `triton_tma`: which of the two is faster is for a device to say.
+It is a backend of its own, `triton_tma`, because which of the two is faster depends on the device.
 """
 
 import torch
@@ -19,7 +19,7 @@ from relora_kernels._triton import philox
 from relora_kernels.reference.lora_linear import dropout_constants
 
 NAME = "triton_tma"
-# Not float32, which is not multiplied on tensor cores and spills 700 times.
+# Not float32, which does not use tensor cores and has 700 spills.
 DTYPES = (torch.bfloat16, torch.float16)
 ALIGNMENT = 16  # bytes, of a row's start
 
@@ -33,8 +33,8 @@ def two_segment_tma_kernel(
 ):  # fmt: skip
     """out (M, N) = dropout'(p (M, r) @ b) + x (M, K) @ w + bias, w and b given as (N, K) or (K, N).
 
-    p, b, x, w are tensor descriptors. The low-rank segment comes first, so that its mask (in dx) is
-    applied to nothing else.
+    p, b, x, w are tensor descriptors. The low-rank segment comes first, so that its mask (in dx)
+    applies to nothing else.
     """
     row_tile, col_tile = portable.output_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row0, col0 = row_tile * BLOCK_M, col_tile * BLOCK_N
@@ -125,7 +125,7 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
     out = x.new_empty(M, N)
     if out.numel() == 0:
         return out
-    # The loads are TMA's whatever the sizes; what an odd N narrows are the stores.
+    # Loads go through TMA at any size; an odd N only narrows the stores.
     config = portable.two_segment_config(M, dropout_p, x, N % portable.MULTIPLE != 0)
     left = [config["BLOCK_M"], config["BLOCK_K"]]
     right = [config["BLOCK_N"], config["BLOCK_K"]] if w_is_n_by_k else [
@@ -142,10 +142,10 @@ def _two_segment(p, b, x, w, w_is_n_by_k: bool, bias, dropout_p: float, seed) ->
 
 
 def _described(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """`t` for TMA, or a copy of it where its rows overlap or start at other than multiples of 16 bytes."""
+    """A descriptor of `t`, or of a copy if rows overlap or do not start at multiples of 16 bytes."""
     per_row = ALIGNMENT // t.element_size()
     rows, cols = t.shape
-    if t.numel() == 0:  # never read, but a descriptor of nothing is refused
+    if t.numel() == 0:  # never read, but an empty descriptor is refused
         t = t.new_empty(1, per_row)
     elif t.stride(0) % per_row or t.stride(0) < cols or t.data_ptr() % ALIGNMENT:
         t = t.new_empty(rows, triton.cdiv(cols, per_row) * per_row)[:, :cols].copy_(t)

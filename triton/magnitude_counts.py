@@ -1,6 +1,6 @@
 """Histograms of magnitude keys in Triton, for sharded pruning. Contract: relora_kernels/reference/prune.py.
 
-Bytes an element: 4 in float32, 2 in 16 bits.
+Memory traffic per element: 4 bytes in float32, 2 in 16 bits.
 """
 
 import torch
@@ -13,7 +13,7 @@ from relora_kernels.reference.prune import NONE_ABOVE
 MOST_BITS = 11  # tl.histogram spills above 2048 bins
 LEAST_BINS = 32
 NONE = tl.constexpr(NONE_ABOVE)
-# Columns of the table, int64, one row a tensor.
+# Columns of the int64 table, which has one row per tensor.
 ADDRESS, SIZE, PREFIX, COLUMNS = (tl.constexpr(i) for i in range(4))
 
 
@@ -23,7 +23,7 @@ def counts_kernel(
     SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """counts (tensor, BINS), lowest and highest (tensor,) of one tensor's blocks, added by atomics."""
+    """Add one tensor's blocks to counts (tensor, BINS), lowest and highest (tensor,), by atomics."""
     tensor = tl.program_id(1)
     table = table_ptr + tensor * COLUMNS
     address = tl.load(table + ADDRESS)
@@ -57,7 +57,7 @@ def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
 
 
 def magnitude_counts(tensors, prefixes, shift, bits):
-    """Arguments and results as of reference/prune.py."""
+    """Arguments and results as in reference/prune.py."""
     device, bins = prefixes.device, max(2**bits, LEAST_BINS)
     flat = [prune._aligned(t) for t in tensors]
     counts = torch.zeros(len(flat), bins, dtype=torch.int64, device=device)

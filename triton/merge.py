@@ -1,7 +1,8 @@
 """merge_ in Triton: W <- round(W + s * B @ A) in place, one read and one write of W.
 
-Bytes: 4 an element of a 16-bit W (8 of float32; compensated adds as much for the residual) plus the
-factors, which stay in L2. FLOPs: 2 r an element. Formula and rounding: relora_kernels/reference/merge.py.
+Memory traffic: 4 bytes per element of a 16-bit W (8 of float32), as much again for the residual of
+compensated merges, plus the factors, which stay in L2. FLOPs: 2 r per element. Formula and rounding:
+relora_kernels/reference/merge.py.
 """
 
 import torch
@@ -16,7 +17,7 @@ from relora_kernels.reference import merge as reference
 # Tile of W, step along r, warps.
 CONFIG = {"BLOCK_OUT": 64, "BLOCK_IN": 128, "BLOCK_R": 32, "num_warps": 8, "num_stages": 2}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# Three tf32 products keep float32's precision; 16-bit factors are exact in one.
+# Three tf32 products keep float32's precision; 16-bit factors are exact in a single one.
 PRECISION = {"bf16": "tf32", "fp16": "tf32", "fp32": "tf32x3"}
 
 
@@ -103,7 +104,7 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
             ROUNDING=rounding,
             HAS_RESIDUAL=residual is not None,
             PRECISION=PRECISION[DTYPES[lora_A.dtype]],
-            enable_fp_fusion=False,  # s * BA and the sum are two roundings in every backend
+            enable_fp_fusion=False,  # every backend rounds s * BA and the sum separately
             **CONFIG,
         )  # fmt: skip
     torch.autograd.graph.increment_version(weight)
@@ -112,7 +113,7 @@ def merge_(weight, lora_A, lora_B, scaling, rounding, residual, seed, first_row)
 
 
 def merge_many_(merges, restarts=None) -> None:
-    """As reference/merge.py's: a launch for each layer."""
+    """As in reference/merge.py, with one launch per layer."""
     reference.merge_many_(merges, restarts, merge_)
 
 

@@ -4,15 +4,15 @@ A radix selection on the bits of |t|, which order as the numbers do (NaN last), 
 whole list and without synchronising with the host:
 
     count      histogram of the top 11 bits                                  one read
-    select     the bin that holds the threshold's lower neighbour
-    partition  zero what lies below the bin, list what lies in it            one read, one write
+    select     the bin of the order statistic just below the quantile
+    partition  zero the elements below the bin, list those in it             one read, one write
     count, select    the next bits of the listed elements, once or twice
     finish     zero the listed elements up to the threshold
 
-Where more lie in the bin than the list holds (ties, constant tensors), where a NaN decides, or where
-rounding lifts the threshold to an element above the bin, the later steps go over the whole tensor.
-Bytes an element: 12 in float32, 6 in 16 bits (a partner: 8 and 4), and those of the listed elements, some
-per cent of all.
+The later steps go over the whole tensor if the bin holds more elements than the list (ties, constant
+tensors), if a NaN decides, or if rounding lifts the threshold to an element above the bin.
+Memory traffic per element: 12 bytes in float32, 6 in 16 bits (8 and 4 for a partner), plus that of the
+listed elements, a few per cent of all.
 """
 
 import itertools
@@ -28,21 +28,21 @@ from relora_kernels.reference.prune import quantile_rank
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SWEEP = {"BLOCK": 2048, "num_warps": 8}
 SELECT = {"num_warps": 4}
-PROGRAMS = 1056  # one tensor's blocks go to at most so many programs: eight for each SM of an H100
-MOST_TENSORS = 65535  # in one launch: the grid's y, as far as CUDA lets it go
-DIGITS = {2: (11, 4), 4: (11, 10, 10)}  # bits of a key, by bytes of an element
+PROGRAMS = 1056  # per tensor, at most: eight for each SM of an H100
+MOST_TENSORS = 65535  # in one launch: CUDA's limit on the grid's y dimension
+DIGITS = {2: (11, 4), 4: (11, 10, 10)}  # bits of a key's digits, keyed by element size in bytes
 BINS = tl.constexpr(2048)  # of the widest digit; tl.histogram spills above
-LISTED = 16  # the list has room for one in so many elements: the bin of a normal tensor holds 4 %
+LISTED = 16  # the list has room for one element in this many: the bin of a normal tensor holds 4 %
 
-# Columns, int64, one row a tensor: `table` is written by the host, `state` (zeros at first) by the kernels.
+# Columns, int64, one row per tensor: the host writes `table`, the kernels write `state` (from zeros).
 ADDRESS, PARTNER, SIZE, RANK, LIST, ROOM, COLUMNS = (tl.constexpr(i) for i in range(7))
 PREFIX, LEFT, ABOVE, TOP, COUNT, THRESHOLD, WHOLE, STATES = (tl.constexpr(i) for i in range(8))
-LARGEST = tl.constexpr(0x7FFFFFFF)  # ABOVE and TOP are kept as maxima; ABOVE as LARGEST - key
+LARGEST = tl.constexpr(0x7FFFFFFF)  # ABOVE and TOP are maxima, so ABOVE holds LARGEST - key
 
 
 @triton.jit
 def elements(address, at, DTYPE: tl.constexpr):
-    """Pointers to these elements, as bits. The launcher sees to 16-byte alignment."""
+    """Pointers to these elements, as integers. The launcher ensures 16-byte alignment."""
     if DTYPE == "fp32":
         return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + at
     else:
@@ -60,7 +60,7 @@ def key_of(raw, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_block(pointers, inside, full):
-    """16 bytes at a time where the block is full: a mask would split the accesses."""
+    """Load 16 bytes at a time if the block is full: a mask would split the accesses."""
     if full:
         raw = tl.load(pointers)
     else:
@@ -83,7 +83,7 @@ def count_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """hist (tensor, BINS) += counts of the digit above SHIFT, of all elements (FIRST) or of those whose
-    higher bits are the prefix; TOP = the largest key (FIRST), ABOVE = the least one above the prefix."""
+    higher bits equal the prefix. TOP = the largest key (FIRST), or ABOVE = the least above the prefix."""
     table = table_ptr + tl.program_id(1) * COLUMNS
     state = state_ptr + tl.program_id(1) * STATES
     address = tl.load(table + ADDRESS)
@@ -128,7 +128,7 @@ def select_kernel(
     table_ptr, state_ptr, hist_ptr, weight_ptr,
     FIRST: tl.constexpr, LAST: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Append the digit that holds the rank to the prefix; LAST: THRESHOLD and WHOLE."""
+    """Append the digit whose bin holds the rank to the prefix; if LAST, set THRESHOLD and WHOLE."""
     table = table_ptr + tl.program_id(0) * COLUMNS
     state = state_ptr + tl.program_id(0) * STATES
     rank = tl.load(table + RANK) if FIRST else tl.load(state + LEFT)
@@ -150,7 +150,7 @@ def select_kernel(
         next_key = tl.where((left + 1 < here) | (weight == 0.0), prefix, next_key)
         low = key_to_float(prefix, DTYPE)
         high = key_to_float(next_key, DTYPE)
-        # torch.lerp with its fused multiply-add: products of float32 are exact in float64.
+        # As torch.lerp with its fused multiply-add: products of float32 are exact in float64.
         gap = (high - low).to(tl.float64)
         upper = high.to(tl.float64) - gap * (1.0 - weight).to(tl.float64)
         lower = low.to(tl.float64) + gap * weight.to(tl.float64)
@@ -174,7 +174,7 @@ def key_to_float(key, DTYPE: tl.constexpr):
 
 @triton.jit
 def float_to_key(value, DTYPE: tl.constexpr):
-    """Of a value >= 0, rounded to DTYPE."""
+    """The key of a value >= 0, rounded to DTYPE."""
     if DTYPE == "fp32":
         return value.to(tl.int32, bitcast=True)
     else:
@@ -187,7 +187,7 @@ def partition_kernel(
     SHIFT: tl.constexpr, DTYPE: tl.constexpr, PAIRED: tl.constexpr, PARTNER_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zero what lies below the first digit's bin, list what lies in it; ABOVE = the least key above."""
+    """Zero the elements below the first digit's bin, list those in it; ABOVE = the least key above."""
     table = table_ptr + tl.program_id(1) * COLUMNS
     state = state_ptr + tl.program_id(1) * STATES
     address = tl.load(table + ADDRESS)
@@ -223,7 +223,7 @@ def finish_kernel(
     table_ptr, state_ptr, list_ptr,
     DTYPE: tl.constexpr, PAIRED: tl.constexpr, PARTNER_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zero the listed elements, or where WHOLE all, whose keys are at most the threshold."""
+    """Zero the elements whose keys are at most the threshold, among the listed or (WHOLE) all."""
     table = table_ptr + tl.program_id(1) * COLUMNS
     state = state_ptr + tl.program_id(1) * STATES
     address = tl.load(table + ADDRESS)
@@ -269,13 +269,13 @@ def prune_(tensors, ratio, paired_with) -> None:
 
 
 def _prune_group(pairs, ratio: float) -> None:
-    """(tensor, partner or None) pairs of one dtype each: every launch serves all of them."""
+    """Prune (tensor, partner or None) pairs with the same dtypes; every launch serves all of them."""
     flat = [(_aligned(t), None if p is None else _aligned(p)) for t, p in pairs]
     first, partner = flat[0]
     device, sizes = first.device, [t.numel() for t, _ in flat]
     ranks = [quantile_rank(n, ratio) for n in sizes]
     room = [n // LISTED + 1024 for n in sizes]
-    starts = itertools.accumulate(room, initial=0)  # one more than tensors, which zip leaves out
+    starts = itertools.accumulate(room, initial=0)  # one value more than tensors; zip drops it
     table = torch.tensor(
         [
             [t.data_ptr(), 0 if p is None else p.data_ptr(), n, k, start, size]
@@ -318,6 +318,6 @@ def _prune_group(pairs, ratio: float) -> None:
 
 
 def _aligned(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or a copy of it where it is not contiguous or does not start at a multiple of 16 bytes."""
+    """`t`, or a copy if it is not contiguous or does not start at a multiple of 16 bytes."""
     t = t.contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()

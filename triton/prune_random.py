@@ -1,6 +1,6 @@
-"""Random pruning in Triton: each element drawn by itself. Contract: relora_kernels/reference/prune.py.
+"""Random pruning in Triton, each element by itself. Contract: relora_kernels/reference/prune.py.
 
-Bytes an element: 8 in float32, 4 in 16 bits, and as many for a partner.
+Memory traffic per element: 8 bytes in float32, 4 in 16 bits, and as much again for a partner.
 """
 
 import torch
@@ -12,7 +12,7 @@ from relora_kernels.reference import philox
 from relora_kernels.reference.prune import drop_below
 
 STREAM_PRUNE = tl.constexpr(philox.STREAM_PRUNE)
-# Columns of the table, int64, one row a tensor.
+# Columns of the int64 table, which has one row per tensor.
 ADDRESS, PARTNER, SIZE, SEED, FIRST, COLUMNS = (tl.constexpr(i) for i in range(6))
 
 
@@ -21,8 +21,11 @@ def random_kernel(
     table_ptr, threshold,
     DTYPE: tl.constexpr, PAIRED: tl.constexpr, PARTNER_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Zero the elements whose 32 random bits are below `threshold`. A draw serves one element of its four:
-    the arithmetic hides behind the memory, and `first` may be any number."""
+    """Zero the elements whose 32 random bits are below `threshold`.
+
+    Each element draws four words and uses one: memory traffic hides the arithmetic, and `first` need
+    not be a multiple of 4.
+    """
     table = table_ptr + tl.program_id(1) * COLUMNS
     address = tl.load(table + ADDRESS)
     partner = tl.load(table + PARTNER)
@@ -54,7 +57,7 @@ def why_not_random(tensors, ratio, paired_with, seeds, first_elements) -> str | 
 
 
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
-    """Arguments as of reference/prune.py, on one device."""
+    """Arguments as in reference/prune.py, on one device."""
     groups: dict = {}
     for i, t in enumerate(tensors):
         if t.numel() > 0:
@@ -69,7 +72,7 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
 
 
 def _prune_group(rows, threshold: int) -> None:
-    """(tensor, partner or None, seed, first element) of one dtype each, in one launch."""
+    """Prune rows (tensor, partner or None, seed, first element) with the same dtypes in one launch."""
     flat = [(prune._aligned(t), None if p is None else prune._aligned(p)) for t, p, _, _ in rows]
     table = torch.tensor(
         [

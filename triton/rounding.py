@@ -1,4 +1,4 @@
-"""Narrow floats as their bits, for Triton kernels: 16-bit weights travel as int16.
+"""16-bit floats as their bits, for Triton kernels: 16-bit weights are passed as int16.
 
 Integer arithmetic gives the same result in the compiler and in the CPU interpreter, whose bfloat16
 arithmetic is wrong. Rules: relora_kernels/reference/merge.py.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def widen(raw, DTYPE: tl.constexpr):
-    """What tl.load gave for a tensor of DTYPE ("bf16" and "fp16" as int16, "fp32") -> float32."""
+    """Values as tl.load returns them for DTYPE ("bf16" and "fp16" as int16, "fp32") -> float32."""
     if DTYPE == "bf16":
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == "fp16":
@@ -21,7 +21,7 @@ def widen(raw, DTYPE: tl.constexpr):
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):
-    """float32 -> DTYPE as `widen` takes it, to nearest, ties to even."""
+    """float32 -> DTYPE in the form `widen` takes, rounded to nearest, ties to even."""
     if DTYPE == "bf16":
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -37,7 +37,7 @@ def narrow(value, DTYPE: tl.constexpr):
 def narrow_stochastic(value, random16, DTYPE: tl.constexpr):
     """float32 -> DTYPE, away from zero with probability equal to the discarded fraction.
 
-    inf, NaN and what lies above the largest finite number are rounded to nearest.
+    inf, NaN and values above the largest finite number are rounded to nearest.
     """
     bits = value.to(tl.uint32, bitcast=True)
     if DTYPE == "bf16":

@@ -1,4 +1,4 @@
-"""Training with Hugging Face's Trainer: `ReLoRaCallback` for yours, `relora-train` for ours.
+"""Training with Hugging Face's Trainer: `ReLoRaCallback` for your own script, or `relora-train`.
 
 `ReLoRaTrainer` is a Trainer whose checkpoints survive a kill and resume bit for bit.
 """

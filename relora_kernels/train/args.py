@@ -1,4 +1,4 @@
-"""What a run is made of: the presets, the flags and the YAML file."""
+"""The settings of a run: presets, flags and the YAML file."""
 
 import argparse
 import dataclasses
@@ -18,9 +18,9 @@ from transformers import HfArgumentParser
 CONFIG_FILE = "config.yaml"  # in output_dir: the settings of the run
 
 # One column per preset. Shapes, batch, steps, merge interval, learning rate and rank of 60m to 1.3b
-# are the ReLoRA paper's; micro is sized for a few minutes on two CPU cores.
-# It takes one thread: a second raises 5.9k tokens/s to 7.6k only (two CPU cores, 2026-11-21, 60 full-rank
-# steps), so two runs side by side do more.
+# are the ReLoRA paper's. micro is sized for a few minutes on two CPU cores. It uses one thread: a
+# second one raises throughput only from 5.9k to 7.6k tokens/s (two CPU cores, 2026-11-21, 60
+# full-rank steps), so two runs side by side get more done.
 _PRESET_TABLE = """
                          micro    60m      130m     250m     350m     1.3b
 vocab_size               1024     32100    32100    32100    32100    32100
@@ -56,7 +56,7 @@ PRESETS = _read_table(_PRESET_TABLE)
 
 
 def _preset(name: str, help: str):
-    """A field whose default is the preset's value (micro's where none is named)."""
+    """A field whose default is the preset's value (micro's if no preset is named)."""
     value = PRESETS["micro"][name]
     number = int(value) if value.isdigit() else float(value)
     return field(default=number, metadata={"help": help})
@@ -209,7 +209,7 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
 
     @property
     def device_batch_size(self) -> int:
-        """The largest share of batch_size up to micro_batch_size that divides it among the devices."""
+        """The largest microbatch up to micro_batch_size that divides a device's share of batch_size."""
         share = self.batch_size // world_size()
         return next(n for n in range(min(self.micro_batch_size, share), 0, -1) if share % n == 0)
 
@@ -219,7 +219,11 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
 
     @property
     def targets(self) -> list[str] | str | None:
-        """target_modules as ReLoRaConfig takes them: one value that is no name is an expression."""
+        """target_modules as ReLoRaConfig takes them.
+
+        A single value that is not an identifier is passed as a string: a regular expression or
+        all-linear.
+        """
         if self.target_modules and len(self.target_modules) == 1:
             [target] = self.target_modules
             return [target] if target.isidentifier() else target
@@ -235,9 +239,9 @@ class Args(ReLoRaArgs, TrainArgs, ModelArgs, DataArgs, RunArgs):
 
 FIELDS = {f.name: f for f in dataclasses.fields(Args)}
 _NOT_SAVED = ("output_dir", "resume", "overwrite")
-# A resumed run may use memory and devices differently, but not compute or log anything else.
+# A resumed run may change its use of memory and devices, but not what it computes or logs.
 _FREE_ON_RESUME = (*_NOT_SAVED, "micro_batch_size", "sharding")
-# What a warm start depends on.
+# The settings that a warm start depends on.
 WARM_START = (
     "seed bf16 train_files validation_files dataset dataset_column tokenizer vocab_size seq_length "
     "hidden_size intermediate_size num_layers num_heads steps warm_start_steps warmup_steps "
@@ -275,7 +279,7 @@ exit codes: 0 done, 1 training failed (the last lines say why), 2 bad options or
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """One line per option: no second spelling, no default where the text tells it."""
+    """One line per option: no alternative spelling, no default if the text already gives it."""
 
     def __init__(self, prog: str):
         width = min(100, shutil.get_terminal_size().columns - 2)
@@ -319,10 +323,10 @@ def _parser() -> HfArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags over `--config` over the preset. A bad option ends the process with a message."""
+    """Flags win over `--config`, which wins over the preset. A bad option exits with a message."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    asked = [a for a in argv if a not in ("-h", "--help")]  # help has to wait for the preset
+    asked = [a for a in argv if a not in ("-h", "--help")]  # help must wait for the preset
     known, _ = parser.parse_known_args(asked)
     try:
         from_file = _settings(Path(known.config)) if known.config else {}

@@ -1,4 +1,4 @@
-"""ReLoRA, skipped steps and signals as callbacks of anybody's Hugging Face Trainer."""
+"""Callbacks for any Hugging Face Trainer: ReLoRA's restarts, non-finite steps, signals."""
 
 import logging
 import os
@@ -14,11 +14,12 @@ from relora_kernels.schedule import refuse_deepspeed
 
 logger = logging.getLogger(__name__)
 
-_SAME_SIGNAL = 2.0  # seconds: launchers forward what the terminal or the scheduler has sent already
+# Seconds: launchers forward signals that the terminal or the scheduler has already sent.
+_SAME_SIGNAL = 2.0
 
 
 class ReLoRaCallback(TrainerCallback):
-    """Restarts ReLoRA in any Trainer; give the Trainer the schedule's learning rate as well:
+    """Runs ReLoRA's restarts in any Trainer. Also give the Trainer the schedule's learning rate:
 
         Trainer(model, args, ..., optimizers=(optimizer, schedule.lr_scheduler),
                 callbacks=[ReLoRaCallback(schedule)])
@@ -27,11 +28,11 @@ class ReLoRaCallback(TrainerCallback):
     then logging, evaluation and checkpoint. So a checkpoint never lies between a boundary's
     learning rate and its merge.
 
-    With FSDP2 leave cpu_ram_efficient_loading off: Accelerate (1.15) takes no persistent buffer through it,
-    as merge_count is, and no residual.
+    With FSDP2, leave cpu_ram_efficient_loading off: it handles neither persistent buffers, such as
+    merge_count, nor residuals (Accelerate 1.15).
 
-    When training begins it raises TypeError under DeepSpeed and ValueError under the first version of
-    FSDP, whose flat copies of the parameters a merge cannot reach, and ValueError if the Trainer steps
+    Raises when training begins: TypeError under DeepSpeed and ValueError under FSDP's first version,
+    because a merge cannot reach their flat copies of the parameters; ValueError if the Trainer steps
     another optimizer or scheduler than the schedule's.
     """
 
@@ -71,18 +72,18 @@ class ReLoRaCallback(TrainerCallback):
 
 
 class SkipNonFiniteCallback(TrainerCallback):
-    """Skips an optimizer step whose gradients hold NaN or inf: parameters and moments stay as they were.
+    """Skips optimizer steps whose gradients hold NaN or inf: parameters and moments stay as they were.
 
     Trainer calls it between clipping, which lets such gradients pass, and the optimizer's step. The
-    learning rate and the restarts go on counting. After more than `limit` such steps in a row a
+    learning rate and the restarts keep counting. After more than `limit` such steps in a row, a
     checkpoint of the clean weights is written and training ends with FloatingPointError. `skipped`
-    counts them all; ReLoRaTrainer's checkpoints keep both counts. Gradients are the same on all ranks
-    by then, so all skip the same steps.
+    counts all of them, `in_a_row` the latest; ReLoRaTrainer's checkpoints store both. By then the
+    gradients are the same on all ranks, so all ranks skip the same steps.
     """
 
     def __init__(self, limit: int = 10):
         self.limit, self.skipped, self.in_a_row = limit, 0, 0
-        self.first_step = 0  # of the phase, in messages
+        self.first_step = 0  # steps before this phase, for messages
         self.gave_up = ""
 
     def state_dict(self) -> dict:
@@ -98,8 +99,8 @@ class SkipNonFiniteCallback(TrainerCallback):
             return
         if getattr(optimizer, "scaler", None) is None:
             for parameter in model.parameters():
-                parameter.grad = None  # an optimizer passes over what has no gradient
-        # else fp16's gradient scaler skips the step itself, and has to see why to scale less
+                parameter.grad = None  # optimizers skip parameters without a gradient
+        # Otherwise fp16's gradient scaler skips the step; it must see these gradients to scale less.
         self.skipped += 1
         self.in_a_row += 1
         step = self.first_step + state.global_step + 1
@@ -123,14 +124,14 @@ class SkipNonFiniteCallback(TrainerCallback):
 class StopOnSignalCallback(TrainerCallback):
     """On SIGTERM or SIGINT: finish the step, save, and end the process with code 128 + signal.
 
-    That is 143 for SIGTERM and 130 for SIGINT, by SystemExit from train(). With several processes one
-    that gets the signal is enough: all stop after the same step, the next one at the latest. A signal
-    that comes two seconds or more after the first does what it did before training began. Works in
-    the main thread alone, as Python's signals do.
+    train() raises SystemExit with 143 for SIGTERM and 130 for SIGINT. With several processes, it is
+    enough if one gets the signal: all stop after the same step, the next one at the latest. A second
+    signal, two seconds or more after the first, has the effect that it had before training began.
+    Works only in the main thread, like Python's signal handlers.
     """
 
     def __init__(self):
-        self.first_step = 0  # of the phase, in messages
+        self.first_step = 0  # steps before this phase, for messages
         self.received, self.received_at, self.stopping = 0, 0.0, 0
         self._votes, self._before = None, {}
 
@@ -139,7 +140,7 @@ class StopOnSignalCallback(TrainerCallback):
             self._before.setdefault(number, signal.signal(number, self._receive))
 
     def restore(self) -> None:
-        """Signals do again what they did before training."""
+        """Reinstall the signal handlers from before training."""
         while self._before:
             signal.signal(*self._before.popitem())
 
@@ -153,11 +154,11 @@ class StopOnSignalCallback(TrainerCallback):
             return
         self.received, self.received_at = number, now
         name = signal.Signals(number).name
-        # print may be what the signal has interrupted, and must not be entered twice
+        # The signal may have interrupted print, which is not reentrant.
         os.write(2, f"{name}: finishing the step, then saving; again: at once\n".encode())
 
     def on_step_end(self, args, state, control, **kwargs):
-        # With several processes the last step's votes count: nothing waits for them any more.
+        # With several processes, use the previous step's votes: they have arrived, so nothing waits.
         votes, self._votes = self._votes, ranks.start_maximum([self.received])
         if ranks.count() == 1:
             votes = self._votes

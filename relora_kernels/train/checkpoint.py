@@ -1,15 +1,16 @@
-"""Checkpoints that are complete or absent, in safetensors and JSON alone.
+"""Checkpoints that are either complete or absent, stored as safetensors and JSON only.
 
     checkpoint-N/
-        model.safetensors      the whole model, W's residuals included, gathered where it is sharded
+        model.safetensors      the whole model with W's residuals; sharded tensors are gathered
         config.json, ...       the model's configuration and the tokenizer
-        training.safetensors   tensors of the optimizer, by parameter name
-        training.json          the rest of the training state, every rank's generators among it
-        trainer_state.json     Trainer's own
+        training.safetensors   the optimizer's tensors, by parameter name
+        training.json          the rest of the training state, with every rank's random generators
+        trainer_state.json     Trainer's own state
         manifest.json          size and sha256 of every other file, and what a resumed run must match
 
-A checkpoint is written under another name, its files and folder are fsynced, and it is renamed: a
-process killed at any point leaves the earlier one. It is valid if every file is as the manifest says.
+A checkpoint is written under a temporary name, its files and folder are fsynced, and then it is
+renamed. A process killed at any point leaves the earlier checkpoint intact. A checkpoint is valid if
+every file matches the manifest.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class OtherRun(ValueError):
-    """The checkpoint is of a run with other settings."""
+    """The checkpoint belongs to a run with other settings."""
 
 
 # --- folders ---------------------------------------------------------------------------------------
 
 
 def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
-    """A checkpoint at `folder`, all or nothing, with the files that `fill(folder)` writes.
+    """Write a checkpoint to `folder`, all or nothing; `fill(temporary_folder)` writes its files.
 
-    Raises what writing raises (OSError for a full disk); `folder` is then as it was, and nothing else
-    is left.
+    Raises what writing raises (OSError for a full disk). `folder` is then unchanged, and no other
+    files are left behind.
     """
     temporary = folder.with_name(f"tmp-{folder.name}")
     old = folder.with_name(f"tmp-{folder.name}-old")
@@ -64,12 +65,12 @@ def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
         manifest = {"format": _FORMAT, "files": measured, "facts": facts}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         files.sync(*temporary.rglob("*"), temporary)
-        if folder.exists():  # of the same step: damaged, or of an earlier run
+        if folder.exists():  # of the same step: damaged, or from an earlier run
             os.rename(folder, old)
         os.rename(temporary, folder)
         files.sync(
             folder.parent, folder.parent.parent
-        )  # where the first checkpoint has made a folder
+        )  # the first checkpoint has created folder.parent
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
@@ -79,9 +80,11 @@ def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
 
 
 def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None:
-    """Of the checkpoints older than `folder`, keeps the newest `keep` - 1, and `spare`; None: all.
+    """Delete the checkpoints older than `folder`, except the newest `keep` - 1 and `spare`.
 
-    What is damaged does not count. Later ones, of a course that was left, are nobody's to delete.
+    `keep` None or less than 1 deletes nothing. Damaged checkpoints, judged by manifest and file sizes,
+    don't count towards `keep`. Checkpoints newer than `folder`, from a course that the run has left,
+    are never deleted.
     """
     if not keep or keep < 0:
         return
@@ -90,12 +93,12 @@ def delete_old(folder: Path, keep: int | None, spare: str | None = None) -> None
     for path in older:
         if path not in kept and not (spare and path == Path(spare)):
             aside = path.with_name(f"tmp-{path.name}")
-            os.rename(path, aside)  # a process killed here leaves no half checkpoint
+            os.rename(path, aside)  # if killed here, no half checkpoint remains
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def problem(folder: Path, hashes: bool = True) -> str | None:
-    """What makes a checkpoint invalid, or None. Reads every file, unless `hashes` is False."""
+    """Why a checkpoint is invalid, or None. Reads every file, unless `hashes` is False."""
     try:
         for name, (size, sha256) in read_manifest(folder)["files"].items():
             path = folder / name
@@ -111,7 +114,7 @@ def problem(folder: Path, hashes: bool = True) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """ValueError where it is missing, damaged or of another format."""
+    """The manifest. Raises ValueError if it is missing, damaged or of another format."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{MANIFEST} is missing: half-written, or not by ReLoRaTrainer")
@@ -126,7 +129,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def last_valid(folder: str | Path) -> Path | None:
-    """The latest valid checkpoint-N in `folder`; one line for each later one that is passed over."""
+    """The latest valid checkpoint-N in `folder`, or None. Logs why it skips each later one."""
     for _, path in _numbered(Path(folder)):
         found = problem(path)
         if found is None:
@@ -194,7 +197,7 @@ def _some(items: list) -> str:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """safetensors, of any strides; tensors that are one (tied weights) are written once."""
+    """Write safetensors. Strides may be any; aliases of one tensor (tied weights) are written once."""
     written, same, first, storages = {}, {}, {}, set()
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
@@ -205,7 +208,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensor = tensor.contiguous()
         if storage in storages and tensor.untyped_storage().data_ptr() == storage:
-            tensor = tensor.clone()  # another view of what is written already
+            tensor = tensor.clone()  # another view of a storage that is already written
         storages.add(storage)
         written[name] = tensor
     save_file(written, path, metadata={"format": "pt", "same": json.dumps(same)})
@@ -219,9 +222,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def gather_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The whole state_dict, sharded tensors gathered one by one into host memory.
+    """The whole state_dict; sharded tensors are gathered one by one into host memory.
 
-    Call it on every rank; where not `keep` the result is empty.
+    Call it on every rank. Without `keep` the result is empty.
     """
     sharding.reshard(model)
     tensors = {}
@@ -237,7 +240,7 @@ def gather_model(model: torch.nn.Module, keep: bool = True) -> dict[str, torch.T
 
 
 def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Whole tensors into a model, sharded or not. OtherRun for other names, shapes or dtypes."""
+    """Load whole tensors into a model, sharded or not. OtherRun if names, shapes or dtypes differ."""
     sharding.reshard(model)
     own = model.state_dict()
     residuals = {name for name in {*own, *tensors} if name.endswith("weight_residual")}
@@ -259,7 +262,7 @@ def load_model(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None
 
 
 def place_like(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of `whole`, as a DTensor, if `target` is one of its shape; else `whole`."""
+    """This rank's rows of `whole` as a DTensor, if `target` is one of that shape; else `whole`."""
     return sharding.like(target, whole) if whole.shape == target.shape else whole
 
 
@@ -267,10 +270,10 @@ def place_like(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def pack(tree, tensors: dict[str, torch.Tensor], path: str = ""):
-    """`tree` as JSON holds it; its tensors go into `tensors` under the path to them.
+    """`tree` in a form that JSON can hold; its tensors go into `tensors`, keyed by their paths.
 
     Takes dicts, lists, tuples, tensors, numpy's arrays and scalars, numbers, strings and None.
-    TypeError, naming the path, for anything else: nothing is pickled.
+    Raises TypeError, naming the path, for anything else: nothing is pickled.
     """
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree

@@ -1,7 +1,7 @@
 """relora-train: a full-rank warm start, then ReLoRA, with Hugging Face's Trainer as the engine.
 
-`Run.train` is the example of how the library is used. The rest of the package is what a run needs
-around it: args, data, metrics, output (the folder), report.
+`Run.train` shows how the library is used. The rest of the package is what else a run needs: args,
+data, metrics, output (the folder), report.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ from .trainer import ReLoRaTrainer
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what the terminal's encoding has not
+    if hasattr(sys.stdout, "reconfigure"):  # the terminal's encoding may lack a sample's text
         sys.stdout.reconfigure(errors="backslashreplace")
     transformers.utils.logging.disable_progress_bar()  # Progress is the only bar
     folder = RunFolder(args.output_dir)
@@ -99,7 +99,7 @@ def _train(args: Args, folder: RunFolder) -> int:
 
 
 class _InOrder(ReLoRaTrainer):
-    """Blocks has shuffled the samples already. (train_sampling_strategy came in transformers 5.2.)"""
+    """Samples in order: Blocks has shuffled them. (train_sampling_strategy came in transformers 5.2.)"""
 
     def _get_train_sampler(self, *args, **kwargs):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -122,7 +122,7 @@ class Run:
                     f"copies of the weights cannot be merged into; start with torchrun, and --sharding "
                     f"full to save memory"
                 )
-        # As --bf16 and config.yaml say, also below `accelerate launch --mixed_precision`.
+        # --bf16 and config.yaml decide, even under `accelerate launch --mixed_precision`.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if args.bf16 else "no"
         self.args, self.folder = args, folder
         self.folder.check(args.resume, args.overwrite)
@@ -130,7 +130,7 @@ class Run:
         corpus = load_corpus(args)
         self.tokenizer = load_tokenizer(args, corpus)
         self.blocks, self.validation = training_blocks(args, corpus, self.tokenizer)
-        # Beside the corpus': another version of a tokenizer may give other tokens for the same text.
+        # Besides the corpus's hash: another tokenizer version may give other tokens for the same text.
         self.tokens_sha256 = hashlib.sha256(np.ascontiguousarray(self.blocks)).hexdigest()
         self.prompt = corpus.validation[0][:40]
         self.corpus = {
@@ -151,7 +151,7 @@ class Run:
         if is_main_process():
             self.progress = Progress(args.steps)
             self.sinks = [json_lines(self.folder.metrics), self.progress]
-            # A resumed run hides what the interrupted one wrote of the steps that it takes again.
+            # A resumed run hides what the interrupted one wrote for the steps that it repeats.
             purge = self._first_step() if args.resume else None
             if writer := tensorboard(self.folder.tensorboard, purge):
                 self.sinks.append(writer)
@@ -159,7 +159,7 @@ class Run:
                 print("tensorboard is not installed: metrics go to metrics.jsonl alone")
 
     def _check_warm_start(self):
-        """ValueError where args.warm_start_from is no finished warm start of these settings."""
+        """ValueError unless args.warm_start_from holds a finished warm start with these settings."""
         donor, given = RunFolder(self.args.warm_start_from), "--warm_start_from"
         try:
             before = yaml.safe_load(donor.config.read_text(encoding="utf-8"))
@@ -184,13 +184,13 @@ class Run:
             raise ValueError(f"{given} {donor.root}: " + "; ".join(wrong))
 
     def _try_relora(self):
-        """On a model without memory: a bad target is told now, not after the warm start."""
+        """Try it on the meta device: a bad target is reported now, not after the warm start."""
         with torch.device("meta"):
             apply_relora(LlamaForCausalLM(self._llama_config()), self._relora_config())
 
     def _rehearse(self):
-        """A product, a merge and a reset of one small layer: what a backend named does not serve is told
-        now, too."""
+        """Forward, backward, merge and reset of one small layer: whatever a named backend cannot do is
+        reported now, too."""
         args, width = self.args, self.args.hidden_size
         model = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False)).to(self.device)
         apply_relora(model, dataclasses.replace(self._relora_config(), target_modules=["0"]))
@@ -211,7 +211,7 @@ class Run:
             self._rehearse()
         if is_main_process():
             self.folder.lock()
-            # Again: from now on nobody else may write.
+            # Again: from here on the lock keeps others from writing.
             self.folder.check(self.args.resume, self.args.overwrite)
         state.wait_for_everyone()  # every process has checked the folder
         if self.args.resume:
@@ -229,7 +229,7 @@ class Run:
         self.resumed = self._find_checkpoints() if self.args.resume else {}
 
     def _find_checkpoints(self) -> dict[str, str]:
-        """The last valid checkpoint of each phase that has one. Rank 0 looks, and tells the others."""
+        """The last valid checkpoint of each phase that has one. Rank 0 looks and tells the others."""
         phases, steps, damaged = ("relora", "warm_start"), [-1, -1], 0
         if is_main_process():
             found = [self.folder.last_checkpoint(phase) for phase in phases]
@@ -260,7 +260,7 @@ class Run:
         return _step_of(path) + 1 if path else 0
 
     def train(self) -> LlamaForCausalLM:
-        """Warm start and ReLoRA, or what is left of them; returns the model with A and B."""
+        """Run the warm start and ReLoRA, or what is left of them; returns the model with A and B."""
         args = self.args
         if args.cpu_threads:
             torch.set_num_threads(args.cpu_threads)
@@ -296,7 +296,7 @@ class Run:
         return self._unprepared(model) if args.sharding == "full" else model
 
     def _take_warm_start(self, model: LlamaForCausalLM) -> None:
-        """Weights and rows of the run that args.warm_start_from names."""
+        """Copy the weights and metrics rows of the run that args.warm_start_from names."""
         donor = RunFolder(self.args.warm_start_from)
         found = donor.last_checkpoint("warm_start")
         checkpoint.load_model(model, checkpoint.load_tensors(Path(found) / "model.safetensors"))
@@ -311,8 +311,8 @@ class Run:
             fully_shard(model)
 
     def _unprepared(self, model: LlamaForCausalLM) -> LlamaForCausalLM:
-        """The same weights in a new object, whole on every rank: Accelerate marks a model that it has
-        prepared, and gives it neither autocast nor DDP a second time."""
+        """The same weights in a new model, unsharded on every rank: Accelerate marks a model that it
+        has prepared, and gives it neither autocast nor DDP a second time."""
         fresh = LlamaForCausalLM(model.config)
         if relora_layers(model, required=False):
             apply_relora(fresh, self._relora_config())
@@ -322,7 +322,7 @@ class Run:
         return fresh.to(self.device)
 
     def _fit(self, phase, model, optimizer, lr_scheduler, schedule=None):
-        """One phase by Trainer, from its last checkpoint if the run is resumed."""
+        """Run one phase with Trainer, from its last checkpoint if the run is resumed."""
         args, resumed = self.args, self.resumed.get(phase)
         first = 0 if phase == "warm_start" else args.warm_start_steps
         steps = args.relora_steps if phase == "relora" else args.warm_start_steps
@@ -330,7 +330,7 @@ class Run:
         if resumed and is_main_process():
             rows = self.folder.forget_rows_after(phase, first + _step_of(resumed))
         relora = []
-        if schedule:  # the spectrum first: it looks at the factors that a restart replaces
+        if schedule:  # SpectrumCallback first: it reads the factors that a restart replaces
             restart = DiagnosticCallback if args.diagnostics else ReLoRaCallback
             relora = [SpectrumCallback(schedule, self.folder.spectrum), restart(schedule)]
         metrics = MetricsCallback(
@@ -358,8 +358,8 @@ class Run:
             callbacks=[self.guard, *relora, metrics, self.stop],
             fingerprint={"corpus": self.corpus["sha256"], "tokens": self.tokens_sha256},
         )
-        trainer.remove_callback(PrinterCallback)  # MetricsCallback tells it better
-        # Trainer has seeded all ranks alike, which would give all of them one dropout mask.
+        trainer.remove_callback(PrinterCallback)  # MetricsCallback reports the same, better
+        # Trainer has seeded all ranks alike, which would give all of them the same dropout mask.
         set_seed(args.seed if ranks.index() == 0 else _seed_of_rank(args.seed))
         trainer.train(resume_from_checkpoint=resumed)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -422,7 +422,7 @@ class Run:
         )
 
     def finish(self, model: LlamaForCausalLM) -> None:
-        """The merged model first, then plots, sample and summary."""
+        """Write the merged model first, then plots, sample and summary."""
         self.progress.close()
         args, folder, rows = self.args, self.folder, self.folder.rows()
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -435,7 +435,7 @@ class Run:
         memory = [r["peak_memory"] for r in rows if "peak_memory" in r]
         tokens = args.steps * args.batch_size * args.seq_length
         losses, sample = report.losses(rows), None
-        if losses["eval_loss_final"] is not None:  # a model that has diverged has no probabilities
+        if losses["eval_loss_final"] is not None:  # a diverged model cannot be sampled
             sample = report.sample_text(model, self.tokenizer, self.prompt, args.seed)
         summary = {
             "model": f"Llama, {args.preset} preset",
@@ -469,9 +469,9 @@ class Run:
         print(f"written to {folder.root}")
 
     def _export(self, model) -> None:
-        """The merged model in one step: final/ is complete or absent."""
+        """Write the merged model: final/ is either complete or absent."""
         temporary = self.folder.final.with_name("final.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process killed here
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a process killed here
         model.save_pretrained(temporary)
         self.tokenizer.save_pretrained(temporary)
         files.sync(*temporary.rglob("*"), temporary)

@@ -1,4 +1,4 @@
-"""Text in, fixed blocks of token ids out."""
+"""Text in, fixed-size blocks of token ids out."""
 
 import glob
 import hashlib
@@ -19,7 +19,7 @@ MIN_DOCUMENTS = 20  # fewer are cut into pieces, so that some can be held out
 TOKENIZER_CHARACTERS = 100_000_000  # a BPE learns nothing more from a longer text
 CHARACTERS_PER_TOKEN = 6  # more than any BPE reaches on prose: bounds what is streamed
 
-# Tests, tables and generated text.
+# Left out of the standard library: tests, tables and generated text.
 _LEFT_OUT = {"encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 
 
@@ -33,7 +33,7 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Over both splits, in order, every document preceded by its length in bytes."""
+        """Hash of both splits, in order, with every document preceded by its length in bytes."""
         digest = hashlib.sha256()
         for split in (self.train, self.validation):
             digest.update(f"{len(split)}:".encode())
@@ -119,7 +119,7 @@ def _standard_library() -> list[str]:
 
 
 def _read(patterns: list[str], output: str) -> list[str]:
-    """Texts by path or pattern, in order, without those below `output`, which a run writes itself."""
+    """Texts by path or pattern, in order. Skips files below `output`: the run writes those itself."""
     paths: dict[Path, None] = {}  # a set that keeps its order
     for pattern in patterns:
         named = Path(pattern)  # brackets may be part of a name
@@ -226,7 +226,7 @@ class Blocks(torch.utils.data.Dataset):
     """Samples `start` to `start + samples` of a run over `blocks` (n, seq_length).
 
     With a seed, sample i is a function of (blocks, seed, i) alone: every pass over the blocks has
-    its own order, and two phases of one run see the data as one run would. Without, in order.
+    its own order, and the two phases of a run see the data as one phase would. Without, in order.
     """
 
     def __init__(self, blocks: np.ndarray, start: int, samples: int, seed: int | None = None):
@@ -248,7 +248,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def training_blocks(args, corpus: Corpus, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of the training and the validation split. ValueError where the text is too short."""
+    """Blocks of the training and the validation split. ValueError if the text is too short."""
     train = pack(corpus.train, tokenizer, args.seq_length)
     validation = pack(corpus.validation, tokenizer, args.seq_length)
     if len(train) < args.batch_size:
@@ -263,5 +263,5 @@ def training_blocks(args, corpus: Corpus, tokenizer) -> tuple[np.ndarray, np.nda
             f"from {corpus.source}: add text, give --validation_files, or lower --seq_length"
         )
     keep = max(1, args.eval_tokens // args.seq_length)
-    every = max(1, len(validation) // keep)  # spread over the documents, where there are many
+    every = max(1, len(validation) // keep)  # spread over the whole text
     return train, validation[::every][:keep]

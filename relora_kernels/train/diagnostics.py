@@ -1,4 +1,4 @@
-"""What a restart does to a run: how large the updates after it are, and what a merge's rounding keeps."""
+"""The effect of a restart: the size of the updates after it, and what survives a merge's rounding."""
 
 import torch
 
@@ -8,19 +8,19 @@ from relora_kernels.model import lora_parameters, relora_layers
 from .callback import ReLoRaCallback
 
 UPDATES = 100  # steps after a restart whose updates are measured
-LAYERS = 4  # layers whose merges are measured: their weights are held twice for a moment
+LAYERS = 4  # layers measured at each merge; their weights are briefly held twice
 
 
 class DiagnosticCallback(ReLoRaCallback):
     """ReLoRaCallback that also collects, for `take`:
 
-    update        of each of the first 100 steps of a cycle: root mean square of (new - old) / lr over
-                  all elements of A and B. Adam's own scale is about 1; 3.15 is the first update from
-                  zeroed moments beside an old step count.
-    merge_kept    of each merge: the share of s B A that reached W, <W' - W, s B A> / |s B A|^2, with W
-                  including the residual, over a few layers spread over the model. 1 is all of it.
+    update        for each of the first 100 steps of a cycle: root mean square of (new - old) / lr over
+                  all elements of A and B. Adam's usual scale is about 1. The first update from zeroed
+                  moments with an old step count is 3.15.
+    merge_kept    for each merge: the share of s B A that reached W, <W' - W, s B A> / |s B A|^2, where
+                  W includes the residual; over a few layers spread over the model. 1 means all of it.
 
-    Use it in ReLoRaCallback's place.
+    Use it instead of ReLoRaCallback.
     """
 
     def __init__(self, schedule):
@@ -73,8 +73,8 @@ class DiagnosticCallback(ReLoRaCallback):
     def _sample(self):
         layers = [layer for _, layer in relora_layers(self.schedule.model)]
         if any(sharding.is_sharded(layer.weight) for layer in layers):
-            return []  # the weights of one process are a part of each layer
-        # A stride of len // LAYERS would meet the same projection in each block where 4 divides the blocks.
+            return []  # each process holds only a part of each weight
+        # If 4 divides the number of blocks, a stride of len // LAYERS always meets the same projection.
         return layers[:: max(1, (len(layers) - 1) // LAYERS)][:LAYERS]
 
 

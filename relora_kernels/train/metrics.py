@@ -1,4 +1,4 @@
-"""What a run tells while it runs: rows of metrics, and the sinks that take them."""
+"""Reporting during a run: rows of metrics, and the sinks that take them."""
 
 import errno
 import json
@@ -22,8 +22,8 @@ class MetricsCallback(TrainerCallback):
 
     A row holds phase, step, tokens, seconds, cycle, and either loss, lr, grad_norm,
     tokens_per_second and peak_memory (MiB), or eval_loss, or restart (true) and lr, or skipped (true),
-    or what `diagnostics` measured. Steps and tokens are counted over both phases. Put it behind
-    ReLoRaCallback. A sink that fails is told once and does not stop the training.
+    or what `diagnostics` measured. Steps and tokens are counted over both phases. Put it after
+    ReLoRaCallback. A failing sink is reported once and does not stop the training.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MetricsCallback(TrainerCallback):
         self._restart_clock(state)
 
     def _restart_clock(self, state):
-        """tokens_per_second leaves validation and checkpoints out."""
+        """Keep validation and checkpoints out of tokens_per_second."""
         self.clock, self.clock_step = time.perf_counter(), state.global_step
 
     def _emit(self, state, **values):
@@ -108,17 +108,17 @@ class MetricsCallback(TrainerCallback):
 
 
 def peak_memory_mib() -> float:
-    """Of this process: allocated GPU memory where there is a GPU, else resident memory."""
+    """This process's peak: allocated GPU memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def json_lines(path: Path) -> Callable[[dict], None]:
-    """A sink that appends each row to `path`, whole or, where the disk is full, not at all."""
+    """A sink that appends each row to `path`, whole or (if the disk is full) not at all."""
 
     def write(row: dict) -> None:
-        # JSON has no NaN: a loss or norm that is none of its numbers is null.
+        # JSON has no NaN or inf: such a loss or norm is written as null.
         finite = {
             k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()
         }
@@ -137,10 +137,10 @@ def json_lines(path: Path) -> Callable[[dict], None]:
 
 
 def tensorboard(folder: Path, purge_step: int | None = None) -> Callable[[dict], None] | None:
-    """A sink for TensorBoard, or None where it is not installed.
+    """A sink for TensorBoard, or None if it is not installed.
 
-    A restart is a mark of height 1 under relora/restart, and a line of text with its cycle. What an
-    interrupted run wrote from `purge_step` on is hidden.
+    A restart is a mark of height 1 under relora/restart, and a line of text with its cycle. Entries
+    of an interrupted run from `purge_step` on are hidden.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -167,10 +167,10 @@ def tensorboard(folder: Path, purge_step: int | None = None) -> Callable[[dict],
 
 
 class Progress:
-    """A sink that shows one bar over all phases in a terminal, else a line per validation."""
+    """A sink that prints validations and restarts; in a terminal, also one bar over all phases."""
 
     def __init__(self, steps: int):
-        # disable=None: tqdm looks whether this is a terminal
+        # disable=None: tqdm shows the bar only in a terminal
         self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
         self.last = {}
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, who may write to it, what a resumed run finds there."""
+"""The folder of a run: its contents, who may write to it, what a resumed run finds there."""
 
 import contextlib
 import fcntl
@@ -48,7 +48,7 @@ class RunFolder:
         self._lock = contextlib.ExitStack()
 
     def lock(self) -> None:
-        """ValueError while another process trains here. Until `close`, or the end of this process."""
+        """Lock until `close` or the end of this process. ValueError if another process trains here."""
         self.root.mkdir(parents=True, exist_ok=True)
         file = self._lock.enter_context(self.lock_file.open("a"))
         try:
@@ -65,7 +65,7 @@ class RunFolder:
         self._lock.close()
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """ValueError where the run would write over something, or has nothing to resume from."""
+        """ValueError if the run would overwrite something, or has nothing to resume from."""
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"expected --output_dir to be a folder, got the file {self.root}")
         if resume:
@@ -91,12 +91,12 @@ class RunFolder:
                 )
 
     def _holds_nothing(self) -> bool:
-        """But what a run that was killed at its start may have left."""
+        """Except for what a run killed at its start may have left."""
         left = {self.lock_file, files.temporary(self.corpus)}
         return left.issuperset(self.root.iterdir())
 
     def _is_a_run(self) -> bool:
-        """By corpus.json, the first file written and never deleted, and the settings if they are there."""
+        """Judged by corpus.json, written first and never deleted, and config.yaml if it exists."""
         try:
             settings = {}
             if self.config.exists():
@@ -106,14 +106,14 @@ class RunFolder:
             return False
 
     def corpus_record(self) -> dict:
-        """corpus.json. ValueError where it is none."""
+        """The contents of corpus.json. ValueError if they are not a run's record."""
         record = json.loads(self.corpus.read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not {"sha256", "source"} <= record.keys():
             raise ValueError(f"expected a run's record in {self.corpus}, got {record!r:.80}")
         return record
 
     def _own_files(self) -> list[Path]:
-        """Of the files below root, those that a run writes."""
+        """The files below root that a run writes."""
         patterns = [p.name for p in (self.config, self.corpus, self.metrics, self.summary)]
         patterns += [f"{name}.tmp" for name in patterns]
         patterns += [
@@ -129,8 +129,11 @@ class RunFolder:
         return [path for pattern in patterns for path in self.root.glob(pattern)]
 
     def create(self) -> None:
-        """Makes the folder, and deletes an earlier run's files from it, but nobody else's. Not corpus.json,
-        which the new run's replaces: without it a process killed here would leave nobody's files."""
+        """Make the folder, and delete an earlier run's files from it, but no other files.
+
+        corpus.json stays until the new run's replaces it: after a kill in between, it still identifies
+        this folder as a run.
+        """
         for path in self._own_files():
             if not path.is_dir() and path != self.corpus:
                 path.unlink()
@@ -143,12 +146,12 @@ class RunFolder:
         return self.checkpoint / name
 
     def last_checkpoint(self, phase: str) -> str | None:
-        """The latest valid one; a line tells of each later one that is passed over."""
+        """The latest valid checkpoint, or None. Logs why it skips each later one."""
         path = checkpoint.last_valid(self.phase(phase))
         return None if path is None else str(path)
 
     def rows(self) -> list[dict]:
-        """metrics.jsonl, without a last line that a killed process left half-written."""
+        """The rows of metrics.jsonl, without a last line that a killed process left half-written."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
@@ -160,7 +163,7 @@ class RunFolder:
             ) from error
 
     def forget_rows_after(self, phase: str, step: int) -> list[dict]:
-        """Drops what a resumed run will measure again; returns the rows that are left."""
+        """Drop the rows that a resumed run will write again; returns the rows that are left."""
         rows = [r for r in self.rows() if r["step"] <= step and (r["phase"], phase) != _LATER]
         write_json_lines(self.metrics, rows)
         return rows

@@ -14,12 +14,12 @@ from .spectrum import figures
 _RESTART = {"color": "0.6", "linewidth": 0.8, "linestyle": "--", "zorder": 0}
 _BLUE, _ORANGE = "#1f77b4", "#d95f02"
 _KINDS = (("relora", _BLUE, "ReLoRA, all cycles"), ("cycle", _ORANGE, "its first cycle"))
-_FLOOR = 1e-4  # of the largest singular value; zeros lie on it
+_FLOOR = 1e-4  # of the largest singular value; zeros are drawn here
 
 
 def plot_metrics(rows: list[dict], folder: Path, spectrum: dict | None = None) -> list[Path]:
-    """loss.png and learning_rate.png from the rows of metrics.jsonl; with what spectrum.measure
-    returns, spectrum.png too, and summary.png, the three on one page."""
+    """Write loss.png and learning_rate.png from the rows of metrics.jsonl. Given the result of
+    spectrum.measure, also spectrum.png, and summary.png with all three on one page."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {}
     for name, draw in (("loss.png", _draw_loss), ("learning_rate.png", _draw_learning_rate)):
@@ -29,7 +29,7 @@ def plot_metrics(rows: list[dict], folder: Path, spectrum: dict | None = None) -
         _mark_phases(axes, rows)
         pages[name] = _pixels(figure)
     if spectrum:
-        figure = Figure(figsize=(18, 8), dpi=120, layout="constrained")  # as wide as the two
+        figure = Figure(figsize=(18, 8), dpi=120, layout="constrained")  # as wide as the two above
         _draw_spectrum(figure, spectrum)
         curves = np.hstack(list(pages.values()))
         pages["spectrum.png"] = _pixels(figure)
@@ -57,7 +57,7 @@ def _draw_loss(axes, rows):
 
 
 def _draw_learning_rate(axes, rows):
-    # A loss row tells the rate that led to its step, a restart row the rate that leads on from it.
+    # A loss row holds the rate that led to its step, a restart row the rate of the following step.
     rates = sorted((r["step"] - ("loss" in r), r["lr"]) for r in rows if "lr" in r)
     axes.plot(*_columns(rates), color=_BLUE, linewidth=1.2, label="learning rate")
     axes.set(title="Learning rate", ylabel="learning rate")
@@ -65,7 +65,7 @@ def _draw_learning_rate(axes, rows):
 
 
 def _mark_phases(axes, rows):
-    """Restarts as dashed lines, the warm start as a grey ground, tokens along the top."""
+    """Restarts as dashed lines, the warm start as a grey background, tokens along the top."""
     for i, row in enumerate(r for r in rows if "restart" in r):
         axes.axvline(row["step"], label=None if i else "restart", **_RESTART)
     warm = [r["step"] for r in rows if r["phase"] == "warm_start"]
@@ -84,7 +84,7 @@ _PANELS = 7  # projections shown: a Llama has as many
 
 
 def _draw_spectrum(figure, spectrum):
-    """A panel per projection, and how many singular values count in each."""
+    """One panel per projection, and bars: how many singular values exceed 1 % of the largest."""
     measured, r = spectrum["measured"], spectrum["r"]
     projections = list(dict.fromkeys(row["projection"] for row in measured))[:_PANELS]
     grid = figure.subplots(2, -(-(len(projections) + 1) // 2), squeeze=False)
@@ -163,8 +163,8 @@ def sample_text(
 
 
 def losses(rows: list[dict]) -> dict[str, float | None]:
-    """Validation loss at the first step, at the end of the warm start, and at the end; None where it was
-    no number, or there was none."""
+    """Validation loss at the first step, at the end of the warm start, and at the end; None if it was
+    not finite or not measured."""
 
     def last(rows):
         return rows[-1]["eval_loss"] if rows else None

@@ -1,7 +1,7 @@
-"""The singular values of what ReLoRA added to the weights, against those of one LoRA cycle.
+"""The singular values of what ReLoRA added to the weights, compared with those of one LoRA cycle.
 
-A cycle's update s B A has rank r. ReLoRA's figure is that the sum of its cycles has many more
-directions: W_end - W_start, measured here layer by layer and shown per projection (q_proj, ...).
+A cycle's update s B A has rank r. The sum of ReLoRA's cycles, W_end - W_start, is meant to have many
+more directions. It is measured here layer by layer and shown per projection (q_proj, ...).
 """
 
 import json
@@ -20,20 +20,20 @@ from relora_kernels.model import plain_path, relora_layers
 
 START, CYCLE, VALUES = "start.safetensors", "first_cycle.safetensors", "singular_values.json"
 
-# A matrix (m, n) costs about m n min(m, n) operations times a constant: 2e9 of these a second on two
-# CPU cores, so this is some three minutes. It keeps all layers up to the 350m preset, three
-# of 24 blocks of the 1.3b one, and less than 1.5 GB of weights on disk.
+# The SVD of an (m, n) matrix costs about m n min(m, n) operations, times a constant. Two CPU cores do
+# 2e9 of these a second, so this budget is about three minutes. It covers all layers up to the 350m
+# preset and three of 24 blocks of the 1.3b one, and less than 1.5 GB of weights on disk.
 _BUDGET = 4e11
 
 logger = logging.getLogger(__name__)
 
 
 class SpectrumCallback(TrainerCallback):
-    """Keeps, in `folder`, W at the start of ReLoRA and s B, A at the end of its first cycle.
+    """Saves to `folder` W at the start of ReLoRA, and s B and A at the end of its first cycle.
 
-    Put it before ReLoRaCallback: it has to see the factors that a restart replaces. Both files are
-    written whole or not at all; a resumed run finds them, or writes what it wrote before. A full disk
-    costs the plot, not the training.
+    Put it before ReLoRaCallback: it has to see the factors before a restart replaces them. Both files
+    are written whole or not at all; a resumed run finds them, or writes the same again. A full disk
+    costs only the plot, not the training.
     """
 
     def __init__(self, schedule: ReLoRaSchedule, folder: Path):
@@ -74,13 +74,13 @@ class SpectrumCallback(TrainerCallback):
 
 
 def measure(model: nn.Module, folder: Path) -> dict | None:
-    """Singular values of `model`'s weights minus those kept in `folder`, and of the first cycle.
+    """Singular values of `model`'s weights minus those saved in `folder`, and of the first cycle.
 
-    `model` after merge_and_unload, or still with its factors. Returns, and writes to VALUES:
-    {"r": rank of a cycle, "layers": layers in the model, "measured": [{"layer": path, "projection": last part
-    of it, "relora": [...], "cycle": [...]}, ...]}, each list descending and min(out, in) long, in fp32.
-    None if the run kept nothing (a full disk, a run begun without the callback) or the update holds
-    NaN or inf, which is logged.
+    `model` may be merged (merge_and_unload) or still have its factors. Returns, and writes to VALUES:
+    {"r": rank of a cycle, "layers": layers in the model, "measured": [{"layer": path, "projection":
+    last part of it, "relora": [...], "cycle": [...]}, ...]}. Each list is descending, min(out, in)
+    long, in fp32. Returns None if the run saved nothing (a full disk, a run begun without the
+    callback) or the update holds NaN or inf, which is logged.
     """
     folder = Path(folder)
     if not (folder / START).exists() or not (folder / CYCLE).exists():
@@ -125,9 +125,9 @@ def measure(model: nn.Module, folder: Path) -> dict | None:
 def figures(spectrum: dict) -> dict[str, dict[str, dict[str, float]]]:
     """How many directions an update has: {projection: {"relora" or "cycle": figures}}.
 
-    Each is summed over the measured layers: over_0.1, singular values above 0.1 (the ReLoRA paper's
-    count); over_1_percent, above a hundredth of the layer's largest; entropy_rank, exp of the entropy
-    of the singular values as shares of their sum (Roy and Vetterli, 2007); of, how many there are.
+    Each figure is summed over the measured layers: over_0.1, singular values above 0.1 (the ReLoRA
+    paper's count); over_1_percent, above a hundredth of the layer's largest; entropy_rank, exp of the
+    entropy of the singular values as shares of their sum (Roy and Vetterli, 2007); of, all of them.
     """
     table: dict = {}
     for row in spectrum["measured"]:
@@ -149,7 +149,7 @@ def figures(spectrum: dict) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _measured(layers) -> list[tuple[str, FusedReLoRaLinear]]:
-    """All layers, or of each projection as many, evenly spread over the depth, as _BUDGET allows."""
+    """All layers, or as many of each projection as _BUDGET allows, evenly spread over the depth."""
     groups: dict[str, list] = {}
     cost = 0.0
     for path, layer in layers:
@@ -164,7 +164,7 @@ def _measured(layers) -> list[tuple[str, FusedReLoRaLinear]]:
 
 
 def _weight(layer: FusedReLoRaLinear) -> torch.Tensor:
-    """W in float32 on the CPU, with what compensated merges could not store in it."""
+    """W in float32 on the CPU, including the residual of compensated merges."""
     weight = _float(layer.weight)
     if layer.weight_residual is not None:
         weight += _float(sharding.like(layer.weight, layer.weight_residual))

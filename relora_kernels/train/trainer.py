@@ -22,8 +22,8 @@ from .callback import ReLoRaCallback, StopOnSignalCallback
 
 logger = logging.getLogger(__name__)
 
-# What is overridden below, and what it has to take. Trainer calls these by name: one that a later
-# transformers no longer calls would leave runs without checkpoints, so their absence is an error.
+# Trainer's private methods that are overridden below. If a later transformers dropped one, its
+# override would never be called and runs would have no checkpoints, so a missing one is an error.
 _HOOKS = (
     "_save_checkpoint",
     "_load_best_model",
@@ -38,22 +38,22 @@ _LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 class ReLoRaTrainer(Trainer):
     """Trainer with checkpoints in safetensors and JSON, written whole or not at all, and verified.
 
-    Arguments are Trainer's, and `fingerprint`: numbers and strings by name that a resumed run must
-    match (the hash of its corpus, say). What ReLoRA, its schedule and the batches depend on is added.
+    Takes Trainer's arguments and `fingerprint`: named numbers and strings that a resumed run must
+    match (the hash of its corpus, say). The settings of ReLoRA, its schedule and the batches are added.
 
     - A checkpoint holds the model with W's residuals, optimizer, schedule, random generators of every
       rank, gradient scaler, the sum of losses not logged yet, and the state of every callback that has
-      state_dict and load_state_dict. A run resumed from it takes the same course, bit for bit, as one
-      that went on, at the same number of processes; at another one the generators start anew, and
-      sums are taken in another order.
-    - `train(resume_from_checkpoint=True)` takes the last valid checkpoint of output_dir.
-    - A disk that is full stops nothing: the half-written checkpoint is removed, a warning says so, and
-      training goes on; only where a signal has asked to save and stop is it an error.
-    - A model that `fully_shard` has sharded is taken as it is (the optimizer made after that); another
-      one Accelerate puts into DDP. Checkpoints hold whole tensors, gathered and written by rank 0, on
-      a file system that all ranks see.
+      state_dict and load_state_dict. With the same number of processes, a resumed run continues bit
+      for bit as if it had never stopped. With another number, the generators are seeded anew and sums
+      are taken in another order.
+    - `train(resume_from_checkpoint=True)` resumes from the last valid checkpoint in output_dir.
+    - A full disk does not stop training: the half-written checkpoint is removed and a warning is
+      logged. It is an error only if the run is about to stop early (after a signal, say).
+    - A model that `fully_shard` has sharded is used as it is (make the optimizer after sharding);
+      Accelerate puts any other model into DDP. Checkpoints hold whole tensors, gathered and written
+      by rank 0, on a file system that all ranks see.
 
-    Raises on construction RuntimeError where transformers has no longer what this class overrides, and
+    The constructor raises RuntimeError if transformers lacks a method that this class overrides, and
     ValueError for torch_compile with a model sharded by the caller.
     """
 
@@ -75,7 +75,7 @@ class ReLoRaTrainer(Trainer):
                     "ReLoRaTrainer: expected torch_compile=False with a model that fully_shard has sharded, "
                     "got True, which Accelerate leaves out for it; call model.compile() before"
                 )
-            # Else Accelerate refuses it, or wraps it in DDP.
+            # Otherwise Accelerate refuses the model, or wraps it in DDP.
             self.model._is_accelerate_prepared = True
 
     # --- training ------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class ReLoRaTrainer(Trainer):
                     callback.restore()
 
     def compute_loss_context_manager(self):
-        """Autocast, which Accelerate gives only the models that it prepares."""
+        """Adds autocast, which Accelerate applies only to models that it prepares."""
         stack = super().compute_loss_context_manager()
         if self._sharded_by_caller and (self.args.bf16 or self.args.fp16):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16
@@ -100,12 +100,12 @@ class ReLoRaTrainer(Trainer):
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and hasattr(self, "_tr_loss"):
-            # Trainer starts the next sum as x - x, which for a loss of NaN is NaN ever after.
+            # Trainer starts the next sum as x - x: after one NaN loss, all later sums would be NaN.
             self._tr_loss.nan_to_num_(0.0, 0.0, 0.0)
         super().log(logs, *args, **kwargs)
 
     def _choose(self, wanted: str | bool) -> str:
-        """The checkpoint to resume from: rank 0 looks, all take the same one."""
+        """The checkpoint to resume from. Rank 0 looks; all ranks use the same one."""
         folder, found = Path(self.args.output_dir if wanted is True else wanted), None
         if ranks.index() == 0:
             if wanted is True:
@@ -115,7 +115,7 @@ class ReLoRaTrainer(Trainer):
             else:
                 found = folder
         number = -1
-        if found is not None:  # a folder that is named may have any name
+        if found is not None:  # a folder passed by the caller may have any name
             number = int(found.name.rpartition("-")[2]) if wanted is True else 0
         [number] = ranks.maximum([number])
         if number < 0:
@@ -149,7 +149,7 @@ class ReLoRaTrainer(Trainer):
             except OSError as error:
                 failed, self.state.best_model_checkpoint = 1, best
                 logger.warning("training goes on without %s: %s", folder, error)
-        [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
+        [failed] = ranks.maximum([failed])  # the others wait until rank 0 has written
         if not failed:
             self._note_best(folder)
         stopping = (
@@ -172,7 +172,7 @@ class ReLoRaTrainer(Trainer):
                 self._save(output_dir, tensors)
                 failed = 0
         finally:
-            [failed] = ranks.maximum([failed])  # rank 0 has written when the others go on
+            [failed] = ranks.maximum([failed])  # the others wait until rank 0 has written
         if failed:
             raise OSError(f"save_model: rank 0 could not write {output_dir}; its error tells why")
         if self.args.push_to_hub and not _internal_call:
@@ -196,7 +196,7 @@ class ReLoRaTrainer(Trainer):
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _training_state(self, keep: bool) -> dict | None:
-        """All but the model. Rank 0 keeps it; moments are gathered from all."""
+        """Everything but the model. Moments are gathered from all ranks; None without `keep`."""
         mine = {"random": _random_state(ranks.count()), "loss": self._loss_state()}
         every_rank = ranks.gather_bytes(json.dumps(checkpoint.pack(mine, {})).encode())
         optimizer = _optimizer_state(self._torch_optimizer, self._plain_model, keep)
@@ -220,7 +220,7 @@ class ReLoRaTrainer(Trainer):
         }
 
     def _note_best(self, folder: Path) -> None:
-        """Where Trainer looks for the best model (load_best_model_at_end)."""
+        """Set where Trainer looks for the best model (load_best_model_at_end)."""
         if self.state.best_global_step:
             best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
             if best.exists() or best == folder:
@@ -297,10 +297,10 @@ class ReLoRaTrainer(Trainer):
         self._resumed_ranks = [checkpoint.unpack(rank, {}) for rank in state["ranks"]]
 
     def _load_scaler(self, checkpoint_folder: str | None) -> None:
-        """Nothing: _load_optimizer_and_scheduler has loaded it already."""
+        """No-op: _load_optimizer_and_scheduler has already loaded it."""
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        """Called when the first batches of the resumed run are drawn, which moves the generators."""
+        """Called late: skipping to the first batches of the resumed run moves the generators."""
         saved = self._resumed_ranks
         if checkpoint_folder is None or not saved:
             return
@@ -321,7 +321,7 @@ class ReLoRaTrainer(Trainer):
             self._globalstep_last_logged = int(losses["_globalstep_last_logged"])
 
     def _loss_state(self) -> dict:
-        """The loss of the steps since the last row of metrics; what it is kept in is Trainer's own."""
+        """The loss since the last row of metrics, which is in private attributes of Trainer."""
         return {name: float(getattr(self, name, 0.0)) for name in _LOSS}
 
     # --- parts ---------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def _one_or_all(values: list):
 
 
 def _names(optimizer, model) -> list[list[str]]:
-    """The names of each group's parameters. ValueError for one that is not the model's."""
+    """The names of each group's parameters. ValueError if one is not the model's."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [[names.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
     for i, group in enumerate(groups):
@@ -382,7 +382,7 @@ def _names(optimizer, model) -> list[list[str]]:
 
 
 def _optimizer_state(optimizer, model, keep: bool) -> dict:
-    """Groups and whole state tensors by parameter name; where not `keep`, only the gathering."""
+    """Groups and whole state tensors by parameter name. Without `keep`, only joins the gathering."""
     names, states = _names(optimizer, model), {}
     for group, group_names in zip(optimizer.param_groups, names):
         for parameter, name in zip(group["params"], group_names):
@@ -435,7 +435,7 @@ def _load_optimizer(optimizer, model, saved: dict) -> None:
 
 
 def _random_state(processes: int) -> dict:
-    """Of Python, numpy, torch on the CPU and on this process's GPUs, without tensors."""
+    """States of Python, numpy and torch (CPU and this process's GPUs), without tensors."""
     numpy = np.random.get_state()
     devices = []
     if torch.cuda.is_available():
