@@ -429,8 +429,8 @@ class Merge(Problem):
         return {"error": relative, "error_over_eager": 2 * worst}
 
     def evidence_class(self, o: MergeOperands) -> tuple[str, list] | None:
-        if len(self.shapes) > 1 or self.by or self.factors != "float32":
-            return None  # evidence is kept for one layer, the default constant and float32 factors
+        if len(self.shapes) > 1 or self.by:
+            return None  # evidence is kept for one layer and the default constant
         call = o.weights[0], o.lora_A[0], o.lora_B[0], SCALING, self.rounding
         return "merge_", list(evidence.CLASSES["merge_"](*call))
 

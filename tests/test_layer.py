@@ -309,6 +309,15 @@ def test_dropout_only_in_training(device):
     assert torch.equal(layer.eval()(x), plain)
 
 
+def test_a_state_dict_on_meta_loads_as_nn_linears_does():
+    layer = FusedReLoRaLinear(16, 8, r=4, dtype=torch.bfloat16)
+    layer.merge()
+    state = {key: value.to("meta") for key, value in layer.state_dict().items()}
+    assert "weight_residual" in state
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.is_meta and layer.weight_residual is None
+
+
 def test_meta_device_and_deepcopy():
     layer = FusedReLoRaLinear(16, 8, r=4, device="meta")
     assert layer.lora_A.is_meta and layer(torch.empty(3, 16, device="meta")).shape == (3, 8)
