@@ -409,7 +409,9 @@ class FusedReLoRaLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if prefix + "weight" in state_dict:
             self.weight_residual = None
-        if residual is not None and residual.is_meta:  # of a model on meta: there is nothing to load
+        if (
+            residual is not None and residual.is_meta
+        ):  # of a model on meta: there is nothing to load
             self.residual_loaded = False
             return
         self.residual_loaded = residual is not None and (

@@ -5,11 +5,11 @@ import os
 import signal
 import sys
 
-# Jobs that a shell's script starts in the background ignore Ctrl-C, and so would what the tests interrupt.
+# Background jobs of a shell script ignore SIGINT, and the processes that the tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A bare folder named triton (this repository's) is no compiler: without the real package
-# `import triton` has to fail rather than find it.
+# This repository has a folder named triton. Without the real package, `import triton` must fail rather
+# than find that folder.
 _spec = importlib.util.find_spec("triton")
 if _spec is None or _spec.origin is None:
     sys.modules["triton"] = None
@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and sys.modules.get("triton", ()) i
     interpreter.install()
 
 
-# Minutes each: first, so that two processes of pytest end together.
+# These take minutes each. They run first, so that two pytest processes end at about the same time.
 SLOW = (
     "test_triton_compile",
     "test_train_distributed",

@@ -1,11 +1,11 @@
-"""What nvcc makes of csrc/*.cu, without a GPU: read off the compiled module relora_kernels._C.
+"""What nvcc makes of csrc/*.cu, read from the compiled module relora_kernels._C; no GPU is needed.
 
     python tests/cuda_table.py [--table]
 
 Prints, for each kernel and architecture, registers, local memory (spills), shared memory, tensor-core
-instructions and global accesses as found in the machine code, and its digest: a JSON object a line, or
-with --table the contents of docs/cuda_kernels.md. Dynamic shared memory is not in it. The module is the
-installed one where it is of these sources, this nvcc and all architectures, else it is built.
+instructions and global accesses as found in the machine code, and its digest: one JSON object per line, or
+with --table the contents of docs/cuda_kernels.md. Dynamic shared memory is not included. The installed module
+is used if it was built from these sources, with this nvcc, for all architectures; otherwise one is built.
 """
 
 import concurrent.futures
@@ -24,24 +24,24 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 sys.path.insert(0, str(CSRC))
 import cuda_build  # noqa: E402
 
-# No build makes them of all sources by default: assembled here from the module's PTX.
+# By default no build compiles all sources for these: they are assembled here from the module's PTX.
 FROM_PTX = ("86", "89")
 ARCHS = (*sorted({*cuda_build.DEFAULT_ARCHS, *FROM_PTX}, key=int), "90a")
 
 
 def find_tools(nvcc: Path) -> Path | None:
-    """The toolkit's; PyPI's nvcc comes without them, and then Triton's."""
+    """The toolkit's tools, or Triton's, because PyPI's nvcc comes without them."""
     return sass.find_tools(cuda_build.toolkit_root(nvcc) / "bin", nvcc.parent)
 
 
 def demangled(names: list[str]) -> list[str]:
-    """`merge_kernel<bf16, float>` and the like; as they are where there is no c++filt."""
+    """`merge_kernel<bf16, float>` and the like; unchanged if there is no c++filt."""
     tool = shutil.which("c++filt")
     if tool is None:
         return names
     done = subprocess.run([tool, *names], capture_output=True, text=True, check=True)
     plain = re.sub(r"(void|relora::|\(anonymous namespace\)::)\s*", "", done.stdout)
-    # Without the arguments: the parenthesis that closes the line.
+    # Drops the arguments: the parentheses that close the line.
     return [re.sub(r"\([^()]*\)$", "", line.strip()) for line in plain.splitlines()]
 
 
@@ -59,7 +59,7 @@ def compiled_module(nvcc: Path, work: Path) -> Path:
 
 
 def kernels(tools: Path, cubin: Path) -> list[dict]:
-    """A row for each kernel of a file for one architecture, named as `cuobjdump -xelf` names it."""
+    """A row for each kernel of a cubin of one architecture, with the name that `cuobjdump -xelf` gives it."""
     arch = cubin.name.split(".")[-2].removeprefix("sm_")
     usage = re.findall(
         r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
@@ -82,7 +82,7 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
                 "spills": int(stack) + int(local),
                 "shared": int(shared),
                 "tensor_core": sorted(set(re.findall(r"\b([HIQ]G?MMA\.\d[\w.]*)", body))),
-                # Whether it lets the next launch in, and waits for the one before.
+                # Whether it lets the next launch start early, and whether it waits for the one before.
                 "overlaps": ("PREEXIT" in body, "ACQBULK" in body),
                 "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", body))),
             }

@@ -1,7 +1,7 @@
 """One rank of test_train_distributed.py: runs of relora-train, one after the other.
 
 `torchrun --nproc-per-node N tests/distributed_program.py CASES.json`, gloo on a CPU. A case is
-{"out": folder, "flags": [...]} with "nan_on", "stop_on" (a rank) or "check" (a function below) at will.
+{"out": folder, "flags": [...]}, optionally with "nan_on" or "stop_on" (a rank), or {"check": a function below}.
 """
 
 import faulthandler
@@ -35,7 +35,7 @@ from relora_kernels.train.data import Blocks
 
 
 class SpyCallback(ReLoRaCallback):
-    """Writes what each restart drew: A, and which moments were kept. `folder`: where to."""
+    """Writes what each restart drew, A and which moments were kept, into `folder`."""
 
     folder = None
 
@@ -121,7 +121,7 @@ def other_factors_case42() -> int:
 
 
 def other_residual_case42() -> int:
-    """As where rank 0 alone loads a checkpoint: DistributedDataParallel sends no residual."""
+    """As if only rank 0 had loaded a checkpoint: DistributedDataParallel does not broadcast residuals."""
     model, schedule = schedule_of(dtype=torch.bfloat16)
     if ranks.index() == 0:
         model.state_dict()["0.weight_residual"][3, 3] = 1e-3
@@ -209,7 +209,7 @@ def best_model(folder) -> int:
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(whole(parameter.detach()), expected[name]), name
             assert torch.equal(saved[name], expected[name]), name
-    # One that is gone costs a finished run nothing, and a write that fails ends save_model on all ranks.
+    # A missing best checkpoint does not fail a finished run, and a failed write ends save_model on all ranks.
     kept = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     ranks.maximum([0])
     if ranks.index() == 0:
@@ -232,8 +232,8 @@ def best_model(folder) -> int:
 
 
 def another_step_case42() -> int:
-    """Rank 1 comes to the boundary a step early: neither hangs, none merges. The last case, for rank 0
-    has sent more than rank 1 then."""
+    """Rank 1 comes to the boundary a step early: no rank hangs, none merges. This must be the last case, because
+    rank 0 has then sent more than rank 1."""
     model, schedule = schedule_of()
 
     def steps():
@@ -249,8 +249,8 @@ def another_step_case42() -> int:
 
 
 def main() -> None:
-    gc.freeze()  # Accelerate collects garbage after each phase: of all the imports
-    faulthandler.dump_traceback_later(150, exit=True)  # a rank that waits for ever tells where
+    gc.freeze()  # keeps the imports out of Accelerate's garbage collections
+    faulthandler.dump_traceback_later(150, exit=True)  # a rank that hangs shows where
     cases = json.loads(Path(sys.argv[1]).read_text())
     for case in cases:
         code = globals()[case["check"]](*case.get("args", [])) if "check" in case else run(case)

@@ -1,5 +1,5 @@
-// Fibers: what waits for a turn on a stack of its own. ucontext begins them; the changes after that are
-// the compiler's own jumps, since swapcontext asks the kernel for a signal mask each time.
+// Fibers: cooperative threads, each with its own stack. ucontext starts them. Later switches use the compiler's
+// setjmp and longjmp builtins, because swapcontext makes a system call for the signal mask each time.
 #pragma once
 
 #include <ucontext.h>
@@ -11,13 +11,13 @@ namespace fibers {
 
 struct Fiber {
   ucontext_t beginning;
-  void* at[5];  // where it left
+  void* at[5];  // where it left off
   bool begun;
   std::unique_ptr<char[]> stack;
 };
 inline void* scheduler[5];
 
-// `main` must not return: it leaves for good.
+// `main` must not return. It ends with a last leave().
 inline void prepare(Fiber& fiber, size_t stack_bytes, void (*main)()) {
   fiber.begun = false;
   fiber.stack.reset(new char[stack_bytes]);  // not filled with zeros
@@ -28,8 +28,8 @@ inline void prepare(Fiber& fiber, size_t stack_bytes, void (*main)()) {
   makecontext(&fiber.beginning, main, 0);
 }
 
-// Functions of their own, neither inlined nor looked into: what saves a place must be seen to call something
-// that may come back to it.
+// A separate function, neither inlined nor analysed: the compiler must assume that the function which saved a place
+// calls something that may return to it.
 [[noreturn, gnu::noinline, gnu::noipa]] inline void jump(void** at) { __builtin_longjmp(at, 1); }
 
 // From the scheduler, until the fiber leaves.

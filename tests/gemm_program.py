@@ -1,5 +1,5 @@
 """Cases of lora_linear's CUDA kernels on a GPU, each reported as it ends: its name, a tab, "ok" or what is
-wrong. test_cuda_gemm_gpu.py runs this, apart from itself: a kernel may hang.
+wrong. test_cuda_gemm_gpu.py runs this in a process of its own, because a kernel may hang.
 
     python tests/gemm_program.py [name ...]
 """
@@ -28,7 +28,7 @@ SHAPES = [  # m, n, k, r
 
 
 def drawn(rows, cols, dtype):
-    """16-byte pitch, NaN beside the values."""
+    """A random matrix whose pitch is a multiple of 16 bytes, with NaN beside the values."""
     pitch = -(-cols // 8) * 8 + 8
     matrix = torch.full((rows, pitch), torch.nan, dtype=dtype, device=DEVICE)[:, :cols]
     return matrix.copy_(torch.randn(rows, cols, device=DEVICE) * cols**-0.5)
@@ -40,7 +40,7 @@ def force(kernel, variant):
 
 
 def product(kernel, variant, form, shape, dtype, p=0.0):
-    """One launch, against fp64; three times, bit for bit the same."""
+    """One launch, compared with fp64; three runs agree bit for bit."""
     force(kernel, variant)
     m, n, k, r = shape
     x, low = drawn(m, k, dtype), drawn(m, r, dtype)
@@ -62,7 +62,7 @@ def product(kernel, variant, form, shape, dtype, p=0.0):
 
 
 def pair(cluster, shape, dtype):
-    """Two products of one launch, against fp64; three times, bit for bit the same."""
+    """Two products in one launch, compared with fp64; three runs agree bit for bit."""
     launcher.PAIR = cluster
     m, k, n = shape
     x, w, p = drawn(m, k, dtype), drawn(k, n, dtype), drawn(m, n, dtype)
@@ -179,7 +179,7 @@ def main(names) -> None:
             verdict = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"{name}\t{verdict}", flush=True)
         if "CUDA error" in verdict or "cudaError" in verdict:
-            return  # the context is lost: the rest in another process
+            return  # the context is lost: the rest must run in another process
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What Triton's CPU interpreter lacks for the tests: bfloat16, and some speed.
 
-It keeps bfloat16 as its bits in uint16, multiplies those bits as integers in tl.dot, and cuts off where
-float32 is narrowed. `install` mends these two; the kernels do every other arithmetic in float32.
-tests/test_triton.py checks the result against torch. And it goes through all of triton.language at each
-call of a function within a kernel, for the members that it stands in for: a third of such tests' time.
+It stores bfloat16 as bits in uint16, multiplies these bits as integers in tl.dot, and truncates when it
+narrows float32. `install` corrects both; the kernels do all other arithmetic in float32.
+tests/test_triton.py checks the result against torch. The interpreter also scans all of triton.language
+for members to replace at each function call within a kernel, a third of such tests' time; `install`
+makes it look them up once.
 """
 
 import functools
@@ -52,7 +53,7 @@ def install() -> None:
     def patch_builtin(language, builder, scope) -> None:
         for name in builtins(language):
             member = getattr(language, name)
-            if tl.core.is_builtin(member):  # not stood in for yet
+            if tl.core.is_builtin(member):  # not replaced yet
                 interpreter._patch_attr(language, name, member, builder, scope)
 
     interpreter._patch_builtin = patch_builtin

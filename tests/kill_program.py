@@ -1,8 +1,8 @@
-"""Kills runs of relora-train at drawn points, resumes each, and tells whether the result is the same.
+"""Kills runs of relora-train at random points, resumes each, and reports whether the result is the same.
 
-`kill_program.py FOLDER FIRST LAST SEED [FLAG ...]` prints one line of JSON a kill point. Runs are forked
-after the imports, before torch computes anything (a fork copies no threads). A point is the n-th call
-of one of the functions below: the process ends by SIGKILL before it, after it, or in the middle of
+`kill_program.py FOLDER FIRST LAST SEED [FLAG ...]` prints one line of JSON per kill point. Runs are forked
+after the imports, before torch computes anything (a fork does not copy threads). A kill point is the n-th
+call of one of the functions below: SIGKILL ends the process before it, after it, or in the middle of
 what it writes.
 """
 
@@ -23,7 +23,7 @@ from relora_kernels import files, schedule
 from relora_kernels.reference import merge
 from relora_kernels.train import checkpoint, cli
 
-# Steps; the two halves of a restart and the merge of one layer; between the phases; the export; files.
+# Optimizer steps; the two halves of a restart and one layer's merge; between the phases; the export; files.
 WATCHED = [
     (torch.optim.AdamW, "step"),
     (schedule, "merge_and_reinit"),
@@ -74,7 +74,7 @@ def watch(kill_at=None, seen=None):
 
 
 def forked(log, work):
-    """`work`'s return value as the exit code of a child; negative for the signal that ended it."""
+    """Runs `work` in a child. Returns its exit code, which is `work`'s result, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -93,7 +93,7 @@ def forked(log, work):
 
 
 def draw(seen, first, last, rng):
-    """Points `first` to `last` of a row that takes the watched functions in turn: (call, how)."""
+    """Kill points `first` to `last`, as (call, how). They take the watched functions in turn."""
     calls, drawn = {}, []
     for number, name in enumerate(seen):
         calls.setdefault(name, []).append(number)
@@ -107,9 +107,9 @@ def draw(seen, first, last, rng):
 def main(folder, first, last, seed, *flags):
     folder, rng = Path(folder), random.Random(int(seed))
     run = train_runs.flags(folder / "words.txt", "OUT", **train_runs.ODD_INTERVALS) + list(flags)
-    # What follows the export takes as long as the training, and nothing of it is compared.
+    # The plots and the sample after the export take as long as the training, and are not compared.
     cli.report.plot_metrics = cli.report.sample_text = lambda *args: ""
-    gc.freeze()  # Accelerate collects garbage after each phase: a second a run, of all the imports
+    gc.freeze()  # keeps the imports out of Accelerate's garbage collections: a second per run
 
     def start(out, **kill):
         def work():

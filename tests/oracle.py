@@ -1,4 +1,4 @@
-"""The tests' measure: eager PyTorch in fp64, and how far the same formula strays in the working dtype."""
+"""The tests' error bounds: against eager PyTorch in fp64, by the error of the same formula in the working dtype."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,13 @@ from relora_kernels import lora_linear
 
 
 def eager_lora_linear(x, weight, lora_A, lora_B, scaling, bias=None):
-    """The formula as everybody writes it, dtype by dtype as given; A and B are cast to x's dtype."""
+    """The plain formula in the given dtypes; A, B and bias are cast to x's dtype."""
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y + scaling * F.linear(F.linear(x, lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest absolute error; NaN or inf where the oracle has none never passes."""
+    """Largest absolute error. Asserts that `actual` is finite exactly where `exact` is."""
     assert actual.shape == exact.shape, f"{actual.shape} instead of {exact.shape}"
     difference = (actual.double() - exact).abs()
     assert torch.equal(actual.isfinite(), exact.isfinite()), "not finite where the oracle is"
@@ -23,9 +23,9 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def assert_as_good_as(actual, eager, exact, factor: float, work, magnitude=None) -> None:
     """error(actual) <= factor * error(eager), both against fp64 (FlashAttention's rule).
 
-    Among fewer than 1024 elements one of the two can be exact by luck: there, what two roundings can do to
-    the largest sum, that of P or Q and that of the result, is allowed on top. `magnitude`: the sums of
-    the terms' absolute values, where `exact` may be small by cancellation.
+    With fewer than 1024 elements, eager can be exact by luck. Then the error that two roundings (of P or Q, and of
+    the result) can cause in the largest sum is allowed on top. `magnitude`: the sums of the terms'
+    absolute values, for cases in which cancellation may make `exact` small.
     """
     ours, theirs = error(actual, exact), error(eager, exact)
     sums = exact if magnitude is None else magnitude
@@ -35,7 +35,7 @@ def assert_as_good_as(actual, eager, exact, factor: float, work, magnitude=None)
 
 
 def operands(rows, in_features, out_features, r, dtype, lora_dtype=None, device="cpu", bias=True):
-    """x (rows, in), weight, lora_A, lora_B, bias; leaves, all but weight requiring grad."""
+    """x (rows, in), weight, lora_A, lora_B, bias as leaves; all but weight require grad."""
     lora_dtype = lora_dtype or dtype
 
     def leaf(*shape, scale=1.0, dtype=dtype):
@@ -60,13 +60,13 @@ def results(function, tensors, dy, scaling=0.25):
 
 
 def check_against_fp64(tensors, scaling=0.25, ours=lora_linear, eager=eager_lora_linear, dy=None):
-    """y and the gradients of `ours`, with the backend in force, by the rule of assert_as_good_as."""
+    """Checks y and the gradients of `ours`, on the current backend, by the rule of assert_as_good_as."""
     x, weight = tensors[:2]
     if dy is None:
         dy = torch.randn(*x.shape[:-1], weight.shape[0], device=x.device).to(x.dtype)
 
     def in_double(change):
-        # The oracle computes from what the formula is given: A and B as rounded to x's dtype.
+        # The oracle starts from the same inputs as the formula: A and B rounded to x's dtype.
         return [
             None
             if t is None

@@ -2,9 +2,9 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 python tests/sanitizer_program.py [PART ...]
 
-Without the variable torch's tensors lie side by side in one allocation, and a write beyond one is none
-beyond it. Operands are drawn and the reference is run on the CPU: the sanitizer has to instrument every
-kernel that is met, torch's too. Exit status: 0 all equal, 1 not, 2 nothing can be run here.
+Without the variable, torch's tensors lie side by side in one allocation, and a write beyond a tensor may stay
+inside that. Operands are drawn and the reference runs on the CPU, because the sanitizer has to instrument
+every kernel it meets, torch's too. Exit status: 0 all equal, 1 not, 2 nothing can be run here.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def merges(device):
 
 
 def streamed_merges(device):
-    """By the kernel of every GPU, on sm_90 too."""
+    """The same with the kernel for every GPU, on sm_90 too."""
     before, merge.KERNEL = merge.KERNEL, "streamed"
     try:
         return merges(device)
@@ -55,7 +55,7 @@ def streamed_merges(device):
 
 
 def many_tiles(device):
-    """Over three times what 132 multiprocessors hold: a block goes through several, or through strips."""
+    """Over three times as many as 132 multiprocessors hold, so that a block goes through several, or strips."""
     found = []
     for rounding, factor_dtype in (
         ("nearest", torch.float32), ("compensated", torch.bfloat16), ("stochastic", torch.float32)
@@ -69,7 +69,7 @@ def many_tiles(device):
 
 
 def lists(device):
-    """A model's layers in one launch, more than its arguments hold, each restarted behind its merge."""
+    """A model's layers in one launch, more than its arguments hold, each restarted after its merge."""
     found = []
     for dtype, rounding in itertools.product(DTYPES, ROUNDINGS):
         layers = []
@@ -84,7 +84,7 @@ def lists(device):
 
 
 def moments(device, dtype):
-    """Tensors of one block and of many, with ties, and one that is not contiguous."""
+    """Tensors for one block and for many, some with ties, and one that is not contiguous."""
     tensors = [torch.randn(size) for size in (1, 2, 77, 5003, 70_000, 300_001, 450_003)]
     tensors += [torch.randint(-3, 4, (size,)) for size in (900, 40_000)]
     tensors = [t.to(dtype).to(device) for t in (*tensors, torch.randn(60, 70))]
@@ -97,7 +97,7 @@ def prunes(device):
         alone = moments(device, dtype)
         prune_(alone, ratio)
         found += alone
-        for partner_dtype in (torch.bfloat16, torch.float32):  # the latter by Hopper's clusters
+        for partner_dtype in (torch.bfloat16, torch.float32):  # the latter uses Hopper's clusters
             tensors = moments(device, dtype)
             partners = [torch.ones_like(t, dtype=partner_dtype) for t in tensors]
             prune_(tensors, ratio, partners)
@@ -106,7 +106,7 @@ def prunes(device):
 
 
 def windows(device):
-    """Tensors that are sampled first: one that a window is found for, and one of two sorts of elements."""
+    """Tensors that are sampled first: one whose window holds, and one with two very different magnitudes."""
     tensors = []
     for dtype in (torch.float32, torch.bfloat16):
         t = torch.randn(2**24 + 5)
@@ -138,7 +138,7 @@ def counts(device):
 
 
 def linear(device):
-    """Forward and backward; held against fp64, since the reference rounds its sums elsewhere."""
+    """Forward and backward, compared with fp64, because the reference rounds its sums at other places."""
 
     def there(x, weight, lora_A, lora_B, scaling, bias):
         x, weight, lora_A, lora_B, bias = (t.to(device) for t in (x, weight, lora_A, lora_B, bias))
@@ -153,7 +153,7 @@ PARTS = (merges, streamed_merges, many_tiles, lists, prunes, windows, random_pru
 
 
 def run(part, backend: str, device: str) -> None:
-    """`part` by `backend`; raises AssertionError unless each tensor is the reference's bit for bit."""
+    """Runs `part` on `backend`; raises AssertionError unless each tensor equals the reference's bit for bit."""
     found = []
     for name, place in ((backend, device), ("reference", "cpu")):
         torch.manual_seed(0)

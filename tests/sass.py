@@ -1,4 +1,4 @@
-"""Machine code of cubins as text. nvdisasm takes most of a second to start: one start for many kernels."""
+"""Machine code of cubins as text. nvdisasm takes most of a second to start, so one run handles many kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOOLS = ("cuobjdump", "nvdisasm")
 
 
 def find_tools(*folders: Path) -> Path | None:
-    """A folder that holds both: one of `folders`, of PATH, or Triton's."""
+    """The first folder that holds both TOOLS: of `folders`, on PATH, or Triton's; None if there is none."""
     on_path = shutil.which(TOOLS[0])
     candidates = [*folders] + ([Path(on_path).parent] if on_path else [])
     triton = importlib.util.find_spec("triton")
@@ -30,7 +30,7 @@ def functions(cubin: bytes) -> dict[str, bytes]:
     """Each function's code, by its (mangled) name: the sections .text.* of an ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<3H", cubin, 58)
-    # Of a section: name, type; flags, address, offset, bytes; and what is not needed here.
+    # A section header: name, type; flags, address, offset, size; the rest is not needed here.
     sections = [struct.unpack_from("<2I4Q2I2Q", cubin, table + i * size) for i in range(count)]
     found = {}
     for name, _, _, _, offset, length, *_ in sections:
@@ -42,7 +42,7 @@ def functions(cubin: bytes) -> dict[str, bytes]:
 
 
 def disassembled(codes: list[bytes], arch: str, tools: Path) -> list[str]:
-    """The instructions of each, a line each; `arch` as in "80" or "90a"."""
+    """The instructions of each of `codes`, one per line; `arch` is "80" or "90a", for example."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()

@@ -1,4 +1,4 @@
-"""One rank of test_sharded.py: the same ReLoRA run unsharded and under FSDP2 has to agree.
+"""One rank of test_sharded.py: a ReLoRA run under FSDP2 must agree with the same run unsharded.
 
 `torchrun --nproc-per-node N tests/sharded_program.py`, gloo on a CPU.
 """
@@ -111,7 +111,7 @@ def moments_of_every_kind(dtype) -> list[torch.Tensor]:
 
 
 def meshes():
-    """(mesh, placements): rows over all ranks; with four also rows over two, twice."""
+    """(mesh, placements): rows sharded over all ranks; with four ranks also over two, in two replicas."""
     world = dist.get_world_size()
     yield init_device_mesh("cpu", (world,)), [Shard(0)]
     if world == 4:
@@ -120,7 +120,7 @@ def meshes():
 
 
 def adam_of(moments, place):
-    """(optimizer, parameters) with these first moments; the second ones are of another dtype."""
+    """(optimizer, parameters) with these first moments; the second moments are float32."""
     params = [nn.Parameter(place(torch.zeros_like(m))) for m in moments]
     optimizer = torch.optim.AdamW(params)
     for i, (p, m) in enumerate(zip(params, moments)):
@@ -166,7 +166,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def checkpoint_agrees() -> None:
-    """The residual is gathered and cut as the weight is, through full and sharded state_dicts."""
+    """Full and sharded state_dicts gather and shard the residual like the weight."""
     source, target = shard(build(torch.bfloat16)), shard(build(torch.bfloat16))
     for _, layer in relora_layers(source):
         local_rows(layer.lora_B.data)[0].fill_(1e-3)
@@ -179,11 +179,11 @@ def checkpoint_agrees() -> None:
     target.load_state_dict(source.state_dict())
     for (_, a), (_, b) in zip(relora_layers(source), relora_layers(target)):
         assert torch.equal(a.weight_residual, b.weight_residual) and a.weight_residual.any()
-    # Sent by rank 0 the residual comes to no other: the next restart refuses to lose the others' rows.
+    # A broadcast from rank 0 does not reach other ranks' residuals: the next restart refuses to lose their rows.
     sent = shard(build(torch.bfloat16))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(sent, full if dist.get_rank() == 0 else {}, options=options)
-    get_model_state_dict(sent, options=StateDictOptions(full_state_dict=True))  # hangs nobody
+    get_model_state_dict(sent, options=StateDictOptions(full_state_dict=True))  # must not hang
     schedule, alone = scheduled(sent), dist.get_world_size() == 1
     if alone:
         assert schedule.step()
@@ -204,7 +204,7 @@ def one_row_agrees() -> None:
             if key.endswith("weight_residual"):
                 assert isinstance(tensor, DTensor), key
                 assert torch.equal(whole(tensor), expected[key])
-        merge_and_reinit(sharded)  # of B = 0: the residuals stay as they are
+        merge_and_reinit(sharded)  # B = 0: the residuals stay the same
 
 
 def adam_for(model):
@@ -212,7 +212,7 @@ def adam_for(model):
 
 
 def scheduled(model, optimizer=None):
-    """With a restart at every step."""
+    """A schedule with a restart at every step."""
     return ReLoRaSchedule(model, optimizer or adam_for(model), lambda t: 1.0, 1, 0)
 
 
@@ -226,7 +226,8 @@ def refused(error, says, work) -> None:
 
 
 def unsharded_parameters_are_put_back() -> None:
-    """After a forward pass without a backward the root may hold whole parameters, to which nobody writes."""
+    """After a forward pass without a backward the root may hold whole parameters. They are resharded before any
+    write."""
     model = fully_shard(build(torch.bfloat16), reshard_after_forward=False)
     x = torch.randn(6, 24)
 
@@ -251,7 +252,7 @@ def unsharded_parameters_are_put_back() -> None:
 
 
 def placements_are_refused() -> None:
-    """W cut and the factors not, the other way round, or by columns: before a step is taken."""
+    """W sharded and the factors not, the other way round, or shards by columns: refused before any step."""
     if dist.get_world_size() == 1:
         return
     for of_w in (True, False):
@@ -270,7 +271,7 @@ def placements_are_refused() -> None:
 
 
 def replicas_are_compared() -> None:
-    """Rows over two ranks, twice: a factor or a residual of the second pair is another."""
+    """Rows over two ranks, in two replicas: a factor or a residual of the second replica differs."""
     if dist.get_world_size() != 4:
         return
     for key in ("lora_A", "weight_residual"):
@@ -285,7 +286,7 @@ def replicas_are_compared() -> None:
 
 
 def wide_weights_take_their_rows_of_a_residual() -> None:
-    """One made for the whole weight, before that was cut."""
+    """The residual was made for the whole weight, before that was sharded."""
     model = build(torch.bfloat16)
     model.state_dict()
     for _, layer in relora_layers(model):

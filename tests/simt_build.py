@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with the host compiler, and stands the result in for relora_kernels._C."""
+"""Compiles the CUDA sources with the host compiler, and substitutes the result for relora_kernels._C."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ UB_FLAGS = "-fsanitize=undefined -fno-sanitize-recover=all".split()
 
 
 def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
-    """The file that `make` writes, made by the first of pytest-xdist's processes that asks for it."""
+    """The file that `make` writes. Of pytest-xdist's processes only the first that asks for it runs `make`."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -43,7 +43,7 @@ def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def host_library(tmp_path_factory, source: Path, *arguments) -> ctypes.CDLL:
-    """`source` as a shared library; skips the test where there is no g++."""
+    """`source` as a shared library; skips the test if there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the CUDA sources for the host")
@@ -58,7 +58,7 @@ def host_library(tmp_path_factory, source: Path, *arguments) -> ctypes.CDLL:
 
 
 def simt_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
-    """tests/simt/`source` with the SIMT shim in the place of CUDA's runtime."""
+    """tests/simt/`source` with the SIMT shim in place of CUDA's runtime."""
     return host_library(
         tmp_path_factory,
         TESTS / "simt" / source,
@@ -70,12 +70,12 @@ def simt_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
 
 
 def races_library(tmp_path_factory, source: str, *flags: str) -> ctypes.CDLL:
-    """The same, ended by the first two accesses that clash and have no order: tests/simt/races.h."""
+    """The same, but the first race between two accesses aborts the process: tests/simt/races.h."""
     races = host_library(tmp_path_factory, TESTS / "simt" / "races.cpp", "-O2", "-DSIMT_RACES")
     return host_library(
         tmp_path_factory, TESTS / "simt" / source, *SIMT_FLAGS, *flags, f"-I{TESTS / 'simt'}",
         "-DSIMT_RACES", "-fsanitize=thread", "-fno-threadsafe-statics", "-Wno-maybe-uninitialized",
-        "-fno-tree-loop-im",  # loads before their conditions, in all threads
+        "-fno-tree-loop-im",  # it would hoist loads above their conditions, into all threads
         "-nodefaultlibs", f"-Wl,--no-as-needed,{races._name}",
         "-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc",
     )  # fmt: skip
@@ -87,7 +87,7 @@ def numerics_library(tmp_path_factory) -> ctypes.CDLL:
 
 
 def put_in_place(monkeypatch, launcher, module) -> None:
-    """Let relora_kernels/cuda's `launcher` run on CPU tensors, with `module` for relora_kernels._C."""
+    """Lets relora_kernels/cuda's `launcher` run on CPU tensors, with `module` in place of relora_kernels._C."""
     monkeypatch.setattr(launcher, "extension", lambda: (module, None))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))

@@ -52,7 +52,7 @@ def test_a_taken_warm_start_is_as_good_as_an_own_one(text, donor, tmp_path):
         [(r["step"], r["loss"]) for r in RunFolder(o).rows() if "loss" in r] for o in (own, taken)
     ]
     assert losses[0] == losses[1]
-    # Once it has checkpoints of its own, a run needs its donor no more.
+    # Once it has checkpoints of its own, a run no longer needs its donor.
     (RunFolder(taken).phase("relora") / "checkpoint-24").rename(tmp_path / "lost")
     (RunFolder(taken).config).write_text(
         RunFolder(taken).config.read_text().replace(str(donor), str(tmp_path / "gone"))
@@ -86,7 +86,7 @@ def test_diagnostics_tell_updates_and_what_merges_keep(text, tmp_path):
     updates = {row["step"]: row["update"] for row in rows if "update" in row}
     # The first step of a cycle has a learning rate of 0.
     assert set(updates) == set(range(7, 31)) - {7, 13, 19, 25}
-    # Adam's step is about the rate itself; times it (0.01 at most) these would be below 0.1.
+    # Updates are in units of the rate, and Adam's are about 1. Times the rate (0.01 at most) they would be below 0.1.
     assert 0.1 < statistics.median(updates.values()) < 3.0
 
 
@@ -142,7 +142,7 @@ def test_rates_are_multiples_of_the_one_that_is_given(ablation, monkeypatch, rat
 
 
 def tiny(text, **settings):
-    """train_runs' sizes as words for the driver, without what is its own."""
+    """train_runs' settings as arguments for the driver, without those that the driver sets itself."""
     words = flags(text, "unused", **settings)
     own = {"--steps", "--output_dir", "--train_files"}
     pairs = [words[i : i + 2] for i in range(0, len(words), 2) if words[i] not in own]
@@ -177,7 +177,7 @@ def test_grid_is_run_once_and_reported(ablation, text, tmp_path, monkeypatch, ca
     monkeypatch.setattr(ablation, "start", None)
     ablation.main()
     assert "2 runs in" in capsys.readouterr().out
-    # Nor does it take them for runs of other options.
+    # Nor does it mistake them for runs with other options.
     monkeypatch.setattr(sys, "argv", [*arguments, *more, "--lora_r", "3"])
     with pytest.raises(SystemExit) as end:
         ablation.main()
@@ -204,7 +204,7 @@ def test_bad_options_are_told_before_any_run(ablation, monkeypatch, capsys, word
 
 @pytest.mark.parametrize("size", ["micro", "60m", "130m"])
 def test_every_run_of_every_size_has_valid_flags(ablation, monkeypatch, tmp_path, size):
-    """And is made with the settings of the others but for its own."""
+    """And apart from what defines a run, all have the same settings."""
     monkeypatch.setattr(sys, "argv", ["ablation", "--size", size, "--report"])
     options = ablation.parse_options()
     assert options.grid == list(ablation.GRIDS)
@@ -227,7 +227,7 @@ def test_every_run_of_every_size_has_valid_flags(ablation, monkeypatch, tmp_path
 
 
 def test_a_failed_run_stops_no_other_one(ablation, tmp_path, monkeypatch, capsys):
-    """Nor is a run that is named twice run twice."""
+    """And a run that is named twice runs once."""
     started, reported = [], []
 
     def start(name, seed, options, output):
@@ -331,7 +331,7 @@ def test_figures_of_a_run_that_diverged(ablation):
     assert math.isnan(found["eval_loss_final"]) and math.isnan(found["merge_kept"])
     assert ablation_report.updates_after_restarts(rows) == [{2: 8.0, 3: 9.0}]
     assert found["largest_update"] == 9.0
-    # Of each layer by itself: 2 and 1, while their mean has two values of unlike size.
+    # Computed per layer: 2 and 1. Their mean spectrum has two values of unlike size.
     assert found["entropy_rank"] == pytest.approx(1.5) and found["rank_1_percent"] == 1.5
     table = ablation_report.table_row("lora", {"lora": {0: run | {"figures": found}}})
     assert table["validation loss"] == "nan, diverged at step 12"
@@ -364,7 +364,7 @@ def test_a_run_that_gave_up_is_over_and_has_its_row(ablation, text, tmp_path, mo
     ablation.main()
     monkeypatch.setattr(sys, "argv", ["ablation", "--output", str(output), "--report"])
     ablation.main()
-    # One whose next step may do better is not over.
+    # A run whose next step may succeed is not over.
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(x for x in lines if json.loads(x)["step"] < 13))
     assert not ablation.is_over(folder)

@@ -108,7 +108,7 @@ class TestFolderNamedTriton:
         assert result.stdout.splitlines()[1].endswith("merge.py")
 
     def test_without_the_compiler_the_library_works_from_the_root(self):
-        """Only the bare folder is in sight: it must count as no Triton at all."""
+        """Only the bare folder is visible: it must not count as Triton."""
         result = python(
             "import importlib.machinery, sys\n"
             "class Hide:\n"
@@ -160,7 +160,7 @@ def test_python_m_relora_kernels_tells_what_is_there():
 
 
 def test_blocks_that_overlap_end_cleanly(monkeypatch):
-    """As of two threads: leaving one must neither un-name the other's backend nor stay behind."""
+    """As in two threads: leaving one block must not end the other, nor leave a backend in force."""
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     first, second = use_backend("reference"), use_backend("cuda")
     first.__enter__()
@@ -199,7 +199,7 @@ def test_blocks_of_many_threads_lose_none(monkeypatch):
 
 
 def test_a_block_within_compiled_code_is_refused_or_heeded():
-    """Dynamo would leave it out: ops choose their backend when the graph runs."""
+    """Dynamo would drop the block, because ops choose their backend when the graph runs."""
     operands = torch.ones(2, 4), torch.ones(3, 4), torch.ones(2, 4), torch.ones(3, 2)
 
     def named():

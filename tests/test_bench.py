@@ -48,7 +48,7 @@ H200 = {
     ids=lambda problem: problem.name,
 )
 def test_every_row_passes_its_check_or_says_why_not(problem, monkeypatch):
-    """All peers' formulas compute what ours do; rows of backends that are not here say so."""
+    """All peers' formulas compute the same as ours; rows of backends that are not available say so."""
     monkeypatch.setattr(measure, "rates", lambda _: H200["rates"])
     statuses = {}
     for name, row in peers.rows(problem).items():
@@ -85,7 +85,7 @@ def test_the_values_of_PAIR_are_rows_of_their_own_and_no_evidence():
 
 
 def test_the_values_of_KERNEL_are_rows_of_their_own_and_no_evidence():
-    """Each sets the constant while it runs, and puts it back; `auto` and the bars know nothing of it."""
+    """Each row sets the constant while it runs, and restores it. `auto` and the bars ignore these rows."""
     from relora_kernels.cuda import merge as cuda
 
     problem = problems.Merge(((33, 48),), 8, by="KERNEL")
@@ -294,13 +294,13 @@ class TestGpuCheck:
         for (
             names,
             chosen,
-        ) in gpu_check.TEST_STEPS.values():  # and with -k none of those that need one
+        ) in gpu_check.TEST_STEPS.values():  # and -k leaves out no test that needs a GPU
             for name in names if chosen else ():
                 found = re.findall(r"^def (test_\w+)\(gpu\b", files[f"test_{name}.py"], re.M)
                 assert all(chosen in function for function in found)
 
     def test_a_step_that_fails_loses_itself_alone(self, monkeypatch):
-        """One that crashes or hangs loses no other's verdict, and those that passed are not run again."""
+        """A step that crashes or hangs loses no other's verdict, and steps that passed are not run again."""
         monkeypatch.setattr(gpu_check, "LEAST_S", 0.5)
         hows = {
             "fine": "print('1 passed')", "crash": "import os; os.abort()",
@@ -364,7 +364,7 @@ class TestGpuCheck:
         assert len(ran) == 1  # the build
 
     def test_only_some_subjects(self, tmp_path, monkeypatch):
-        """Their cases and tests, in a file of their own."""
+        """--only runs these subjects' cases and tests, and writes a file of their own."""
         passed = {"status": "ok", "seconds": 1.0, "last_line": "12 passed"}
         monkeypatch.setattr(gpu_check, "run_step", lambda *args, **kwargs: passed)
         monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
@@ -398,7 +398,8 @@ class TestGpuCheck:
             gpu_check.main(["--ship", *arguments])
 
     @pytest.mark.parametrize("part", sanitizer_program.PARTS)
-    def test_the_sanitizers_program_compares_what_it_runs(self, part):
+    def test_every_part_of_the_sanitizers_program_runs(self, part):
+        # The reference is compared with itself, so this checks only that the part runs.
         sanitizer_program.run(part, "reference", "cpu")
 
     def test_the_sanitizers_program_tells_a_difference_and_a_missing_gpu(self):
@@ -419,7 +420,7 @@ class TestGpuCheck:
         assert gpu_check.resume(file, machine) == done  # rates differ from run to run
         for name in ("commit", "driver", "kernels", "build", "torch"):
             assert not gpu_check.resume(file, {**machine, name: "another"})["cases"]
-        uncommitted = {**H200, "commit": "0123+"}  # says too little to go on with it
+        uncommitted = {**H200, "commit": "0123+"}  # does not identify the sources
         file.write_text(json.dumps({**done, "machine": uncommitted}))
         assert not gpu_check.resume(file, uncommitted)["cases"]
         file.write_text("{")
@@ -459,7 +460,7 @@ class TestGpuCheck:
         assert "expected a CUDA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
     def test_results_of_earlier_runs_are_no_change_of_the_commit(self, tmp_path, monkeypatch):
-        """Else nothing could be gone on with once results were committed."""
+        """Otherwise no run could be continued once results were committed."""
         monkeypatch.setattr(common, "ROOT", tmp_path)
         monkeypatch.delenv("RELORA_KERNELS_COMMIT", raising=False)
 
@@ -545,7 +546,7 @@ class TestGpuCheck:
 
 
 def synthetic_cases() -> dict:
-    """Records as a GPU would leave them, times made up by rule: a row's place in its group."""
+    """Records as of a run on a GPU, with times made up from a row's place in its group."""
     cases = {}
     rank = {"ours triton": 1.0, "two-call order": 1.05, "ours reference": 1.06}
     found = [p for p in common.by_worth(gpu=True) if getattr(p, "tokens", 16384) == 16384]
@@ -593,7 +594,7 @@ def synthetic_cases() -> dict:
 
 @pytest.fixture
 def results(tmp_path):
-    """The JSON of a GPU, made up."""
+    """Made-up JSON of a run on a GPU."""
     path = tmp_path / "results.json"
     content = {"machine": H200, "date": "2026-01-01", "steps": {}, "cases": synthetic_cases()}
     path.write_text(json.dumps(content))
@@ -641,7 +642,7 @@ class TestReport:
             "**linear forward + backward 16384 tokens, 4096 to 4096, r 128, bfloat16**" in printed
         )
         baselines = [s for s in printed.splitlines() if s.startswith("| frozen linear")]
-        assert baselines  # the op's floor is no floor of theirs
+        assert baselines  # the op's floor does not apply to them
         assert not any(line.split("|")[6].strip() for line in baselines)
         for name in ("roofline", "speedup", "memory"):
             assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -713,9 +714,9 @@ class TestReport:
 
 
 def test_the_json_of_a_cpu_run_feeds_the_report(tmp_path, capsys):
-    """`pytest bench/ --benchmark-only`, a few rows of it, to tables and plots without edits."""
+    """A few rows of `pytest bench/ --benchmark-only` become tables and plots without edits."""
     path = tmp_path / "results.json"
-    # Where pytest-xdist is at work nothing is benchmarked.
+    # Under pytest-xdist nothing is benchmarked.
     outside = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "bench", "--benchmark-only", f"--benchmark-json={path}",

@@ -123,7 +123,7 @@ def test_ptx_of_the_highest_plain_arch():
 
 
 def test_ptx_of_its_own_from_where_a_source_uses_more():
-    """Launches that overlap are compiled in from compute_90 on, not in what sm_90 takes from compute_80."""
+    """Overlapping launches are compiled in from compute_90 on; sm_90 would not get them from compute_80's PTX."""
     assert cuda_build.arch_flags(["80", "120", "90"], 90) == [
         "-gencode=arch=compute_80,code=[sm_80,compute_80]",
         "-gencode=arch=compute_90,code=[sm_120,sm_90,compute_90]",
@@ -268,7 +268,7 @@ def test_a_bad_knob_is_an_error_in_auto_too(machine, monkeypatch, package, name)
     monkeypatch.setenv(name, "many")
     with pytest.raises(cuda_build.KnobError, match=f"{name}: expected"):
         cuda_build.build_into(package, machine / "work")
-    assert [path.suffix for path in package.iterdir()] == [".so"]  # what was there works on
+    assert [path.suffix for path in package.iterdir()] == [".so"]  # what was there is kept
 
 
 def test_wheel_and_sdist_hold_the_triton_kernels_and_no_stale_module(tmp_path):

@@ -1,7 +1,7 @@
 """A whole Llama under torch.compile, gradient checkpointing, accumulation, autocast and generation.
 
-aot_eager traces forward and backward as inductor does and runs the graphs as they are: in fp64 what
-it computes is eager's up to the order in which gradients meet. One test goes through inductor's own code.
+aot_eager traces forward and backward like inductor, but runs the graphs unchanged: in fp64 its results equal
+eager's up to the order in which gradients are added. One test runs inductor's own code.
 """
 
 import copy
@@ -42,7 +42,7 @@ def _fresh_compiler():
 
 
 def llama(dtype=torch.float32, blocks=2, **kwargs):
-    """In mid-cycle: B is not zero."""
+    """A Llama in mid-cycle: B is not zero."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks,
@@ -89,7 +89,7 @@ def test_a_compiled_llama_is_one_graph_and_equals_eager(autocast, lora_dropout):
     assert step[0].dtype == eager[0].dtype
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    if lora_dropout:  # another seed, other masks: they are no constants of the graph
+    if lora_dropout:  # another seed gives other masks: the graph does not hold them as constants
         other = loss_and_gradients(model, autocast=autocast, call=compiled, seed=1)
         assert not torch.equal(other[0], step[0])
 
@@ -118,7 +118,7 @@ def test_no_recompile_over_steps_restarts_and_resets():
 
 
 def test_inductor():
-    """Its own code sums in its own order: it strays from fp64 no further than eager does twice."""
+    """Inductor's code sums in its own order: its error against fp64 is at most twice eager's."""
     model = llama(blocks=1)
     compiled = torch.compile(model, fullgraph=True)
     exact = loss_and_gradients(copy.deepcopy(model).double())
@@ -135,7 +135,7 @@ def test_inductor():
         exact = loss_and_gradients(copy.deepcopy(model).double())
 
 
-# torch.compile traces checkpoints that are not reentrant.
+# torch.compile traces only checkpoints that are not reentrant.
 @pytest.mark.parametrize(
     ("use_reentrant", "compiled"), [(True, False), (False, False), (False, True)]
 )
@@ -143,7 +143,7 @@ def test_gradient_checkpointing_draws_the_same_masks_again(use_reentrant, compil
     model = llama(torch.float64, lora_dropout=0.5)
     plain = loss_and_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()  # reentrant checkpoints see no other leaf
+    model.enable_input_require_grads()  # reentrant checkpoints need an input that requires grad
     calls = []
     handle = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *a: calls.append(1))
     assert_same(loss_and_gradients(model), plain)
@@ -197,7 +197,7 @@ def test_generation_and_then_training_goes_on_case19(guard, use_cache):
                 IDS, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=use_cache,
                 attention_mask=torch.ones_like(IDS),
             )  # fmt: skip
-        # Greedy: each token is what a plain forward over all before it finds likeliest.
+        # Greedy: each token is the likeliest one by a plain forward over all tokens before it.
         with torch.no_grad():
             likeliest = model(input_ids=tokens).logits.argmax(-1)
         assert torch.equal(tokens[:, 16:], likeliest[:, 15:-1])
@@ -205,7 +205,7 @@ def test_generation_and_then_training_goes_on_case19(guard, use_cache):
         assert_same(loss_and_gradients(model), reference)
     assert all(torch.equal(v, states[k]) for k, v in model.state_dict().items())
     with guard():
-        merge_and_reinit(model)  # no tensor of inference mode may be left in the model
+        merge_and_reinit(model)  # must not leave inference tensors in the model
     optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=1e-2)
     loss_and_gradients(model)
     model(input_ids=IDS, labels=IDS).loss.backward()

@@ -7,7 +7,7 @@ import pytest
 from simt_build import cuda_build, once
 
 # Widest global load, copy to shared memory and store, in bits, and the tensor-core instruction. A
-# kernel that is not here has only to keep its registers.
+# kernel that is not listed here only must not spill.
 EXPECTED = {
     "merge_kernel<bf16>": (128, 128, 128, "HMMA.1688.F32.TF32"),
     "merge_kernel<fp16>": (128, 128, 128, "HMMA.1688.F32.TF32"),
@@ -35,9 +35,9 @@ EXPECTED = {
 }
 
 
-EXPECTED_FROM_SM90 = {"held_kernel": (128, 0, 128, None)}  # nothing before: it needs clusters
+EXPECTED_FROM_SM90 = {"held_kernel": (128, 0, 128, None)}  # empty before: it needs clusters
 
-# sm_90a alone. lora_A comes an element at a time, of any strides, lora_B in twos: W is what counts.
+# sm_90a alone. lora_A may have any strides and is loaded by elements, lora_B by pairs; W is what counts.
 EXPECTED_SM90A = {
     f"merge_sm90_kernel<(Rounding){rounding}, {factor}>": (
         32,
@@ -63,7 +63,7 @@ def rows(tmp_path_factory):
         lambda path: path.write_text(json.dumps(cuda_table.all_kernels())),
     )
     found = json.loads(table.read_text())
-    # All of them: an nvcc that lacks one is no reason to pass.
+    # All architectures: an nvcc that lacks one must not make the tests pass.
     assert {row["arch"] for row in found} == set(cuda_table.ARCHS)
     return found
 
@@ -91,7 +91,7 @@ def test_main_paths_move_16_bytes_at_a_time(rows):
 
 
 def test_launches_of_a_chain_overlap_from_sm_90_on(rows):
-    """Each waits for the one before it; the last one lets nobody in, the first one has nobody to wait for."""
+    """Each launch waits for the one before it. The last lets none start early, the first waits for none."""
     expected = {
         **dict.fromkeys(("sample", "window", "count", "partition", "recount"), [True, True]),
         **dict.fromkeys(("clear", "finish"), [False, True]),
@@ -107,7 +107,7 @@ def test_launches_of_a_chain_overlap_from_sm_90_on(rows):
 
 
 def test_sm_86_serves_sm_89(rows):
-    """Its machine code runs there, and is what would be made for it: the build leaves sm_89 out."""
+    """sm_86's machine code runs on sm_89 and equals what nvcc makes for it, so the build leaves sm_89 out."""
     code = {
         arch: {row["kernel"]: row["code"] for row in rows if row["arch"] == arch}
         for arch in ("86", "89")

@@ -1,5 +1,5 @@
 """The two-segment product without a GPU: its schedule and descriptors, its kernels' own source on a model of
-the machine (tests/gemm/model.h), and what nvcc makes of them. test_cuda_gemm_gpu.py runs it on a GPU."""
+the machine (tests/gemm/model.h), and what nvcc makes of them. test_cuda_gemm_gpu.py runs them on a GPU."""
 
 import contextlib
 import ctypes
@@ -100,8 +100,8 @@ def test_wgmma_descriptors_are_those_of_tritons_compiler(plan):
 
 @pytest.mark.parametrize("contiguous_k", [True, False])
 def test_wgmma_reads_what_tma_wrote(plan, contiguous_k):
-    """Every element of a 256 x 64 tile: where TMA's 128-byte swizzle puts it is where the descriptor's
-    canonical layout finds it. Formulas of the PTX ISA, not the kernel's."""
+    """For every element of a 256 x 64 tile, the descriptor's canonical layout finds it where TMA's 128-byte
+    swizzle puts it. By formulas of the PTX ISA, not the kernel's."""
     base = 0x8400
 
     def swizzle(address):
@@ -215,7 +215,7 @@ FORMS = ("nt", "nn", "tn")
 
 
 class Shim:
-    """relora_kernels._C's stand-in: the same sources, on the model."""
+    """Stands in for relora_kernels._C: the same sources, on the model."""
 
     two_segment_kernels = ("sm80", "sm90")
 
@@ -265,8 +265,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(params=["sm90", "sm80"])
 def shim(request, model, monkeypatch):
-    """The launcher of relora_kernels/cuda/lora_linear.py, with the model below it and every new tensor
-    full of NaN."""
+    """The launcher of relora_kernels/cuda/lora_linear.py on top of the model, with every new tensor filled
+    with NaN."""
     shim = Shim(model)
     monkeypatch.setattr(launcher, "extension", lambda: (shim, None))
     monkeypatch.setattr(launcher, "why_no_device", lambda device: None)
@@ -287,7 +287,7 @@ def shim(request, model, monkeypatch):
 
 
 def padded(rows, cols, dtype, pitch=None, start=0):
-    """A drawn matrix with 16-byte pitch or this one, NaN beside it."""
+    """A random matrix with this pitch, by default a multiple of 16 bytes, and NaN beside it."""
     pitch = pitch or -(-cols // 8) * 8 + 8
     buffer = torch.full((start + rows * pitch,), torch.nan, dtype=dtype)
     matrix = buffer[start:].view(rows, pitch)[:, :cols]
@@ -324,7 +324,7 @@ def product_case(shim, form, m, n, k, r, dtype, variant, bias=None, scale=1.0, p
 
 
 def apart(operand):
-    """Without the NaNs around it, which oneDNN multiplies by zero on a CPU with AMX (torch 2.13)."""
+    """A copy without the NaNs around it: oneDNN multiplies them by zero on a CPU with AMX (torch 2.13)."""
     return operand.contiguous()
 
 
@@ -407,7 +407,7 @@ def test_any_interleaving_gives_the_same_bits(shim, variant):
     ],
 )
 def test_a_pair_is_its_two_products_on_the_model(shim, cluster, m, n, k, slab, options):
-    """Bit for bit what a launch each gives."""
+    """Bit for bit what two separate launches give."""
     shim.processors, scale = options.get("processors", 6), options.get("scale", 0.5)
     dtype = (torch.bfloat16, torch.float16)[m // 10 % 2]
     x, p, w = (padded(*shape, dtype) for shape in ((m, k), (m, n), (k, n)))
@@ -476,7 +476,7 @@ def test_gradients_with_q_and_dB_in_one_launch(shim, monkeypatch, pair):
     monkeypatch.setattr(launcher, "PAIR", pair)
 
     def pairs():
-        """Since the last time."""
+        """The launches of pairs since the last call."""
         found = [launch[1] for launch in shim.launches if "+tn" in str(launch[1])]
         shim.launches.clear()
         return found
@@ -511,7 +511,7 @@ def test_slabs_of_a_pair_are_square_where_that_fills_the_machine(monkeypatch):
         x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
         out, sums = launcher._pair(x, x.new_empty(K, 128), x.new_empty(M, 128), 1.0, torch.float32)
         assert out.shape == (M, 128) and sums.shape == (-(-M // (64 * slabs[-1])), K, 128)
-    assert slabs == [64, 64, 88, 12, 8, 4]  # of 64 rows, a multiple of the 256 of two blocks
+    assert slabs == [64, 64, 88, 12, 8, 4]  # steps of 64 rows; a multiple of two blocks' 256 rows
 
 
 def test_sums_over_slabs_are_added_in_order(shim):
@@ -527,7 +527,7 @@ def test_sums_over_slabs_are_added_in_order(shim):
 
 @pytest.mark.parametrize("in_features, out_features", [(72, 56), (71, 53)])
 def test_dropout_forward_and_backward(shim, in_features, out_features):
-    """Against eager with the masked input, of which the reference's Philox draws the mask."""
+    """Against eager, with the input masked by the reference's Philox."""
     x, weight, lora_A, lora_B, bias = operands(90, in_features, out_features, 9, torch.bfloat16)
     dy, seed, p = torch.randn(90, out_features).bfloat16(), 11, 0.4
     wanted = (x, lora_A, lora_B, bias)
@@ -697,7 +697,7 @@ def test_files_are_compiled_for_what_they_can_run_on():
 
 
 def test_sm90_registers_and_machine_code(nvcc, tmp_path):
-    """All of a warpgroup's share and no spills; wgmma and TMA, and no wgmma that was serialised."""
+    """The kernels use their full share of registers without spills, and wgmma and TMA. No wgmma is serialised."""
     if "90" not in cuda_build.archs(nvcc):
         pytest.skip("this nvcc does not know sm_90a")
     cubin = tmp_path / "kernels.cubin"
@@ -706,7 +706,7 @@ def test_sm90_registers_and_machine_code(nvcc, tmp_path):
         "-cubin", CSRC / "two_segment_sm90.cu", "-o", cubin,
     )  # fmt: skip
     used = re.findall(r"Used (\d+) registers", report)
-    # setmaxnreg hands out exactly these: fewer at the launch and the consumers would wait for ever.
+    # setmaxnreg redistributes exactly these. With fewer at the launch, the consumers would wait for ever.
     assert used == ["168"] * 20, report
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report)
     assert frames == [("0", "0", "0")] * 20, report

@@ -1,5 +1,5 @@
-"""The CUDA kernels of lora_linear on a GPU. A kernel that waits for ever must not take the tests with it, so
-the cases run in a program of their own, gemm_program.py, which is ended where one takes too long."""
+"""The CUDA kernels of lora_linear on a GPU. A kernel that hangs must not hang the tests, so the cases run in a
+separate program, gemm_program.py, which is killed if a case takes too long."""
 
 import os
 import queue
@@ -20,8 +20,8 @@ REASON = "needs a GPU" if not torch.cuda.is_available() else why_no_device(torch
 
 
 def run(names: list[str], seconds: float, program) -> tuple[dict, str | None]:
-    """({name: verdict}, how the program ended before its time or None)."""
-    # The package that these tests import: where it is installed, the sources have no compiled kernels.
+    """({name: verdict}, how the program ended prematurely, or None)."""
+    # The package that these tests import: if that is installed, the sources have no compiled kernels.
     package = Path(relora_kernels.__file__).parent.parent
     process = subprocess.Popen(
         [sys.executable, program, *names], text=True,
@@ -57,7 +57,7 @@ def run(names: list[str], seconds: float, program) -> tuple[dict, str | None]:
 def run_all(
     names: list[str], seconds: float = SECONDS_A_CASE, program=gemm_program.__file__
 ) -> dict:
-    """Name -> verdict. After a case that hangs or ends the program the rest go on in another."""
+    """Name -> verdict. After a case that hangs or ends the program, the rest run in a new one."""
     found, pending = {}, list(names)
     while pending:
         verdicts, end = run(pending, seconds, program)
@@ -100,7 +100,7 @@ def test_after_a_hang_or_a_crash_the_other_cases_go_on(tmp_path):
 
 
 def test_the_program_runs_the_package_that_the_tests_import(tmp_path, monkeypatch):
-    """An installed one has compiled kernels, the sources beside these tests have none."""
+    """An installed package has compiled kernels, the sources beside these tests have none."""
     package, program = tmp_path / "relora_kernels/__init__.py", tmp_path / "tests/program.py"
     for file in (package, program):
         file.parent.mkdir()

@@ -1,4 +1,4 @@
-"""merge.cu on a GPU, from relora_kernels' own functions: graphs, streams, devices, whole models."""
+"""merge.cu on a GPU, through relora_kernels' own functions: graphs, streams, devices, whole models."""
 
 import pytest
 import test_cuda_source
@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def operands(n, k, r, dtype, factor_dtype=torch.float32, device="cuda"):
-    """Factors whose products are exact in tf32 and scaled fp16, and whose sums are in float32."""
+    """W and factors. The factors' products are exact in tf32 and in scaled fp16, the sums in float32."""
     lora_A = torch.randint(-8, 9, (r, k), device=device) / 2**6
     lora_B = torch.randint(-8, 9, (n, r), device=device) / 2**6
     weight = torch.randn(n, k, device=device).to(dtype)
@@ -93,7 +93,7 @@ def test_a_captured_list_merges_at_every_replay():
 
 
 def test_the_current_stream_is_used():
-    """On a side stream that first computes B: another stream would merge what was there before."""
+    """On a side stream that computes B first: a merge on another stream would read the old B."""
     weight, lora_A, lora_B = operands(512, 512, 16, torch.bfloat16)
     expected = both(weight, lora_A, lora_B)[0][0]
     late = torch.zeros_like(lora_B)

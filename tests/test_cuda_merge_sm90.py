@@ -1,5 +1,5 @@
-"""csrc/merge_sm90.cu, its own source, on a model of the machine (tests/gemm/model.h): asynchronous copies
-and wgmma, mbarriers, warps at drawn speeds. On a GPU test_cuda_merge.py runs it."""
+"""The source of csrc/merge_sm90.cu on a model of the machine (tests/gemm/model.h): asynchronous copies and
+wgmma, mbarriers, warps at random speeds. On a GPU, test_cuda_merge.py runs the kernel."""
 
 import ctypes
 import mmap
@@ -38,14 +38,14 @@ def library(tmp_path_factory):
 
 
 class Model:
-    """relora_kernels._C's stand-in."""
+    """Stands in for relora_kernels._C."""
 
     merge_has_sm90, merge_most_rank, merge_counter_bytes = True, 128, 8
 
     def __init__(self, library):
         self.library, self.processors, self.seed, self.blocks, self.calls = library, 2, 0, 0, 0
         self.merge_layer_bytes = library.model_merge_layer_bytes()
-        self.merge_inline_layers = 1 << 30  # the model reads layers where they are
+        self.merge_inline_layers = 1 << 30  # the model reads all layers in place
 
     def merge(
         self, layers, weight_dtype, factor_dtype, restart_dtype, rounding, kind, table, device, stream,
@@ -63,7 +63,7 @@ class Model:
             ctypes.byref(blocks),
         )
         self.blocks, self.calls = blocks.value, self.calls + 1
-        self.steps = [numbers[-1] for numbers in launcher._LAYER.iter_unpack(layers)]  # of a unit
+        self.steps = [numbers[-1] for numbers in launcher._LAYER.iter_unpack(layers)]  # per unit
         if error:
             raise RuntimeError(f"cudaError {error}: {said.value.decode()}")
 
@@ -76,24 +76,24 @@ def model(library, monkeypatch):
     return model
 
 
-ROW_LAYOUTS = (  # columns beside each other
+ROW_LAYOUTS = (  # with contiguous columns
     "aligned", "padded", "odd pitch", "misaligned", "pitch 2 mod 8", "pitch 4 mod 8", "pitch 6 mod 8",
 )  # fmt: skip
 SIZES = [(1, 1, 1), (3, 7, 4), (127, 65, 100), (8, 333, 128), (257, 64, 17), (520, 130, 64)]
 
 
 def drawn_layer(size, layout, rounding, factor_dtype, seed):
-    """merge_'s arguments as Guarded. Sums are exact in float32; rows and columns of another size each."""
+    """merge_'s arguments, Guarded. Sums are exact in float32; every row and column has its own magnitude."""
     (n, k, r), generator = size, torch.Generator().manual_seed(seed)
 
-    def odd(*shape):  # a sum of zeros would have a sign by its order
+    def odd(*shape):  # not zero: the sign of a sum of zeros would depend on its order
         return (torch.randint(-4, 4, shape, generator=generator) * 2 + 1) / 8
 
     def powers(*shape):
         return 2.0 ** torch.randint(-8, 8, shape, generator=generator)
 
     lora_A, lora_B = odd(r, k) * powers(1, k), odd(n, r) * powers(n, 1)
-    lora_A[r // 2 :] *= 0.25  # the halves of r that threads share have other largest elements
+    lora_A[r // 2 :] *= 0.25  # two threads share a column: their halves of r have different maxima
     weight = torch.randn(n, k, generator=generator).bfloat16()
     residual = None
     if rounding == "compensated":
@@ -108,7 +108,7 @@ def drawn_layer(size, layout, rounding, factor_dtype, seed):
 
 
 def merges_as_the_reference(layers):
-    """Everything that is written, and what lies beside it, bit for bit."""
+    """Checks everything that is written, and what lies beside it, bit for bit."""
     found = []
     for merge_many_ in (reference.merge_many_, launcher.merge_many_):
         mine = [[v.copy() if isinstance(v, Guarded) else v for v in layer] for layer in layers]
@@ -136,7 +136,7 @@ def test_bitwise_as_the_reference(model, layout, rounding, factor_dtype):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_weight_and_residual_begin_where_they_like(model, seed):
-    """Rows of one are shifted in shared memory by others elements than rows of the other, or by none."""
+    """In shared memory, rows of one are shifted by another number of elements than rows of the other, or by none."""
     size = SIZES[2 + seed]
     layers = [
         drawn_layer(size, layout, "compensated", torch.float32, seed)
@@ -179,7 +179,7 @@ def test_units_are_short_where_the_list_ends_and_all_are_taken_once(model):
     ((2**30, 512), 1, 4224, 3972, 3972),  # at most 4096
 ])  # fmt: skip
 def test_into_what_units_layers_are_cut(library, size, count, units, first, last):
-    """Of an H200's 132 multiprocessors. Few layers: in as few and as even rounds as there are."""
+    """For an H200's 132 multiprocessors. Few layers are cut for as few and as even rounds as possible."""
     steps = (ctypes.c_int * 2)()
     found = library.model_units(*map(ctypes.c_int64, size), count, 132, steps)
     assert list(steps) == [first, last] and found == (units or found) > 0
@@ -209,7 +209,7 @@ def test_wide_layers_of_every_layout(model, rounding, seed):
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 @pytest.mark.parametrize("seed", range(2))
 def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, rounding, seed):
-    """What is copied ahead belongs to the next unit or layer; some layers have nothing to do."""
+    """Copies issued ahead belong to the next unit or layer; some layers are empty."""
     sizes = [SIZES[(seed + i) % len(SIZES)] for i in range(60)]
     sizes[7], sizes[20] = (0, 40, 4), (5, 0, 4)
     layers = [
@@ -223,7 +223,8 @@ def test_a_list_is_one_launch_whose_blocks_go_from_layer_to_layer(model, roundin
 
 
 def test_a_blocks_next_unit_may_be_many_layers_further(model):
-    """Layers of one unit each, some of none in between, and more blocks than are looked at together."""
+    """Layers of one unit each, some empty ones between them, and more blocks than the layers that a warp examines
+    together."""
     sizes = [(0, 40, 4) if i % 9 == 4 else (3 + i % 7, 8 + i % 5 * 8, 1 + i % 5) for i in range(90)]
     model.processors = 37
     merges_as_the_reference(
@@ -247,7 +248,7 @@ def test_float32_factors_keep_tf32s_precision(model, r):
 
 
 def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(model):
-    """Powers of two of a row or column come out as they went in, bit for bit."""
+    """Scaling a row or column by a power of two scales the result exactly."""
     n, k, r = 130, 140, 20
     A, B = torch.randn(r, k), torch.randn(n, r)
     rows = 2.0 ** torch.randint(-60, 30, (n, 1)).float()
@@ -267,7 +268,7 @@ def test_rows_of_lora_B_and_columns_of_lora_A_may_have_any_scale(model):
     ],
 )
 def test_units_whose_product_is_no_float32_are_never_multiplied(model, col, row):
-    """Infinity, which times zero were NaN; or zero, for a product that float32 can hold."""
+    """It may be infinity, which times zero would be NaN; or zero, although float32 can hold the result."""
     A = (2.0 ** torch.tensor(col))[:, None].repeat(1, 8)  # 2^-200: zero
     B = (2.0 ** torch.tensor(row))[None].repeat(5, 1)
     assert torch.equal(update_of(A, B, torch.bfloat16), B.double() @ A.double())
@@ -280,7 +281,7 @@ SCALINGS = (0.0, -0.73, 1.0, 1.999999, 63.9, -127.99999, 2.0**-16, -1.9e-5, 0.1)
 @pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", CODES["rounding"])
 def test_scalings_up_to_the_ends_of_their_range(model, rounding, factor_dtype):
-    """It is part of a column's unit: a sum times both units is rounded once, as sum times scaling is."""
+    """The scaling is part of a column's unit: a sum times both units is rounded once, like sum times scaling."""
     layers = [drawn_layer((70, 65, 6), "aligned", rounding, factor_dtype, i) for i in range(9)]
     for layer, scaling in zip(layers, SCALINGS, strict=True):
         layer[3] = scaling
@@ -310,15 +311,15 @@ def test_offsets_beyond_32_bits(model, name, size, pitch, transposed):
     "size, pitch", [(9, 2**29), (9, 2**29 - 3), (264, 2**23), (264, 2**23 - 3)]
 )
 def test_weights_offsets_beyond_32_bits(model, name, size, pitch):
-    """By rows that are as far apart as they may be, and by many."""
-    model.processors = 5  # a unit begins behind 2^31 bytes
+    """With rows that are as far apart as allowed, and with many rows."""
+    model.processors = 5  # a unit begins beyond 2^31 bytes
     offsets_beyond_32_bits(name, size, pitch, False, "compensated", r=3)
     assert model.calls == 1
 
 
 @pytest.mark.parametrize("pitch, cols", [(13, 13), (1, 1), (133, 130), (300, 257)])
 def test_nothing_is_read_behind_a_weight(model, pitch, cols):
-    """Behind its last element is a page that cannot be read."""
+    """The page after its last element cannot be read."""
     n, page = 70, mmap.PAGESIZE
     elements = (n - 1) * pitch + cols
     pages = -(-2 * elements // page)
@@ -335,7 +336,7 @@ def test_nothing_is_read_behind_a_weight(model, pitch, cols):
 
 
 def test_other_layers_go_to_other_kernels(model):
-    """By the layer: what the kernel cannot take is asked for by another one's name."""
+    """The choice is made per layer: for layers that this kernel cannot take, another kernel is asked for by name."""
     weight = torch.zeros(24, 48).bfloat16()
 
     def kind(weight=weight, r=8, residual=None, scaling=0.25):
@@ -361,7 +362,7 @@ def test_other_layers_go_to_other_kernels(model):
 
 @pytest.mark.parametrize("scaling, pitch", [(128.0, 40), (-1.5e-5, 40), (1.0, 2**29 + 1)])
 def test_what_is_out_of_range_is_refused(model, monkeypatch, scaling, pitch):
-    """By the launcher, too, if it were asked."""
+    """The C++ launcher refuses it, too, if it is asked for this kernel."""
     monkeypatch.setattr(launcher, "_kernel", lambda *layer: "sm90")
     weight = torch.empty(2 * pitch, dtype=torch.bfloat16).as_strided((2, 40), (pitch, 1)).normal_()
     before = weight.clone()
@@ -371,7 +372,7 @@ def test_what_is_out_of_range_is_refused(model, monkeypatch, scaling, pitch):
 
 
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(model):
-    """It decides how many steps a unit has."""
+    """The list decides only how many steps a unit has."""
     a_list_decides_no_bit_of_a_result((8, 9, 128, 37), model)
 
 

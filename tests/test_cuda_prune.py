@@ -1,5 +1,5 @@
 """csrc/prune.cu and the quantiles of csrc/numerics.cuh against the reference: on the CPU through the SIMT
-shim, on a GPU where there is one, and what nvcc makes of it."""
+shim, on a GPU if there is one, and what nvcc makes of prune.cu."""
 
 import contextlib
 import ctypes
@@ -26,8 +26,8 @@ from relora_kernels.ops.prune import prune_random_
 from relora_kernels.reference import prune as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # launch.h's order
-SPAN = 49152  # kSpan: up to here one block, from here on several
-SWEEP = 8192  # kSweep: what a block reads at a time
+SPAN = 49152  # kSmall: up to this size one block does it all, above it several blocks
+SWEEP = 8192  # kSweep of 32 bits: elements that a block reads at a time
 RATIOS = [0.0, 0.5, 0.9, 0.99, 0.999, 1.0]
 GARBAGE = 0xA5
 
@@ -136,13 +136,13 @@ def test_ranks_at_any_size(numerics):
 
 
 class Shim:
-    """relora_kernels._C's stand-in: the same kernels, on the CPU. Hands the kernels a workspace full of
-    garbage and looks for writes behind it."""
+    """Stands in for relora_kernels._C: the same kernels, on the CPU. It gives them a workspace full of garbage
+    and checks that they do not write behind it."""
 
     def __init__(self, library):
         self.library, self.order, self.blocks, self.bytes = library, 0, 0, 0
-        self.cluster = 0  # blocks of the largest; without any, as on GPUs before Hopper
-        self.multiprocessors = None  # by the order: the fewer, the more spans a block
+        self.cluster = 0  # blocks of the largest cluster; 0: none, as on GPUs before Hopper
+        self.multiprocessors = None  # None: from the order; the fewer, the more spans per block
         library.simt_prune_workspace.restype = ctypes.c_int64
         library.simt_prune_settled.restype = ctypes.c_bool
 
@@ -229,7 +229,7 @@ KINDS = (
 
 
 class Guarded:
-    """A tensor inside a larger buffer, whose other elements have to stay what they are."""
+    """A tensor inside a larger buffer, whose other elements must not change."""
 
     def __init__(self, values: torch.Tensor, offset: int, device="cpu"):
         self.buffer = torch.full((64 + offset + len(values) + 64,), 7.0, dtype=values.dtype).to(
@@ -249,7 +249,7 @@ class Guarded:
 
 
 def drawn_list(number, sizes, device="cpu", partner_dtypes=(None, *DTYPES)):
-    """(tensors, partners or []): dtypes, kinds and alignments drawn by `number`, one of each size."""
+    """(tensors, partners or []): one tensor of each size; `number` seeds dtypes, kinds and alignments."""
     rng, generator = np.random.default_rng(number), torch.Generator().manual_seed(number)
     partner_dtype = partner_dtypes[number % len(partner_dtypes)]
     tensors, partners = [], []
@@ -316,7 +316,7 @@ def test_every_kind_of_large_tensor_with_its_own_dtypes_partner(shim, kind, dtyp
 
 
 def test_lists_of_many_small_tensors(shim):
-    """More than one table holds, which is 400: none is left out."""
+    """More than the 400 that one table holds: none is left out."""
     generator = torch.Generator().manual_seed(4)
     sizes = [1 + i % 37 for i in range(450)]
 
@@ -343,7 +343,7 @@ def test_lists_of_many_small_tensors(shim):
 
 
 def test_lists_of_many_tensors(shim):
-    """More of the small ones than a block takes, and many chains'."""
+    """A hundred small tensors, and 52 that take several blocks, of very different magnitudes."""
     generator = torch.Generator().manual_seed(5)
     rng = np.random.default_rng(5)
     sizes = [*rng.integers(1, 3000, 100), *[SPAN + 1 + int(i) for i in rng.integers(0, 99, 52)]]
@@ -359,25 +359,26 @@ def test_lists_of_many_tensors(shim):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_a_bin_that_lies_in_one_block(shim, paired):
-    """Its list entries overflow what that block collects, and still have room in the tensor's list."""
+@pytest.mark.parametrize("listed", [7000, 9000], ids=["in the block", "beyond its list of 8192"])
+def test_a_bin_that_lies_in_one_block(shim, listed, paired):
+    """One block finds all list entries, and the tensor's list has room for them."""
     n = 10 * SPAN
     t = torch.cat([torch.rand(n // 2) * 0.5, torch.rand(n // 2) + 4.0])
-    t[3 * SPAN : 3 * SPAN + 7000] = 1.0 + torch.rand(7000) / 64
-    ratio = ((t < 1).sum().item() + 3500) / (n - 1)
+    t[3 * SPAN : 3 * SPAN + listed] = 1.0 + torch.rand(listed) / 64
+    ratio = ((t < 1).sum().item() + listed // 2) / (n - 1)
     partners = [Guarded(torch.ones(n), 0)] if paired else []
     check_against_reference([Guarded(t, 0)], ratio, partners)
 
 
-NEAR_ABOVE = (  # the least key above, steps between the two, how many of them that key decides at least
+NEAR_ABOVE = (  # the least key above the bin, weights to try, how many of them that key decides at least
     (0x3FC00000, [step / 10 for step in range(-12, 13)], 4),
     (0x3FC00064, [0.9, 0.9975, 0.998, 0.9985, 0.999], 4),
 )
 
 
 def thresholds_that_round_up_to_an_element_above_the_bin(n=SPAN + 501, cases=NEAR_ABOVE):
-    """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them; 0x3FC00064
-    where the weight is as near to 1 as it comes."""
+    """0x3FBFFFFF and 0x3FC00000 lie in different bins of 13 bits, with no float32 between them. 0x3FC00064
+    becomes the threshold only if the weight is very close to 1."""
     for above, steps, least in cases:
         keys = torch.full((n,), above, dtype=torch.int32)
         keys[: n // 2] = 0x3F000000 + torch.arange(n // 2, dtype=torch.int32)
@@ -403,7 +404,7 @@ def test_where_the_list_has_room_for_the_bin_a_threshold_above_it_goes_past_the_
 
 
 def test_wide_counters_and_tensors_without_a_list(tmp_path_factory, monkeypatch):
-    """What tensors of 2^32 elements take, here from 60000 on."""
+    """The path of tensors of 2^32 elements and more, here from 60000 on."""
     shim = Shim(simt_library(tmp_path_factory, "prune_harness.cpp", "-DRELORA_WIDE_FROM=60000"))
     put_in_place(monkeypatch, launcher, shim)
     for number in range(8):
@@ -411,7 +412,7 @@ def test_wide_counters_and_tensors_without_a_list(tmp_path_factory, monkeypatch)
         check_against_reference(*insert(drawn_list(200 + number, [*EDGES, 900]), 0.9))
 
 
-# ---- Windows: what tensors of 2^24 elements take, here from 50000 on ----------------------------
+# ---- Windows: the path of tensors of 2^24 elements and more, here from 50000 on ----------------
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +451,7 @@ def test_lists_with_and_without_windows(sampled, ratio):
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_more_windows_than_one_launch_takes(sampled, paired):
-    """Two chains of launches, one behind the other in the same workspace; sizes of very different shares."""
+    """Two chains of launches, one after the other in the same workspace, for very different sizes."""
     generator = torch.Generator().manual_seed(4)
     sizes = [60_000 + 5003 * i for i in range(17)] + [700_001]
     kinds = [KINDS[i % len(KINDS)] for i in range(len(sizes))]
@@ -468,7 +469,7 @@ def test_more_windows_than_one_launch_takes(sampled, paired):
 
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
 def test_a_window_by_one_strip_in_four(sampled, ratio):
-    """Of a matrix whose columns differ by powers of two, as wide as the sample's stride."""
+    """For a matrix whose columns differ by powers of two, and which is as wide as the sample's stride."""
     generator = torch.Generator().manual_seed(3)
     t = torch.randn(2**17, 16, generator=generator) * 2.0 ** torch.arange(-4, 12)[None] / 64
     t[torch.rand(t.shape, generator=generator) < 0.1] *= 1e3
@@ -479,14 +480,14 @@ def test_a_window_by_one_strip_in_four(sampled, ratio):
 
 
 def seen_by_the_sample(strips):
-    """The strips of 16 bytes that a tensor of so many is sampled by."""
+    """The strips of 16 bytes that the sample takes from a tensor of `strips` strips."""
     every = strips // 2**17
     drawn = torch.arange(2**17) * 2654435761 % 2**32 >> 8
     return torch.arange(2**17) * every + drawn % every
 
 
 def test_a_sample_that_misleads(sampled):
-    """Every strip that is looked at holds ones, the others hold what the quantile is among."""
+    """All sampled strips hold ones; the quantile lies among the values of the others."""
     t = torch.rand(2**19, 4) + 2.0
     t[seen_by_the_sample(2**19)] = 1.0
     assert (t == 1.0).sum() == 2**19
@@ -498,7 +499,8 @@ def test_a_sample_that_misleads(sampled):
 
 
 def test_both_neighbours_have_to_be_in_the_window(sampled):
-    """What is looked at decides the window; how much of the rest is small, where the quantile is."""
+    """The sampled elements decide where the window is; how many of the others are small decides where the
+    quantile is."""
     seen = torch.zeros(2**19, 4, dtype=torch.bool)
     seen[seen_by_the_sample(2**19)] = True
     seen = seen.flatten()
@@ -520,7 +522,7 @@ def test_both_neighbours_have_to_be_in_the_window(sampled):
     first, last = (
         low - below,
         low + 1 - inside,
-    )  # as many small ones: the rank is the window's first, its last
+    )  # numbers of small elements with which the rank is the window's first, its last
     assert settled(first) and not settled(first + 1)
     assert settled(last + 1) and not settled(last)
 
@@ -535,7 +537,7 @@ def test_both_neighbours_have_to_be_in_the_window(sampled):
 
 
 def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
-    n = 10 * SPAN + 8001  # most of the memory that is allowed is the histogram's
+    n = 10 * SPAN + 8001  # the histogram takes most of the memory allowed
     t = torch.randn(n, generator=torch.Generator().manual_seed(5))
     check_against_reference([Guarded(t, 0)], 0.9, [Guarded(torch.ones(n), 0)])
     assert sampled.window[1] and not sampled.settled
@@ -544,20 +546,20 @@ def test_a_window_of_more_keys_than_the_list_has_room_for(sampled):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_of_16_bit_elements(sampled, kind, dtype):
-    """Every bin is a key: ties and zeros do not make them fail."""
+    """Every bin is one key, so ties and zeros do not make a window fail."""
     generator = torch.Generator().manual_seed(6)
     n = 2**19 - 3
     for sampled.order, ratio in enumerate([0.3, 0.9, 0.997]):
         t = Guarded(values_of(kind, n, generator).to(dtype), 0)
         partners = [Guarded(torch.rand(n, generator=generator).to(dtype) + 1, 0)]
         check_against_reference([t], ratio, partners if ratio == 0.9 else [])
-        # At 0.9 there is nothing between numbers and infinities.
+        # At 0.9 the quantile is in the gap between numbers and infinities.
         assert sampled.settled == (kind != "with inf" or ratio != 0.9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_a_window_of_16_bit_elements_sees_a_nan_anywhere(sampled, dtype):
-    """In either half of a word and behind the last whole sweep; not infinity, which is the key below."""
+    """In either half of a word and behind the last whole sweep. Infinity, the key below, does not count as NaN."""
     n = 2**16 + 4099
     t = torch.randn(n)
     t[torch.randperm(n)[:1000]] = torch.inf
@@ -571,7 +573,7 @@ def test_a_window_of_16_bit_elements_sees_a_nan_anywhere(sampled, dtype):
 @pytest.mark.parametrize("least", [4000, 4003])
 @pytest.mark.parametrize("apart", [1016, 1020, 1021, 1023, 1024, 1027])
 def test_the_widest_window_of_16_bit_elements(sampled, least, apart):
-    """The quantile lies between two keys. A window is of whole fours, 1024 at most."""
+    """The quantile lies between two keys. A window consists of whole groups of four keys, 1024 keys at most."""
     n = 150_001
     keys = torch.full((n,), least, dtype=torch.int16)
     keys[torch.randperm(n, generator=torch.Generator().manual_seed(7))[: n // 2]] += apart
@@ -582,7 +584,7 @@ def test_the_widest_window_of_16_bit_elements(sampled, least, apart):
 
 
 def test_both_neighbours_have_to_be_in_the_window_of_16_bit_elements(sampled):
-    """As of 32-bit ones. Strips of eight, one in two of which is looked at."""
+    """As for 32-bit elements. Strips hold eight elements, and one strip in two is sampled."""
     seen = torch.zeros(2**18, 8, dtype=torch.bool)
     seen[seen_by_the_sample(2**18)] = True
     seen = seen.flatten()
@@ -608,9 +610,9 @@ def test_both_neighbours_have_to_be_in_the_window_of_16_bit_elements(sampled):
 
 @pytest.mark.parametrize("fail", [(0,), (1,), (0, 1)])
 def test_16_bit_tensors_of_one_launch_some_of_whose_windows_fail(sampled, fail):
-    """A block counts several parts, of one tensor or two, and leaves out what is settled."""
+    """A block counts several parts, of one tensor or two, and skips settled tensors."""
     generator = torch.Generator().manual_seed(9)
-    large = Guarded(torch.randn(3_300_000, generator=generator), 0)  # memory for both of the others
+    large = Guarded(torch.randn(3_300_000, generator=generator), 0)  # workspace for the other two
     tensors = [large]
     for i, n in enumerate((200_000, 150_003)):
         t = torch.randn(n, generator=generator)
@@ -622,7 +624,7 @@ def test_16_bit_tensors_of_one_launch_some_of_whose_windows_fail(sampled, fail):
         assert sampled.settled == (0 not in fail)
 
 
-# ---- Tensors that a cluster holds: of a block, here a sweep and as much again that is not held --
+# ---- Tensors that a cluster holds: here a block holds a sweep, and takes as much again unheld ---
 
 
 @pytest.fixture(scope="module")
@@ -639,7 +641,7 @@ def held(request, held_library, monkeypatch):
 
 
 def held_sizes(cluster):
-    """One sweep a block and a little less and more; as many elements as fit, and one more: a chain's."""
+    """About one sweep per block; as many elements as a cluster takes, and one more, for a chain."""
     sweep, most = cluster * SWEEP, 2 * cluster * SWEEP
     return [SPAN + 1, max(sweep - 3, SPAN + 2), sweep, sweep + 5, most - 130, most, most + 1]
 
@@ -675,7 +677,7 @@ def test_every_kind_of_tensor_that_a_cluster_holds(held, kind):
 
 
 def test_what_a_cluster_does_not_hold_goes_the_other_ways(held):
-    """Other dtypes, misaligned tensors and partners, partners of another size of element."""
+    """Other dtypes, misaligned tensors and partners, partners with another element size."""
     for number in range(6):
         held.order = number % 5
         check_against_reference(*insert(drawn_list(100 + number, [*EDGES, 900]), 0.9))
@@ -688,9 +690,9 @@ def test_a_clusters_threshold_that_rounds_up_to_an_element_above_its_bin(held):
 
 
 @pytest.mark.parametrize("sizes, blocks", [
-    ([131_000, *[60_000] * 3, 65_536, 49_153], 8),  # most of it whole in eight blocks
-    ([131_000] * 4 + [60_000], 16),  # little of it is
-    ([131_073, *[60_000] * 6], 16),  # one is more than eight take
+    ([131_000, *[60_000] * 3, 65_536, 49_153], 8),  # eight blocks hold most tensors whole
+    ([131_000] * 4 + [60_000], 16),  # they hold few whole
+    ([131_073, *[60_000] * 6], 16),  # one is larger than eight blocks take
     ([200_000] * 3 + [60_000, 65_537, 50_001, 131_073] * 3, 16),  # larger ones among the others
     ([65_536] * 3, 16),  # few: the rest of the device has nothing to do
 ])  # fmt: skip
@@ -707,7 +709,7 @@ def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch,
 
 
 def test_clusters_of_the_size_that_a_gpu_has(shim_library, monkeypatch):
-    """Three sweeps a block: whole up to 393,216 elements, by half up to twice as many, a chain from there."""
+    """Three sweeps per block: 393,216 elements are held whole, up to twice as many by half; a chain takes more."""
     held = Shim(shim_library)
     held.cluster = 16
     put_in_place(monkeypatch, launcher, held)
@@ -728,7 +730,7 @@ def test_a_device_that_refuses_clusters_has_the_chains(held_library, monkeypatch
     refusing.cluster = -1
     put_in_place(monkeypatch, launcher, refusing)
     check_against_reference([Guarded(torch.randn(60_001), 0)], 0.9, [])
-    assert refusing.bytes > 0  # which clusters do without
+    assert refusing.bytes > 0  # clusters need no workspace
 
 
 def test_the_driver_is_asked_about_clusters_only_for_what_they_hold(held_library, monkeypatch):
@@ -776,8 +778,8 @@ def test_version_counters_move_for_what_is_written(shim):
 
 
 def test_the_python_around_the_launches_of_a_models_moments(monkeypatch):
-    """In units of what a look-up at each of the 672 tensors takes, as the machine is not known: 15.5,
-    0.5 ms at 50 ns a look-up; 29 with checks tensor by tensor."""
+    """In units of the time of a data_ptr() call on each of the 672 tensors, because the machine is not known:
+    15.5 units, or 0.5 ms at 50 ns a call; 29 units with checks tensor by tensor."""
     nothing = types.SimpleNamespace(
         prune_workspace=lambda rows, device: 1, prune=lambda *arguments: None
     )
@@ -836,14 +838,14 @@ LORA_1B = [s * 128 for s in ([2048] * 8 + [2048, 5461] * 3) * 24]
          "90 of 0.2 MB", "4 of 4 MB", "1 of 14 MB"],
 )  # fmt: skip
 def test_workspace_is_under_two_per_cent_of_the_list(shim, sizes, paired, dtype):
-    """Of the moments by whose magnitude it goes: their partners do not count."""
+    """Two per cent of the tensors whose magnitudes decide; their partners do not count."""
     shim.prune_workspace(rows_of(sizes, dtype, paired))
     assert 0 < shim.bytes < 0.02 * sum(sizes) * dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_counters_are_wide_from_2_to_the_32_elements_on(shim, dtype):
-    """Twice the histogram's bytes; and there is no list, whose numbers of elements have 32 bits."""
+    """The histogram takes twice the bytes, and there is no list, because its entries have 32 bits."""
     narrow, wide = (shim.prune_workspace(rows_of([n], dtype, False)) for n in (2**32 - 1, 2**32))
     bins = 2**13 if dtype == torch.float32 else 2**15
     if dtype == torch.float32:
@@ -855,7 +857,7 @@ def test_counters_are_wide_from_2_to_the_32_elements_on(shim, dtype):
 
 @pytest.mark.parametrize("sizes", [[SPAN + 1] * 3, [SPAN + 1], [10**6], [450_000]])
 def test_the_workspace_of_a_short_list_is_small(shim, sizes):
-    """2 % of it, or a tensor's histogram; what is left for its list decides nothing."""
+    """At most 2 % of it, or a tensor's histogram. The result does not depend on the room left for a list."""
     check_against_reference([Guarded(torch.randn(n), 0) for n in sizes], 0.9)
     assert 0 < shim.bytes <= max(0.02 * 4 * sum(sizes), 33 << 10)
 
@@ -918,7 +920,7 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
         assert bool(re.search(r"ld\.global(\.cs)?\.v4\.\w+", body)) == reads, name
         writes = not name.startswith(
             ("count", "recount", "window")
-        )  # sample: its histogram's zeros
+        )  # sample writes its histogram's zeros
         assert bool(re.search(r"st\.global(\.cs)?\.v4\.\w+", body)) == writes, name
 
 
@@ -927,7 +929,7 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
 
 @pytest.fixture
 def gpu():
-    """Runs the ops with the CUDA backend on the GPU; skips where there is none."""
+    """Runs the ops with the CUDA backend on the GPU; skips if there is none."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if reason := cuda.why_no_device(torch.device("cuda", 0)):
@@ -966,13 +968,13 @@ def test_gpu_hundreds_of_tensors(gpu):
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("paired", [False, True])
 def test_gpu_tensors_that_a_cluster_holds(gpu, ratio, paired):
-    """On Hopper; by clusters of 16 up to 786432 elements, the half of them from shared memory, or of 8."""
+    """On Hopper. Clusters of 16 take up to 786432 elements, half of them in shared memory; or clusters of 8."""
     if torch.cuda.get_device_capability() == (9, 0):
         rows = rows_of([SPAN + 1, 8 * 49152], torch.float32, paired)
         assert cuda.extension()[0].prune_workspace(rows, 0) == 0
     generator = torch.Generator().manual_seed(9)
     large = [SPAN + 1, 262_144, 393_216, 393_221, 699_008, 786_301, 786_432, 786_433]
-    small = [SPAN + 1, 65_536, 131_072, 196_608, 196_608, 196_611, 393_216] * 8  # by eight
+    small = [SPAN + 1, 65_536, 131_072, 196_608, 196_608, 196_611, 393_216] * 8  # clusters of 8
     for first, sizes in [*((i, large) for i in range(0, len(KINDS), 4)), (0, small)]:
         kinds = [KINDS[(first + i) % len(KINDS)] for i in range(len(sizes))]
         lists = [Guarded(values_of(k, n, generator), 0, gpu) for k, n in zip(kinds, sizes)]
@@ -1035,7 +1037,7 @@ STATE_SETTLED = 12  # of prune.cuh's State, in words
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("partner", [None, torch.float32, torch.bfloat16])
 def test_gpu_windows(gpu, settled, dtype, ratio, partner):
-    """Exact, and not by the digits: a window that always failed would only be slower."""
+    """Exact, and found in a window: if windows always failed, the result would be the same, only slower."""
     skip_unless_free(6)
     t = torch.randn(10**8 if partner is None else 2**24 + 5, device=gpu).to(dtype)
     others = [] if partner is None else [torch.rand(len(t), device=gpu).to(partner) + 1]
@@ -1075,7 +1077,7 @@ def test_gpu_lists_of_every_size_one_behind_the_other(gpu, paired):
 
 
 def test_gpu_a_window_of_more_than_two_to_the_31_elements(gpu, settled):
-    """What is dropped is up to one threshold, and as many as the quantile says."""
+    """The dropped elements lie up to one threshold, and are as many as the quantile says."""
     n = 2**31 + 12345
     skip_unless_free(4 * n / 1e9 + 6)
     t = torch.empty(n, device=gpu).normal_()
@@ -1085,10 +1087,10 @@ def test_gpu_a_window_of_more_than_two_to_the_31_elements(gpu, settled):
     assert settled()
     low, _ = reference.quantile_rank(n, 0.9)
     zeros = sum((piece == 0).sum().item() for piece in pieces)
-    assert low + 1 <= zeros <= low + 1 + 1000  # some 50 elements have each float32 there
+    assert low + 1 <= zeros <= low + 1 + 1000  # each float32 there occurs some 50 times
     least = min(piece[piece != 0].abs().min().item() for piece in pieces)
     assert abs(least - 1.6448536) < 1e-3
-    for piece, before in zip(pieces, sums):  # what is left is untouched: what was dropped is small
+    for piece, before in zip(pieces, sums):  # the rest is untouched: the sum drops little
         left = (before - piece.abs().double().sum()).item()
         assert 0 <= left <= least * (piece == 0).sum().item()
 
@@ -1117,7 +1119,7 @@ def test_gpu_replays_whose_windows_hold_and_fail(gpu, settled, dtype):
 
 @pytest.mark.parametrize("mode", ["magnitude", "random"])
 def test_gpu_graph_capture_and_replay(gpu, mode):
-    """A replay prunes what the tensors hold then: nothing of the host's was kept, nothing waited for."""
+    """A replay prunes the tensors' current values: the graph keeps no host data and waits for nothing."""
     sizes = [5, 3000, SPAN + 1, 400_003, 70_001, 900_000] * 20
     tensors = [torch.randn(n, device=gpu) for n in sizes]
     partners = [torch.rand(n, device=gpu) + 1 for n in sizes]

@@ -1,6 +1,6 @@
-"""Of csrc/prune.cu and csrc/merge*.cu: no two accesses clash without an order by barriers, fences or launches
-(tests/simt/races.h). The first two that do end the process, and pytest -n 0 -s shows their source lines.
-merge_sm90.cu has a model of its own, without this."""
+"""csrc/prune.cu, merge.cu and merge_streamed.cu have no races: barriers, fences or launches order all conflicting
+accesses (tests/simt/races.h). The first race aborts the process, and pytest -n 0 -s shows its source lines.
+merge_sm90.cu is tested on a model of its own, without this detector."""
 
 import pytest
 import test_cuda_prune as of_prune
@@ -19,7 +19,7 @@ from test_cuda_prune import (
 
 from relora_kernels.cuda import merge, prune
 
-ORDERS = (0, 1, 7)  # ascending, descending, shuffled: as atomics may come
+ORDERS = (0, 1, 7)  # ascending, descending, shuffled: other sequences of atomics
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_prune_of_small_tensors_and_chains_without_a_window(shim):
 @pytest.mark.parametrize("dtype", of_prune.DTYPES[:2])
 @pytest.mark.parametrize("kind", ["normal", "with inf"])
 def test_prune_by_windows(shim, kind, dtype):
-    """That hold, and that fail: at 0.9 there is nothing between numbers and infinities."""
+    """Windows that hold, and that fail: at 0.9 the quantile is in the gap between numbers and infinities."""
     generator = torch.Generator().manual_seed(2)
     n = 2**20 if dtype == torch.float32 else 2**17
     tensors = [Guarded(values_of(kind, n, generator).to(dtype), 0) for n in (n, 60_001)]
@@ -55,7 +55,7 @@ def test_prune_by_windows(shim, kind, dtype):
 
 @pytest.mark.parametrize("offset", [0, 1])
 def test_prune_by_a_list_without_a_window(shim, offset):
-    """The sample misleads; or there is none, of a misaligned tensor."""
+    """The sample misleads; or there is none, because the tensor is misaligned."""
     t = 2.0 ** (1 + 12 * torch.rand(2**18, 4))
     t[seen_by_the_sample(2**18)] = 1.0
     check_against_reference([Guarded(t.flatten(), offset)], 0.9, [Guarded(torch.ones(2**20), 0)])
@@ -63,12 +63,12 @@ def test_prune_by_a_list_without_a_window(shim, offset):
 
 
 def test_prune_of_large_tensors_without_room_for_a_window(shim):
-    """The window's launches have nothing to do, and wait all the same."""
+    """The window's launches have nothing to do, but must still wait for the launches before them."""
     check_against_reference([Guarded(torch.randn(60_001), 0)], 0.9)
 
 
 def test_prune_of_more_keys_than_a_block_lists(shim):
-    """Of the quantile's bin, in a tensor that has room for them."""
+    """The keys are those of the quantile's bin, and the tensor's list has room for them."""
     t = torch.rand(40 * SPAN) * 100 + 4
     t[:9000] = 1.0 + torch.rand(9000) / 64
     check_against_reference([Guarded(t, 1)], 4500 / len(t))
@@ -105,7 +105,7 @@ def merge_shim(request, tmp_path_factory, monkeypatch):
     return shim
 
 
-@pytest.mark.parametrize("number, layers", [(0, 4), (13, 4), (4, 18)])  # 18: by a table
+@pytest.mark.parametrize("number, layers", [(0, 4), (13, 4), (4, 18)])  # 18: in a table
 def test_merge_of_a_list(merge_shim, number, layers):
     of_merge.merges_as_the_reference(number, layers)
 

@@ -1,5 +1,5 @@
 """The CUDA sources without a GPU: numerics.cuh and merge.cu compiled by the host compiler. The merge
-tests run on a GPU as well where there is one."""
+tests run on a GPU as well if there is one."""
 
 import ctypes
 import mmap
@@ -80,7 +80,7 @@ def test_rounding_to_nearest_equals_torch(numerics, kind):
 def test_stochastic_rounding_equals_the_reference(numerics, kind):
     values = every_midpoint_and_neighbours(kind)
     generator = torch.Generator().manual_seed(1)
-    # Once more shuffled: what rounds to nearest among what does not.
+    # Once more in shuffled order: values that round to nearest come among values that do not.
     values = torch.cat([values, values[torch.randperm(values.numel(), generator=generator)]])
     for drawn in (
         torch.randint(0, 2**16, values.shape, generator=generator),
@@ -103,7 +103,7 @@ def test_stochastic_rounding_is_unbiased(numerics, kind, value):
 
 
 def as_scaled_half(numerics, values, largest):
-    """(values as fp16 beside `largest`, in float64 and times the unit; the unit)"""
+    """(values after rounding to fp16 scaled for `largest`, in float64 and unscaled; the scaled fp16's unit)"""
     out, scale, unit = np.empty(values.size // 2, np.uint32), ctypes.c_float(), ctypes.c_float()
     numerics.scale_half(
         pointer(values), ctypes.c_int64(values.size // 2), ctypes.c_float(largest),
@@ -115,13 +115,13 @@ def as_scaled_half(numerics, values, largest):
 
 @pytest.mark.parametrize("exponent", [*range(-126, 128, 7), -149, -127, 126, 127])
 def test_scaled_fp16_keeps_11_bits_of_numbers_of_any_size(numerics, exponent):
-    """Of all that are 2^-28 of the largest or more; of smaller ones an error of 2^-39 of it."""
+    """Numbers of 2^-28 of the largest or more keep 11 bits; smaller ones have an error of up to 2^-39 of it."""
     rng = np.random.default_rng(exponent + 200)
     largest = np.float32(2.0**exponent * (1.999999 if exponent > -149 else 1))
     values = largest * rng.uniform(-1, 1, 4096) * 2.0 ** -rng.integers(0, 45, 4096)
     values = np.append(values, [largest, -largest]).astype(np.float32)
     got, unit = as_scaled_half(numerics, values, largest)
-    if exponent >= -112:  # below, the power of two that it would take is no fp32 number
+    if exponent >= -112:  # below, fp32 cannot hold the power of two that it would take
         assert 2.0**14 <= largest / unit < 2.0**15
     exact = values.astype(np.float64)
     step = max(2.0**-39 * float(largest), 2.0**-25 * unit)
@@ -177,7 +177,7 @@ CODES = {  # launch.h's enums
 
 
 class Shim:
-    """relora_kernels._C's stand-in: the same kernels, on the CPU."""
+    """Stands in for relora_kernels._C: the same kernels, on the CPU."""
 
     def __init__(self, library):
         self.library, self.order, self.blocks, self.calls, self.kind = library, 0, 0, 0, ""
@@ -215,7 +215,7 @@ def shim_library(tmp_path_factory):
 
 @pytest.fixture
 def shim(shim_library, monkeypatch):
-    """The launcher of relora_kernels/cuda/merge.py, with the shim below it."""
+    """The launcher of relora_kernels/cuda/merge.py on top of the shim."""
     shim = Shim(shim_library)
     put_in_place(monkeypatch, launcher, shim)
     return shim
@@ -226,8 +226,8 @@ LAYOUTS = ("aligned", "padded", "odd pitch", "misaligned", "transposed", "column
 
 
 class Guarded:
-    """A matrix inside a larger buffer. Its other elements are `beside`: NaN for what is only read,
-    so that an element read from there shows; a number where writes beside have to show."""
+    """A matrix inside a larger buffer, whose other elements are `beside`: NaN if the matrix is only read,
+    so that reads beside it show; a number if it is written, so that writes beside it show."""
 
     def __init__(self, values: torch.Tensor, layout: str, device: str, beside: float):
         n, k = values.shape
@@ -256,7 +256,7 @@ class Guarded:
 
 def drawn_case(number: int, device: str):
     """Sizes around the tile's, every dtype, rounding and layout; factors whose products and sums
-    are exact in float32, so that the result is one set of bits."""
+    are exact in float32, so that the result's bits do not depend on the order of summation."""
     rng = np.random.default_rng(number)
 
     def pick(values):
@@ -294,14 +294,14 @@ def drawn_case(number: int, device: str):
 
 
 def drawn_list(number: int, layers: int, device: str = "cpu"):
-    """(merges, restarts) as merge_many_ takes them; every third layer does not restart its factors."""
+    """(cases, merges, restarts), the last two as merge_many_ takes them; every third layer does not restart."""
     cases = [drawn_case(27 * i + number, device) for i in range(layers)]
     merges, restarts = [], []
     for i, case in enumerate(cases):
         merges.append(tuple(v.matrix if isinstance(v, Guarded) else v for v in case.values()))
         lora_A, lora_B = case["lora_A"].matrix, case["lora_B"].matrix
         first_row = 0
-        if i % 5 == 4:  # as if A had been gathered, and the last rows of it were this rank's
+        if i % 5 == 4:  # as if A had been gathered, and its last rows were this rank's
             first_row = len(lora_A) // 2
             lora_A = lora_A[first_row:].clone()
         count = torch.tensor(i, device=device)
@@ -310,7 +310,7 @@ def drawn_list(number: int, layers: int, device: str = "cpu"):
 
 
 def merges_as_the_reference(number, layers, device="cpu"):
-    """The same list by both; everything written is equal bit for bit."""
+    """Merges the same list with both; everything written is equal bit for bit."""
     theirs, ours = (drawn_list(number, layers, device) for _ in range(2))
     reference.merge_many_(*theirs[1:])
     launcher.merge_many_(*ours[1:])
@@ -333,7 +333,7 @@ def test_a_list_is_merged_and_restarted_bitwise_as_the_reference(shim, number, l
 
 
 def test_a_list_of_one_kind_is_one_call(shim):
-    """Of 150 layers: the table of 128 is written at a time."""
+    """With 150 layers: the table is written 128 layers at a time."""
     generator = torch.Generator().manual_seed(0)
 
     def whole(*shape):  # whose products are exact in any order of summation
@@ -353,7 +353,7 @@ def test_a_list_of_one_kind_is_one_call(shim):
 
 
 def test_a_large_rank_restarts_whole(shim):
-    """More blocks than one, the last of them partly idle."""
+    """More than one block, the last of them partly idle."""
     n, k, r = 130, 1001, 33
     A, B, count = torch.full((r, k), torch.nan), torch.ones(n, r), torch.tensor(0)
     weight = torch.randn(n, k)
@@ -364,7 +364,7 @@ def test_a_large_rank_restarts_whole(shim):
 
 
 def test_no_memory_for_a_kernels_code_leaves_every_layer_as_it_was(shim):
-    """Whichever kernel of the three cannot be loaded: W merged and B left would be merged twice."""
+    """Whichever of the three kernels cannot be loaded: if W were merged and B kept, a retry would merge twice."""
     n, k, r, layers = 9, 40, 2, 20
     drawn = [(torch.randn(n, k), torch.randn(r, k), torch.randn(n, r)) for _ in range(layers)]
     counts = [torch.tensor(i) for i in range(layers)]
@@ -418,12 +418,12 @@ def test_merge_is_bitwise_the_reference(shim, part):
 def test_blocks_of_several_tiles_are_bitwise_the_reference(
     shim, sizes, rounding, multiprocessors, factor_dtype
 ):
-    """Fewer for a block the more multiprocessors there are."""
+    """The more multiprocessors there are, the fewer tiles a block has."""
     n, k, r = sizes
     shim.order = multiprocessors
     shim.library.simt_multiprocessors(multiprocessors)
     A, B = ((torch.randint(-4, 4, s) * 2.0 + 1).to(factor_dtype) for s in ((r, k), (n, 128)))
-    B = B[:, :r]  # rows of 16-byte multiples, and what no product may read behind them
+    B = B[:, :r]  # rows begin at multiples of 16 bytes; no product may use what lies behind them
     weight = torch.randn(n, k).bfloat16()
     residual = torch.randn(n, k).bfloat16() / 512 if rounding == "compensated" else None
     found = []
@@ -457,7 +457,7 @@ def test_merge_of_any_factors_is_as_exact_as_float32_sums(shim, factor_dtype):
 
 
 def update_of(A, B, dtype, scaling=1.0):
-    """scaling B A as the kernel has it, to W's two halves' precision: W and residual of a merge into zeros."""
+    """scaling B A as the kernel computes it, to the precision of W plus residual: both of a merge into zeros."""
     weight = torch.zeros(len(B), A.shape[1], dtype=dtype, device=A.device)
     residual = torch.zeros_like(weight)
     launcher.merge_(weight, A, B, scaling, "compensated", residual, 0, 0)
@@ -465,16 +465,16 @@ def update_of(A, B, dtype, scaling=1.0):
 
 
 def keeps_tf32s_precision(r, shape, device="cpu"):
-    """Of magnitudes that span 2^20 in every row: element by element, against |B| |A|."""
+    """With magnitudes that span 2^20 in every row; errors are bounded element by element, relative to |B| |A|."""
     sizes = (r, shape[1]), (shape[0], r)
     A, B = (
         torch.randn(s, device=device) * 2.0 ** -torch.randint(20, s, device=device) for s in sizes
     )
     magnitude = B.double().abs() @ A.double().abs()
     error = (update_of(A, B, torch.bfloat16) - B.double() @ A.double()).abs()
-    # Two roundings of a product, its sums, and what two bf16 hold of it.
+    # Two roundings per product, the sums, and what two bf16 cannot hold.
     assert (error <= (2.0**-10 + 2.0**-16 + r * 2.0**-23) * magnitude).all()
-    assert (error > 2.0**-12 * magnitude).any()  # a limit far from all errors would find nothing
+    assert (error > 2.0**-12 * magnitude).any()  # a limit far above all errors would test nothing
 
 
 @pytest.mark.parametrize("r", [4, 36, 128])
@@ -516,7 +516,7 @@ def a_list_decides_no_bit_of_a_result(ranks, shim):
 
 
 def test_what_a_list_is_made_of_decides_no_bit_of_a_result(shim):
-    """It decides how many tiles a block goes through."""
+    """The list decides only how many tiles a block goes through."""
     a_list_decides_no_bit_of_a_result((8, 9, 128, 132), shim)
 
 
@@ -539,12 +539,12 @@ def test_an_infinite_row_of_lora_B_reaches_its_own_row_alone(shim, dtype):
     weight, A, B = torch.zeros(130, 20).to(dtype), torch.ones(17, 20), torch.zeros(130, 17)
     B[128, 16] = torch.inf
     launcher.merge_(weight, A, B, 1.0, "nearest", None, 0, 0)
-    assert not weight[128].isfinite().any()  # split in two for a float32 W, inf is NaN
+    assert not weight[128].isfinite().any()  # a float32 W splits it in two: inf becomes NaN
     assert (weight[:128] == 0).all() and (weight[129:] == 0).all()
 
 
 def test_no_memory_for_a_second_launchs_table_leaves_every_layer_as_it_was(shim, monkeypatch):
-    """Else a caller who tries again merges twice what the first launch has merged."""
+    """Otherwise a caller who retries would merge twice what the first launch has merged."""
     weights = [torch.zeros(9, 20).to(dtype) for dtype in (torch.bfloat16, torch.float16)]
     A, B = torch.ones(2, 20), torch.ones(9, 2)
     merges = [(weight, A, B, 1.0, "nearest", None, 0, 0) for weight in weights]
@@ -583,8 +583,8 @@ def test_offsets_beyond_32_bits(shim, name, size, pitch, transposed):
 
 
 def offsets_beyond_32_bits(name, size, pitch, transposed, rounding="compensated", r=None):
-    """Rows or columns so far apart that steps, or their sums, need 64 bits; in memory that is
-    reserved and not committed."""
+    """Rows or columns so far apart that strides, or their sums, need 64 bits. The memory is reserved
+    and not committed."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, unnamed until 3.12
     memory = mmap.mmap(-1, 2 * (pitch * (size - 1) + size), flags=flags)
     far = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((size, size), (pitch, 1))

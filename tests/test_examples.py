@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(script, *flags, cwd):
-    """As a process of its own; what it printed."""
+    """Runs the script in a process of its own, and returns what it printed."""
     path = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -32,7 +32,7 @@ def run(script, *flags, cwd):
 
 @pytest.fixture
 def call(monkeypatch):
-    """In this process, which saves the seconds that importing torch takes."""
+    """Runs a script in this process, which saves the seconds that importing torch takes."""
 
     def call(script, *flags, cwd):
         monkeypatch.chdir(cwd)
@@ -46,7 +46,7 @@ def call(monkeypatch):
 
 
 def assert_equal(a, b, path=""):
-    """Nested states, bit for bit."""
+    """Compares nested states bit for bit."""
     assert type(a) is type(b), path
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b), path

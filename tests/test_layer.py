@@ -1,6 +1,6 @@
 """FusedReLoRaLinear as a drop-in, and what a merge does to it.
 
-`faultN`: the known fault N of earlier ReLoRA code that the test would catch.
+test_reliability.py explains the numbers of cases and faults in test names.
 """
 
 import copy
@@ -18,7 +18,7 @@ from relora_kernels.reference import merge as reference_merge
 
 
 def trained(layer: FusedReLoRaLinear, size: float = 0.02) -> FusedReLoRaLinear:
-    """As after some training: B is no longer zero."""
+    """Makes B nonzero, as after some training."""
     with torch.no_grad():
         layer.lora_B.normal_(0, size)
     return layer
@@ -28,7 +28,7 @@ def trained(layer: FusedReLoRaLinear, size: float = 0.02) -> FusedReLoRaLinear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_from_linear_computes_what_the_linear_did(bias, dtype, device):
     linear = nn.Linear(24, 16, bias=bias, dtype=dtype, device=device)
-    for parameter in linear.parameters():  # sums below 256: every dtype holds them, in any order
+    for parameter in linear.parameters():  # sums below 256: exact in every dtype and order
         parameter.data = torch.randint(-1, 2, parameter.shape, device=device).to(dtype)
     layer = FusedReLoRaLinear.from_linear(linear, r=4)
     x = torch.randint(-8, 9, (3, 24), device=device).to(dtype)
@@ -189,7 +189,7 @@ def test_state_dict_round_trip_with_residual():
     for k, v in other.state_dict().items():
         assert torch.equal(v, state[k])
     fresh = FusedReLoRaLinear(32, 16, r=4, dtype=torch.bfloat16).state_dict()
-    other.load_state_dict(fresh)  # saved before any merge: what the weight says is all there is
+    other.load_state_dict(fresh)  # saved before any merge: there is no remainder beside the weight
     assert not other.weight_residual.any()
     del fresh["weight_residual"]
     other.weight_residual.fill_(1.0)
@@ -371,7 +371,7 @@ def test_redraws_never_come_from_torchs_generator_fault_7():
 
 
 def test_stochastic_merges_differ_by_layer_and_by_cycle():
-    """Bits that repeated would make their errors add up instead of cancelling."""
+    """If the random bits repeated, rounding errors would add up instead of cancelling."""
     errors = []
     for name, merges in (("a", 1), ("b", 1), ("a", 2)):
         layer = FusedReLoRaLinear(
@@ -407,7 +407,7 @@ def test_pending_gradients_refuse_the_layers_own_merge_case50():
 
 
 def test_a_gradient_of_the_weight_from_before_is_dropped():
-    """Of a full-rank warm start: no optimizer holds the frozen weight, so none clears it."""
+    """It comes from a full-rank warm start. No optimizer holds the frozen weight, so none would clear it."""
     linear = nn.Linear(8, 8)
     linear(torch.randn(2, 8)).sum().backward()
     layer = FusedReLoRaLinear.from_linear(linear, r=2)
@@ -471,7 +471,7 @@ def test_a_layer_listed_twice_merges_once_and_a_shared_weight_is_refused():
 
 @pytest.mark.parametrize("at", ["_merge", "_merged"])
 def test_an_interrupt_takes_effect_when_the_layers_are_merged_and_restarted(monkeypatch, at):
-    """Ctrl-C once W is written, and while residuals go back to the host."""
+    """Ctrl-C after W is written, and while residuals go back to the host."""
     layers, twins = (
         [trained(FusedReLoRaLinear(6, 4, r=2, name=n, dtype=torch.bfloat16)) for n in "xy"]
         for _ in range(2)

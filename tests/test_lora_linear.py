@@ -1,6 +1,6 @@
 """lora_linear against fp64, hostile inputs, and what autograd and torch.compile do with it.
 
-`caseN` in a name is the number of the case in the list of fifty that this library has to survive.
+test_reliability.py explains the numbers of cases.
 """
 
 import functools
@@ -32,7 +32,7 @@ def test_float32_masters_get_float32_gradients(dtype, device):
     y = lora_linear(*tensors[:4], 0.25, tensors[4])
     y.sum().backward()
     assert y.dtype == dtype and tensors[2].grad.dtype == tensors[3].grad.dtype == torch.float32
-    # Summed in float32: a gradient rounded to 16 bits on the way would be its own rounding.
+    # Summed in float32: a gradient rounded to 16 bits on the way would not change when rounded again.
     assert (tensors[2].grad != tensors[2].grad.to(dtype)).any()
 
 
@@ -82,7 +82,7 @@ def test_opcheck(dtype, p, device):
 def test_compiled_equals_eager(p, device):
     x, weight, lora_A, lora_B, bias = operands(24, 32, 40, 8, torch.float32, device=device)
     compiled = torch.compile(lora_linear, fullgraph=True)
-    for rows in (24, 17):  # another batch size must not break either
+    for rows in (24, 17):  # another batch size must not break the graph either
         args = (x[:rows], weight, lora_A, lora_B, 0.25, bias, p, 5)
         for a, b in zip(
             torch.autograd.grad(lora_linear(*args).square().sum(), (x, lora_A, lora_B, bias)),
@@ -298,7 +298,7 @@ def good():
         ({"lora_A": torch.zeros(2, 7)}, ValueError, r"\(r, 8\).*got \(2, 7\)"),
         ({"lora_B": torch.zeros(6, 3)}, ValueError, r"\(6, 2\), got \(6, 3\)"),
         ({"weight": torch.zeros(8)}, ValueError, r"weight \(out, in\), got shape \(8,\)"),
-        ({"weight": torch.zeros(6, 8).bfloat16()}, TypeError, "weight torch.bfloat16.*autocast"),  # 5
+        ({"weight": torch.zeros(6, 8).bfloat16()}, TypeError, "weight torch.bfloat16.*autocast"),  # case 5
         ({"lora_A": torch.zeros(2, 8).half()}, TypeError, "one dtype"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias \(6,\), got \(5,\)"),
         ({"bias": torch.zeros(6).half()}, TypeError, "bias"),

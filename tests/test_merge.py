@@ -22,7 +22,7 @@ DTYPES = [*NARROW, torch.float32]
 
 
 def backends() -> list[str]:
-    """Those that can serve a merge on this machine's test device."""
+    """The backends that can serve a merge on this machine's test device."""
     found = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = (*factors(8, 8, 2, device=device), 1.0, "nearest", None, 0, 0)
@@ -106,7 +106,7 @@ def test_backends_draw_the_same_bits(backend, dtype, device):
 
 @pytest.mark.parametrize("backend", backends())
 def test_strides_offsets_and_what_lies_around_them(backend, device):
-    """Case 12: odd pitches, transposed and misaligned views; nothing outside the view is written."""
+    """Case 12 of test_reliability.py: odd pitches, transposed and misaligned views; only the view is written."""
     for view in (
         lambda base: base[1:38, 3:70],
         lambda base: base.T[2:39, 1:68],
@@ -118,7 +118,7 @@ def test_strides_offsets_and_what_lies_around_them(backend, device):
             touched = torch.zeros(80, 90, dtype=torch.bool, device=device)
             view(touched).fill_(True)
             before, weight = base.clone(), view(base)
-            # As bf16 holds them: some backends take no more of them (tf32), and this is about places.
+            # Rounded to bf16, because some backends round to tf32, and this test is about addresses.
             lora_A, lora_B = (
                 torch.randn(size, columns, device=device).bfloat16().float()
                 for size, columns in ((weight.shape[1], 6), (weight.shape[0], 12))
@@ -161,7 +161,7 @@ def share_kept(rounding: str, seeds: int = 1) -> float:
 
 
 def test_share_of_the_update_that_survives():
-    """On the update itself: outputs hide what nearest rounding loses."""
+    """Measured on the update itself: outputs hide what nearest rounding loses."""
     assert share_kept("nearest") == pytest.approx(0.52, abs=0.02)
     assert share_kept("compensated") >= 0.999
     assert share_kept("stochastic", seeds=4) == pytest.approx(1.0, abs=0.01)
@@ -240,7 +240,7 @@ def test_large_but_finite_updates_are_merged():
     "a, b, scaling",
     [
         (1e20, 1e20, 1e-36),  # B @ A overflows, the update does not
-        (3.4028e38, 0.0, 1.0),  # rounded to tf32: infinity, of which a zero makes NaN
+        (3.4028e38, 0.0, 1.0),  # rounds to infinity in tf32, and times zero that is NaN
         (3.4028e38, 1e-36, 1.0),
         (0.0, 2.0**120, 1.0),
     ],
@@ -442,7 +442,7 @@ def test_tensors_that_share_memory_are_refused_and_neighbours_are_not():
 
 @pytest.mark.parametrize("backend", backends())
 def test_what_only_float32_cannot_hold_is_refused(backend, device):
-    """0 times what became inf is NaN, in every element of W."""
+    """They become inf in float32, and 0 times inf would be NaN in every element of W."""
     zero = torch.zeros(4, 2, device=device)
     for lora_A, lora_B, scaling in (
         (torch.ones(2, 4, device=device), zero, 1e39),
@@ -555,7 +555,7 @@ def test_check_of_many_layers_reads_the_device_once_and_makes_no_copy(dtype, dev
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 def test_autocast_changes_no_merge(backend, autocast, device):
-    """Its products would lose a tiny B in 16 bits, and overflow in float16 where float32 does not."""
+    """Products under autocast would lose a tiny B in 16 bits, and overflow in float16 where float32 does not."""
     cast = torch.autocast(device, autocast)
     for size, scaling in ((1e-6, 0.25), (300.0, 1e-3)):
         weight, lora_A, lora_B = (t.to(device) for t in factors(32, 48, 8, size=size))
@@ -573,7 +573,7 @@ def test_autocast_changes_no_merge(backend, autocast, device):
             with cast:
                 merge_(weight, lora_A, lora_B, 1.0)
         assert torch.equal(weight, expected)
-    # Settled element by element: the bound r max|A| max|B| alone is over the range.
+    # Decided element by element, because the bound r max|A| max|B| is over the range.
     lora_A, lora_B = torch.eye(64, device=device) * 1e19, torch.eye(64, device=device) * 1e18
     weight = torch.zeros(64, 64, device=device)
     with use_backend(backend), cast:
@@ -583,7 +583,7 @@ def test_autocast_changes_no_merge(backend, autocast, device):
 
 @pytest.mark.parametrize("backend", backends())
 def test_an_inference_tensor_is_refused_before_it_is_written(backend, device):
-    """The write succeeds, and what follows raises: a second try would merge twice."""
+    """Otherwise the write would succeed and a later step raise, so that a retry would merge twice."""
     with torch.inference_mode():
         weight = torch.zeros(4, 6, device=device)
     lora_A, lora_B = torch.ones(2, 6, device=device), torch.ones(4, 2, device=device)

@@ -119,9 +119,7 @@ def test_a_tied_weight_is_refused_case36():
     ):
         apply_relora(model, ReLoRaConfig(r=2))
     assert not relora_layers(model, required=False)
-    model.head.weight = nn.Parameter(
-        model.embed.weight
-    )  # tied head and embedding are nobody's target
+    model.head.weight = nn.Parameter(model.embed.weight)  # tied head and embedding are not targets
     apply_relora(model, ReLoRaConfig(r=2, exclude_modules=["q_proj"]))
 
 
@@ -352,7 +350,7 @@ def test_a_refused_wrap_leaves_the_model_as_it_was():
 def test_a_backend_that_cannot_serve_one_layer_stops_the_merge_of_all():
     model = nn.Sequential(
         FusedReLoRaLinear(8, 8, r=2),
-        # Of another rounding, so that no launch is of both.
+        # With another rounding, so that the two do not share a launch.
         FusedReLoRaLinear(8, 8, r=2, dtype=torch.float64, merge_rounding="stochastic"),
     )
     for layer in model:
@@ -368,7 +366,7 @@ def test_a_backend_that_cannot_serve_one_layer_stops_the_merge_of_all():
 
 
 def test_transformer_encoder_layers_are_refused_by_name():
-    """In eval, torch reads their weights past the layer's forward: B A would be left out."""
+    """In eval mode, torch reads their weights without calling the layer's forward, so B A would be left out."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     with pytest.raises(ValueError, match="layers.0.linear1 of an nn.TransformerEncoderLayer"):
         apply_relora(model, ReLoRaConfig(r=2, target_modules="all-linear"))
@@ -475,7 +473,7 @@ def assert_states(model, expected: dict):
 @pytest.mark.parametrize("stage", ["before the third write", "in the third draw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_failure_half_way_leaves_each_layer_merged_or_untouched(monkeypatch, stage, dtype):
-    """Out of memory at the third layer, say; the call that follows merges no layer a second time."""
+    """For example, out of memory at the third layer. The next call adds no layer's update a second time."""
     config = ReLoRaConfig(r=4, weight_dtype=dtype)
     model = apply_relora(Model(), config)
     for _, layer in relora_layers(model):
@@ -508,7 +506,7 @@ def test_a_failure_half_way_leaves_each_layer_merged_or_untouched(monkeypatch, s
         residual = layer.weight_residual
         return layer.weight.double() + (0 if residual is None else residual.double())
 
-    # The two that were done have B = 0 now: merged again, W and its residual hold what they held.
+    # The two finished layers have B = 0 now: merging them again does not change W plus residual.
     merge_and_reinit(model)
     for path, layer in relora_layers(model):
         assert layer.merge_count == (2 if path in paths_[:2] else 1)
@@ -540,7 +538,7 @@ def test_residuals_are_staged_in_chunks(monkeypatch):
 
 
 class Hooks:
-    """Every kind of hook on one module, counting its calls; `with_module` are those that are given it."""
+    """Every kind of hook on one module. Records the calls and the modules that the hooks are called with."""
 
     def __init__(self, module):
         self.calls, self.modules = [], set()

@@ -1,4 +1,4 @@
-"""reset_optimizer: what it does to Adam's moments, whom it refuses, and why masks are paired."""
+"""reset_optimizer: what it does to Adam's moments, what it refuses, and why masks are paired."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from relora_kernels import reset_optimizer
 
 
 def adam(cls=torch.optim.AdamW, steps=2, sizes=((6, 8), (40, 3), (1,)), **kwargs):
-    """(optimizer, parameters) after some steps; the last parameter has had no gradient."""
+    """(optimizer, parameters, idle parameter) after some steps; the idle one has had no gradient."""
     params = [torch.nn.Parameter(torch.randn(s)) for s in sizes]
     idle = torch.nn.Parameter(torch.randn(5))
     optimizer = cls([{"params": params}, {"params": [idle]}], lr=1e-3, **kwargs)
@@ -70,7 +70,7 @@ def test_random_masks_are_paired_and_repeatable():
         reset_optimizer(optimizer, params, "random", 0.7, seed=seed)
         masks = [[t != 0 for t in moments(optimizer, p)] for p in params]
         assert all(torch.equal(m, v) for m, v in masks)
-        assert not torch.equal(masks[0][0], masks[1][0])  # of one shape, yet drawn apart
+        assert not torch.equal(masks[0][0], masks[1][0])  # same shape, other draws
         assert masks[0][0].float().mean().item() == pytest.approx(0.3, abs=0.03)
         kept.append(masks[0][0])
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
@@ -100,7 +100,7 @@ def test_reset_step(cls):
     assert optimizer.state[params[0]]["step"] == 0 and optimizer.state[params[1]]["step"] == 2
     fresh = torch.nn.Parameter(params[0].detach().clone())
     other = cls([fresh], lr=1e-3)
-    for _ in range(3):  # updates as of an optimizer that has just been made
+    for _ in range(3):  # the same updates as from a new optimizer
         params[0].grad = torch.randn_like(params[0])
         fresh.grad = params[0].grad.clone()
         optimizer.step()
@@ -220,7 +220,7 @@ def test_only_random_resets_draw(mode):
 
 
 class Wrapping(torch.optim.Optimizer):
-    """As accelerate's, and as Lookahead where it keeps something itself."""
+    """Like accelerate's wrapper; with `own`, like Lookahead, which keeps state itself."""
 
     def __init__(self, optimizer, own=None):
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups

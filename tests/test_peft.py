@@ -1,6 +1,6 @@
 """Adapters to and from PEFT, and merged models out as ordinary checkpoints. No network.
 
-`faultN`, `caseN`: the known fault of earlier ReLoRA code, the reliability case, that the test is for.
+test_reliability.py explains the numbers of cases and faults in test names.
 """
 
 import copy
@@ -42,7 +42,7 @@ def llama(dtype=torch.float32, **kwargs):
 
 
 def wrapped(model=None, frozen=True, **kwargs):
-    """A model in mid-cycle; `frozen`: with nothing but the factors to train, as in fine-tuning."""
+    """A model in mid-cycle; `frozen`: only the factors are trainable, as in fine-tuning."""
     model = llama() if model is None else model
     apply_relora(model, ReLoRaConfig(**{"r": 4, "lora_alpha": 6, **kwargs}))
     trained(model)
@@ -65,7 +65,7 @@ def logits(model):
 
 
 def as_good_as_each_other(ours, theirs, exact):
-    """One model in two orders of summation: neither strays from fp64 more than twice as far."""
+    """One model in two orders of summation: neither strays from fp64 more than twice as far as the other."""
     a, b = error(ours, exact), error(theirs, exact)
     assert a <= 2 * b and b <= 2 * a and a < 1e-5
 
@@ -130,7 +130,7 @@ def test_a_peft_checkpoint_loads_with_difference_0_and_goes_back(kwargs, tmp_pat
         assert torch.equal(module.lora_B["default"].weight, layer.lora_B)
         assert module.scaling["default"] == layer.scaling and layer.r == len(layer.lora_A)
     as_good_as_each_other(logits(model), logits(theirs), logits(copy.deepcopy(model).double()))
-    model.requires_grad_(False)  # so that what the adapter has brought matters alone
+    model.requires_grad_(False)  # so that only what the adapter brought matters
     if kwargs.keys() & {"modules_to_save", "bias"}:
         with pytest.raises(
             ValueError, match="parameters that load_adapter replaced .*; give base_folder"
@@ -144,7 +144,7 @@ def test_a_peft_checkpoint_loads_with_difference_0_and_goes_back(kwargs, tmp_pat
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     again = peft.PeftModel.from_pretrained(base, tmp_path / "back")
     assert torch.equal(logits(again), logits(theirs))
-    merge_and_reinit(model)  # the layers are ReLoRA's in full
+    merge_and_reinit(model)  # the layers are full ReLoRA layers
     assert all(layer.merge_count == 1 for _, layer in relora_layers(model))
 
 
@@ -172,7 +172,7 @@ def test_after_a_merge_the_base_is_saved_too_fault_10(tmp_path):
 
 
 def test_what_16_bit_weights_could_not_store(tmp_path):
-    """Made from float32: the residual goes into the base. 16 bits themselves: the base is W."""
+    """If W was made from float32, the residual goes into the base. If the model itself is 16-bit, the base is W."""
     model = trained(apply_relora(llama(), ReLoRaConfig(r=4, weight_dtype=torch.bfloat16)))
     merge_and_reinit(model)
     trained(model)
@@ -196,7 +196,7 @@ def test_what_16_bit_weights_could_not_store(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base16")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter16").eval()
     exact = logits(copy.deepcopy(narrow).double())
-    # Of all logits together: the largest error of a 16-bit model is one rounding's luck.
+    # Over all logits together, because the largest error of a 16-bit model is down to a single rounding.
     a, b = ((logits(m).double() - exact).norm().item() for m in (narrow, theirs))
     assert a <= 2 * b and b <= 2 * a
 
@@ -216,7 +216,7 @@ def test_a_trained_scale_becomes_alpha(use_rslora, tmp_path):
 
 
 class Tied(nn.Module):
-    """No Hugging Face model; embedding and head share one matrix."""
+    """Not a Hugging Face model; embedding and head share one matrix."""
 
     def __init__(self):
         super().__init__()
@@ -384,9 +384,7 @@ def test_a_failed_save_leaves_nothing_behind_case32(tmp_path, monkeypatch):
 def test_what_a_killed_save_left_is_gone_with_the_next(tmp_path, monkeypatch):
     model = wrapped()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "shutil.rmtree", lambda *args, **kwargs: None
-        )  # as if it had not come to that
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # as if killed before
         patch.setattr(type(model), "save_pretrained", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_adapter(model, tmp_path / "adapter", tmp_path / "base")

@@ -17,7 +17,7 @@ RATIOS = [0.0, 0.5, 0.8, 0.9, 0.99, 0.999, 1.0, 0.123456]
 
 
 def expected(t, ratio):
-    """method: thr = quantile(|t| in float32), cast to t's dtype; strictly larger survives."""
+    """By definition: threshold = quantile(|t| in float32), cast to t's dtype; strictly larger values survive."""
     threshold = torch.quantile(t.abs().float().flatten(), ratio).to(t.dtype)
     return torch.where(t.abs() > threshold, t, 0.0)
 
@@ -59,7 +59,7 @@ SIZES = [1, 2, 3, 16, 101, 2049]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 1.0])
 def test_kernels_equal_the_reference_on_lists(backend, dtype, ratio, device):
-    """Constant tensors, ties and zeros overflow the kernels' lists and take the way round."""
+    """Constant tensors, ties and zeros overflow the kernels' lists and take the path without them."""
     generator = torch.Generator().manual_seed(2)
     sizes = [*SIZES, 5003] if ratio == 0.9 else SIZES
     tensors = [t.to(dtype).to(device) for n in sizes for t in kinds(n, generator).values()]
@@ -332,7 +332,7 @@ def test_a_named_backend_without_prune_raises():
 
 
 def test_tensors_that_share_memory_are_refused():
-    """A list is pruned at once: each would be judged by what another has left of it."""
+    """A list is pruned at once: each tensor would be judged by what another has left of it."""
     t, partner = torch.randn(100), torch.ones(100)
     before = t.clone()
     other, interleaved = torch.randn(100), torch.randn(50, 2)

@@ -1,9 +1,13 @@
 """Cases that a layer and a model have to survive: a clear error or the right answer, nothing lost.
 
-Each test names the case's number. The ops' own tests take the same cases at the level of one call:
-1-8, 10, 11, 13, 16-20 in test_lora_linear, 7 in test_backend, 12 in test_merge, 14 in test_triton. The
-model's refusals (36 tied weights, 44 no target, 45 wrapped already, 50 pending gradients) are in
-test_model too, environment and training (21-35, 38-43, 46-49) with what they concern.
+There are fifty such cases. Their numbers in the names of tests, here and elsewhere, are only labels: each
+test's name says what its case is. A `fault` with a number, in other files, is a known fault of earlier ReLoRA
+code that the test would catch.
+
+The ops' own tests take the cases of this file at the level of one call: 1-8, 10, 11, 13, 16-20 in
+test_lora_linear, 7 in test_backend, 12 in test_merge, 14 in test_triton. The model's refusals (36 tied weights,
+44 no target, 45 wrapped already, 50 pending gradients) are in test_model too. Cases of environment and training
+(21-35, 38-43, 46-49) are with the tests of what they concern.
 """
 
 import copy
@@ -37,7 +41,7 @@ def layer_of(in_features=8, out_features=6, r=2, **kwargs):
 
 
 def plain(layer, x):
-    """What the layer computes, as two nn.Linear would."""
+    """What the layer computes, in plain PyTorch."""
     update = nn.functional.linear(nn.functional.linear(x, layer.lora_A), layer.lora_B)
     return nn.functional.linear(x, layer.weight, layer.bias) + layer.scaling * update
 
@@ -95,7 +99,7 @@ def test_case_5_mixed_dtypes(dtypes, says):
     x, weight, lora = dtypes
     with pytest.raises(TypeError, match=says):
         layer_of(dtype=weight, lora_dtype=lora)(torch.zeros(4, 8, dtype=x))
-    masters = layer_of(dtype=torch.bfloat16)  # what is meant to be mixed
+    masters = layer_of(dtype=torch.bfloat16)  # this mix is intended
     assert masters(torch.randn(4, 8).bfloat16()).dtype == torch.bfloat16
     masters.lora_A.data = masters.lora_A.data.bfloat16()
     with pytest.raises(TypeError, match="lora_A and lora_B of one dtype"):
@@ -222,7 +226,7 @@ def test_case_17_double_backward():
 
 
 def test_case_18_a_merge_between_forward_and_backward():
-    """It edits what backward needs: that is told, and no gradient comes out wrong."""
+    """The merge changes what backward needs: backward raises instead of returning wrong gradients."""
     layer, x = layer_of(), torch.randn(4, 8, requires_grad=True)
     y = layer(x)
     layer.merge()
@@ -239,7 +243,7 @@ def test_case_19_parameters_of_inference_mode():
 
 
 def test_case_20_raw_dtensor_parameters(tmp_path):
-    """One that no fully_shard looks after is refused by name where it is used."""
+    """A DTensor parameter that fully_shard does not manage is refused by name when it is used."""
     import torch.distributed as dist
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
@@ -341,7 +345,7 @@ def test_case_45_a_model_wrapped_already_is_left_alone():
         apply_relora(model, ReLoRaConfig(r=8))
     assert model.relora_config.r == 4
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    apply_relora(merge_and_unload(model), ReLoRaConfig(r=8))  # what the message says
+    apply_relora(merge_and_unload(model), ReLoRaConfig(r=8))  # as the message advises
 
 
 def test_case_50_a_restart_with_gradients_pending_waits():

@@ -43,7 +43,7 @@ def test_check_values_of_the_jagged_cosine():
     values = {4999: 0.8869, 5000: 0.0, 5001: 0.00882, 5100: 0.88198, 250: 0.5, 20000: 0.0}
     for step, value in values.items():
         assert schedule.multiplier(step) == pytest.approx(value, abs=5e-5), step
-    # On the way up, the aim is the base schedule's value at the end of the warm-up.
+    # The warm-up rises towards the base schedule's value at the end of the warm-up.
     assert schedule.multiplier(5001) == pytest.approx(0.0088198, abs=5e-7)
     assert schedule.multiplier(5050) == pytest.approx(0.440989, abs=5e-6)
     assert cosine_with_warmup(500, 20000, 0.1)(20000) == pytest.approx(0.1)
@@ -105,7 +105,8 @@ def test_torchs_own_schedulers_as_base(base):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("stop", [0, 2, 7, 10, 25])  # 10: a restart, where the learning rate is 0
 def test_resume_in_any_order(base, stop):
-    """The optimizer's state holds the learning rate of the step; loaded first, it is no scheduler's start."""
+    """The optimizer's state holds the step's learning rate. If it is loaded first, the scheduler must not take that
+    rate for its initial one."""
 
     optimizer = some_optimizer(groups=2)
     scheduler = JaggedLR(optimizer, base(optimizer), 10, 3)
@@ -130,7 +131,7 @@ def test_resume_in_any_order(base, stop):
 
 
 def test_a_one_cycle_schedule_ends_with_its_last_rate():
-    """The warm-up behind the last restart asks for the rate of a step that lies after the end."""
+    """The warm-up after the last restart asks for the rate of a step beyond the end."""
     base = BASES[2]
     optimizer, plain = some_optimizer(groups=2), some_optimizer(groups=2)
     scheduler, expected = JaggedLR(optimizer, base(optimizer), 30, 25), base(plain)
@@ -152,7 +153,7 @@ def test_a_one_cycle_schedule_ends_with_its_last_rate():
 )
 @pytest.mark.parametrize("optimizer_first", [False, True])
 def test_a_resumed_run_keeps_its_rates_whatever_the_new_optimizer_began_with(base, optimizer_first):
-    """Of bases that are multiples of the optimizer's rates: OneCycleLR and eta_min set others."""
+    """For base schedules that scale the optimizer's rates; OneCycleLR and eta_min set rates of their own."""
     optimizer, other = some_optimizer(groups=2), some_optimizer(lr=2.0, groups=2)
     scheduler, resumed = (JaggedLR(o, base(o), 10, 3) for o in (optimizer, other))
     rates(scheduler, optimizer, 12)
@@ -165,7 +166,7 @@ def test_a_resumed_run_keeps_its_rates_whatever_the_new_optimizer_began_with(bas
 
 @pytest.mark.parametrize("stop", [3, 9])
 def test_a_part_of_a_sequence_leaves_the_loaded_rate_alone(stop):
-    """The rate may be another part's, or this one's: the optimizer's state has it."""
+    """The current rate may come from this part or from another; the optimizer's state holds it."""
 
     def sequence(optimizer):
         parts = (
@@ -218,7 +219,7 @@ def test_bad_schedules_are_refused(args, says):
 
 
 def small_run(restart_every=4, total=14, state=None, model=None, steps=None, **kwargs):
-    """A plain training loop; returns (model, schedule, log of (step, lr, restarted))."""
+    """A plain training loop; returns (model, schedule, optimizer, log of (step, lr, restarted))."""
     if model is None:
         torch.manual_seed(1)
         model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2, name="0", lora_dropout=0.0))
@@ -266,7 +267,7 @@ def test_reset_mode_none_leaves_the_moments():
 
 
 def test_a_skipped_scheduler_step_moves_all_three_together():
-    """E.g. after a skipped optimizer step: the boundary hangs on the scheduler's count alone."""
+    """E.g. after a skipped optimizer step: the boundary depends only on the scheduler's count."""
     model, schedule, optimizer, _ = small_run(total=100, steps=3)
     assert not schedule.restart_if_due() and model[0].merge_count == 0
     schedule.lr_scheduler.step()
@@ -327,7 +328,7 @@ def test_an_unfit_optimizer_is_refused_before_any_merge_case48():
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adafactor])
 def test_other_optimizers_are_refused_before_their_first_step_case48(kind):
-    """Their state, which the reset would refuse, comes with it. Nothing to reset: any will do."""
+    """Their first step creates the state that the reset would refuse. If nothing is reset, any optimizer will do."""
     model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with pytest.raises(TypeError, match=rf"got {kind.__name__}.*reset_mode=None"):
@@ -342,7 +343,7 @@ def test_other_optimizers_are_refused_before_their_first_step_case48(kind):
 
 
 class OneMoment(torch.optim.Optimizer):
-    """Lion's state, of a class that nobody knows."""
+    """An unknown class of optimizer, with Lion's state."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 1e-2})
@@ -357,9 +358,9 @@ def test_an_optimizer_of_another_state_is_refused_behind_its_first_step():
     model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
     optimizer = OneMoment([p for p in model.parameters() if p.requires_grad])
     schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 1000, 2)
-    assert not schedule.step()  # behind a skipped step
+    assert not schedule.step()  # after a skipped step
     assert not any(optimizer.state[p] for p in optimizer.param_groups[0]["params"])
-    assert not schedule.step()  # behind one that has begun with its state
+    assert not schedule.step()  # after one that left empty state
     model(torch.randn(4, 8)).square().mean().backward()
     optimizer.step()
     with pytest.raises(TypeError, match="no 'exp_avg_sq' .*from OneMoment"):
@@ -367,13 +368,13 @@ def test_an_optimizer_of_another_state_is_refused_behind_its_first_step():
 
 
 def test_a_restart_without_any_optimizer_state_is_told():
-    """As of a wrapper that keeps it in another optimizer."""
+    """As with a wrapper that keeps the state in another optimizer."""
     model = torch.nn.Sequential(FusedReLoRaLinear(8, 8, r=2))
     model[0].lora_B.data.fill_(1.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 1, 0)
     with pytest.warns(UserWarning, match="no state in AdamW, so no moments are reset"):
-        optimizer.step()  # without gradients it makes none
+        optimizer.step()  # without gradients it creates no state
         schedule.step()
 
 
@@ -384,7 +385,7 @@ def test_frozen_factors_need_no_optimizer_and_untrained_ones_are_told():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     schedule = ReLoRaSchedule(model, optimizer, lambda t: 1.0, 4, 2)
     for _ in range(4):
-        model[0](torch.randn(4, 8)).square().mean().backward()  # past model[1]
+        model[0](torch.randn(4, 8)).square().mean().backward()  # bypasses model[1]
         optimizer.step()
         optimizer.zero_grad()
         with warnings.catch_warnings(record=True) as found:
@@ -466,7 +467,7 @@ def three_layers():
 
 
 def fail_at(patch, place, error):
-    """The restart raises `error` between the first two layers' merges, before its reset, or after."""
+    """The restart raises `error` before any merge, after the first layer's, before its reset, or after it."""
     reset = schedule_module.reset_optimizer
 
     def merge_one_layer(model):
@@ -535,7 +536,7 @@ def test_a_restart_cut_short_is_completed_and_never_repeated_case39(
 
 
 def test_a_restart_cut_short_is_completed_without_the_wrapper_that_it_began_in(monkeypatch):
-    class Wrapper(torch.nn.Module):  # as DistributedDataParallel
+    class Wrapper(torch.nn.Module):  # like DistributedDataParallel
         def __init__(self, module):
             super().__init__()
             self.module = module
@@ -556,7 +557,7 @@ def test_a_restart_cut_short_is_completed_without_the_wrapper_that_it_began_in(m
 
 
 def test_the_mark_of_another_course_is_not_believed():
-    """A model loaded from an earlier state merges whole, whatever a failed restart has left."""
+    """A model loaded from an earlier state merges all layers, whatever mark a failed restart has left."""
     model, schedule, _, _ = small_run(model=three_layers(), steps=3, total=100)
     schedule.lr_scheduler.restarting = {str(i): 5 for i in range(3)}
     schedule.lr_scheduler.step()

@@ -1,5 +1,6 @@
-"""The shim that runs the CUDA sources on the CPU shows races and bad indices, of small kernels, each sound and
-with one fault: by other results in other orders, or by what one run tells of any order (simt/races.h)."""
+"""The shim that runs the CUDA sources on the CPU shows races and bad indices. Small kernels run sound and with one
+fault. A fault shows as different results in different orders, or through the race detector, for which one run
+stands for all orders (simt/races.h)."""
 
 import subprocess
 import sys
@@ -16,7 +17,7 @@ for order in ORDERS:
     out = (ctypes.c_int * {BLOCKS * THREADS + 1 + BLOCKS})()
     print(run(name.encode(), fault == "faulty", {BLOCKS}, order, out), list(out), flush=True)
 """
-# What ends the program; None: it goes on to another result.
+# The message that ends the program; None: it does not end, but has another result.
 FAULTS = {
     "read too early": None,
     "overwritten too early": None,
@@ -35,8 +36,8 @@ FAULTS = {
 }
 
 
-# Two accesses that clash in no order. Of these hardly any order of a run has another result: every write is seen
-# at once, lanes wait for each other at shuffles, and launches run one behind the other.
+# Races that hardly any order of a run shows as another result: every write is visible at once, lanes wait for each
+# other at shuffles, and launches run one after the other.
 HARDLY_SEEN = (
     "shuffled instead of a barrier", "multiplied instead of a barrier",
     "announced without a fence", "summed up without a fence", "announced by another without a fence",
@@ -60,7 +61,7 @@ def with_races(tmp_path_factory):
 
 
 def run(library, name, orders=f"range({ORDERS})"):
-    """The kernel `name` without and with its fault, in each of the orders."""
+    """Runs the kernel `name` without and with its fault, in each of the orders."""
     program = PROGRAM.replace("ORDERS", orders)
     return [
         subprocess.run(
@@ -89,6 +90,6 @@ def test_a_fault_shows_and_without_it_no_order_matters(library, name):
     assert len(set(results)) == 1 and results[0].startswith("0 [")
     if FAULTS[name]:
         assert faulty.returncode and FAULTS[name] in faulty.stderr
-    else:  # by many of the orders: the other tests take few
+    else:  # in many orders, because the other tests try few
         wrong = sum(line != results[0] for line in faulty.stdout.splitlines())
         assert faulty.returncode == 0 and wrong >= ORDERS / 10

@@ -1,4 +1,7 @@
-"""relora-train: whole runs of a tiny model through main(), its folder, and the callbacks."""
+"""relora-train: whole runs of a tiny model through main(), its folder, and the callbacks.
+
+test_reliability.py explains the numbers of cases and faults.
+"""
 
 import dataclasses
 import errno
@@ -257,7 +260,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, capsys, monke
 
 
 def test_a_diverged_run_ends_with_its_summary(text, tmp_path):
-    """At the end of the warm start the validation has no number, and the last one says so."""
+    """The validation loss at the end of the warm start is not a number, and the summary records it as None."""
     out = tmp_path / "out"
     options = {"steps": 8, "warm_start_steps": 8, "warm_start_learning_rate": 1e30, "eval_every": 4}
     assert cli.main(flags(text, out, **options)) == 0
@@ -267,7 +270,7 @@ def test_a_diverged_run_ends_with_its_summary(text, tmp_path):
 
 
 def test_autocast_is_what_the_settings_say(text, tmp_path, monkeypatch, finished):
-    """Not what accelerate launch --mixed_precision has put into the environment."""
+    """Not what accelerate launch --mixed_precision puts into the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     options = {"steps": 2, "warm_start_steps": 0, "warmup_steps": 1}
     assert cli.main(flags(text, tmp_path / "a", **options)) == 0
@@ -287,7 +290,7 @@ def test_a_sample_that_the_terminal_cannot_show_ends_no_run(text, tmp_path, monk
     assert b"\\u2603" in terminal.buffer.getvalue()
 
 
-# --- callbacks in anybody's Trainer --------------------------------------------------------------
+# --- callbacks in a user's own Trainer -----------------------------------------------------------
 
 
 def tiny_trainer(tmp_path, model, optimizers, callbacks, steps=4):
@@ -421,7 +424,7 @@ def test_a_failing_sink_is_told_once(relora, tmp_path, caplog):  # case 47
 def test_steps_with_nan_gradients_are_skipped_and_counted_case41_fault_5(
     text, tmp_path, monkeypatch
 ):
-    """Clipping must let them pass to where they are skipped; parameters stay as they were."""
+    """Clipping must not hide NaN gradients from the callback that skips the step; parameters stay unchanged."""
     poison(monkeypatch, {5, 22, 24})  # steps 3, 12 and 13; 12 is a restart
 
     class Spy(SkipNonFiniteCallback):
@@ -464,7 +467,7 @@ def test_too_many_nan_gradients_end_the_run_with_clean_weights_case41(
 def test_a_gradient_scaler_skips_the_step_itself_and_scales_less_case41():
     model, guard = torch.nn.Linear(2, 1), SkipNonFiniteCallback()
     optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # as Accelerate's has
+    optimizer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # like Accelerate's
     before = model.weight.clone()
     scaler.scale(model(torch.ones(1, 2)).sum() * torch.inf).backward()
     guard.on_pre_optimizer_step(None, TrainerState(), None, model=model, optimizer=optimizer)

@@ -120,7 +120,7 @@ def test_bad_yaml_is_refused_by_name(content, message, capsys, tmp_path):
 
 
 def test_torchrun_lets_every_flag_pass():
-    """It refuses a script's flag that could be short for several of its own, `--r` for one."""
+    """torchrun refuses a script's flag that could be short for several of its own, for example `--r`."""
     parser = torch.distributed.run.get_args_parser()
     for name in FIELDS:
         assert not parser._get_option_tuples(f"--{name}"), name

@@ -70,7 +70,7 @@ def test_a_run_among_its_texts_reads_none_of_its_files(pattern, tmp_path):
     (run / "final" / "model.safetensors").write_bytes(b"\xff")
     (run.parent / "loop").symlink_to("loop")
     (run.parent / "empty").mkdir()
-    # The last two as a shell gives them for notes/*.
+    # The last two are what a shell passes for notes/*.
     patterns = [str(path) for path in (run.parent / pattern, run.parent / "empty", run)]
     assert sorted(data._read(patterns, str(run))) == ["a", "b"]
     elsewhere = tmp_path / "elsewhere"
@@ -161,7 +161,7 @@ def test_blocks_are_a_function_of_seed_and_sample_alone():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [  # case 46
+    [  # case 46 of test_reliability.py's list
         ("", "expected at least 64 training tokens (batch_size 4 x seq_length 16), got 0"),
         ("a b c d", "expected at least 64 training tokens"),
         ("\n".join(["a b c d e f g h i j"] * 3), "expected at least"),

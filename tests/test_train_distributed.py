@@ -1,5 +1,5 @@
-"""relora-train with several processes (gloo on a CPU): DDP and FSDP2 equal one process, resume at
-another world size, one rank's trouble is everybody's. Faults 5, 7 and 8 of other implementations."""
+"""relora-train with several processes (gloo on a CPU): DDP and FSDP2 equal one process, runs resume at
+another world size, a problem on one rank is handled on all. Faults 5, 7 and 8 (see test_reliability.py)."""
 
 import json
 import os
@@ -113,7 +113,7 @@ RESUMED = ["one-to-four", "four-to-two", "two-to-one"]
 
 @pytest.mark.parametrize("name", EQUAL + RESUMED)
 def test_weights_and_losses_are_the_single_process_s(runs, name):
-    """Up to the order of sums."""
+    """Up to the order of summation."""
     check_equal(runs / "one", runs / name)
 
 
@@ -162,10 +162,10 @@ def test_nan_on_one_rank_skips_the_step_on_all_fault_5(runs):
     weights = load_file(runs / "nan/final/model.safetensors")
     assert all(t.isfinite().all() for t in weights.values())
     lost = [row["step"] for row in RunFolder(runs / "nan").rows() if row.get("loss", 0) is None]
-    assert lost == [7]  # one row of losses tells of it, the next is a number again
+    assert lost == [7]  # one row has no loss, the next one has a number again
 
 
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_for_bit_case40(runs):
-    """Sharded, with dropout: each rank has its own generator back."""
+    """Sharded, with dropout: each rank's generator is restored."""
     same_course(runs / "stopped", runs / "whole")
     assert digest(runs / "stopped") != digest(runs / "two-full")

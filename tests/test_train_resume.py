@@ -1,4 +1,5 @@
-"""Resume bit for bit, checkpoints that survive a kill, signals. Numbers: cases of the reliability list."""
+"""Resume bit for bit, checkpoints that survive a kill, signals. test_reliability.py explains the numbers of cases
+and faults."""
 
 import json
 import os
@@ -65,7 +66,7 @@ def finished(text, tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-    """Of that run, without the export."""
+    """A copy of that run, without the export."""
     out = shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(out / "final")
     return out
@@ -83,7 +84,7 @@ def resume(out, *more):
     ("first", "last", "more"), [(0, 10, []), (10, 20, ["--bf16", "true"])], ids=["fp32", "bf16"]
 )
 def test_a_run_killed_anywhere_resumes_bit_for_bit_case31_case39(first, last, more, tmp_path):
-    """Twenty drawn points, ten a dtype: in steps, in restarts, in saving, in the export."""
+    """Twenty random points, ten per dtype: in steps, in restarts, in saving, in the export."""
     (tmp_path / "words.txt").write_text(words(600))
     program = Path(__file__).with_name("kill_program.py")
     result = subprocess.run(
@@ -178,7 +179,7 @@ def test_damaged_checkpoints_alone_are_refused(copy, capsys):
 
 @contextmanager
 def file_limit(size):
-    """The system refuses to write a file past `size` bytes, as it does where a disk is full."""
+    """The system refuses to write a file past `size` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -188,7 +189,7 @@ def file_limit(size):
 
 
 def full_disk(monkeypatch, calls):
-    """At these calls of save_file only half of the file can be written."""
+    """In these calls of save_file only half of the file can be written."""
     numbers = iter(range(10**6))
 
     def save_file(tensors, path, metadata, save=checkpoint.save_file):
@@ -203,7 +204,7 @@ def full_disk(monkeypatch, calls):
 def test_a_full_disk_costs_a_checkpoint_and_no_step_case32(
     text, finished, tmp_path, monkeypatch, caplog
 ):
-    """The first file of the checkpoint at ReLoRA's step 16, the second of that at 20."""
+    """It hits the first file of the checkpoint at ReLoRA's step 16, and the second file of the one at step 20."""
     full_disk(monkeypatch, {10, 12})
     out = tmp_path / "out"
     assert cli.main(flags(text, out, lora_dropout=0.1)) == 0
@@ -304,7 +305,7 @@ def test_a_second_signal_is_as_before_training_but_not_the_same_one_twice(capfd)
 
 
 def test_skipped_steps_are_counted_over_a_resume_fault_6(text, tmp_path, monkeypatch, capsys):
-    """Eleven in a row end the run, five before the signal and six after; what is left is valid."""
+    """Eleven in a row end the run, five before the signal and six after; the last checkpoint is valid."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         poison(patch, range(2 * 8, 10**6))
@@ -363,7 +364,7 @@ def test_the_checkpoint_itself_refuses_another_run_case38(copy, setting, value, 
 
 
 def test_a_tokenizer_that_gives_other_tokens_is_refused_case38(copy, monkeypatch, capsys):
-    """The same corpus, as many tokens in the vocabulary: a later version of the tokenizer, say."""
+    """The corpus and the vocabulary's size are the same; for example, a later version of the tokenizer."""
 
     def other(args, corpus, tokenizer):
         train, validation = data.training_blocks(args, corpus, tokenizer)
@@ -446,7 +447,7 @@ def test_tied_and_strided_tensors_are_saved_as_they_are_case36_case37(tmp_path):
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype, name
-    assert (tmp_path / "x.safetensors").stat().st_size < 1500  # the tied one once
+    assert (tmp_path / "x.safetensors").stat().st_size < 1500  # the tied tensor is stored once
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path):
@@ -501,7 +502,7 @@ def own_trainer(out, r=4, steps=10, tie=True, **settings):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_own_trainer_resumes_bit_for_bit_from_the_last_valid_checkpoint(tmp_path, tie):
-    """Stock shuffling, tied weights, dropout; the newest checkpoint is damaged."""
+    """Stock shuffling, weights tied or not, dropout; the newest checkpoint is damaged."""
     whole = own_trainer(tmp_path / "a", tie=tie)
     whole.train()
     own_trainer(tmp_path / "b", steps=8, tie=tie).train()

@@ -233,7 +233,7 @@ def test_gradients_without_rows_or_columns(backend_name, shape, nan_filled):
 
 @pytest.mark.parametrize("r", [1, 8, 24, 100, 128])
 def test_small_ranks_do_not_narrow_the_loads_of_x_and_weight(r):
-    """One loop loads both segments; Triton sees a pitch as aligned where 16 divides it."""
+    """One loop loads both segments; Triton treats a pitch as aligned if 16 divides it."""
     pitches = []
 
     def recorded(p, b, *rest):

@@ -46,10 +46,10 @@ def test_compiles_for_every_target(tmp_path, archs):
         if row["kernel"].endswith("fp32") and row["kernel"].startswith(
             ("two_seg", "low_r", "split")
         ):
-            # In float32 itself, and the longest chain is a step's.
+            # Multiplied in float32 itself, and the longest chain of sums is one step's.
             assert not row["tensor_core"] and 0 < row["fma"] <= 16 * row["adds"], row
         if row["kernel"].startswith("prune"):
-            # The passes over whole tensors; the others go over the few elements that are left.
+            # `reads`: the passes over whole tensors; the others go over the few elements that are left.
             pass_name = " ".join(row["kernel"].split()[1:-1])
             reads = pass_name in ("count first", "digits", "partition", "random")
             assert "LDG.E.128" in row["global"] or not reads, row
@@ -62,6 +62,6 @@ def test_compiles_for_every_target(tmp_path, archs):
         loads = [op for op in row["global"] if op.startswith("LDG") and op.endswith(".128")]
         assert odd or loads, row  # LDG or LDGSTS
         if row["kernel"].startswith("merge"):
-            # W is read and written sixteen bytes at a time, and in no other way.
+            # W is read and written only sixteen bytes at a time.
             plain = [op for op in row["global"] if op.startswith(("LDG.", "STG."))]
             assert plain == ["LDG.E.128", "STG.E.128"], row

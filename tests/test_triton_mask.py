@@ -1,4 +1,4 @@
-"""The reference's plan with its dropout mask in Triton: bit for bit the reference, and what `auto` takes."""
+"""The reference's plan with its dropout mask in Triton: equal to the reference bit for bit; when `auto` takes it."""
 
 import mmap
 import types
@@ -116,7 +116,7 @@ def test_elements_more_than_two_to_the_31_apart(strides):
 
 
 def results(name, tensors, dy, p):
-    """y and the gradients on backend `name`; lora_linear draws nothing else than the mask."""
+    """y and the gradients on backend `name`; lora_linear draws nothing but the mask."""
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     with use_backend(name):
         x, weight, lora_A, lora_B, bias = tensors
@@ -143,7 +143,7 @@ def test_forward_and_gradients_equal_the_named_reference(dtype, p, rows):
         ours.zero_dropped = zero_dropped
     assert len(launched) == 3  # of x forward, of dx, of x for dA
     expected = results("reference", tensors, dy, p)
-    assert len(launched) == 3  # named, the reference is PyTorch alone
+    assert len(launched) == 3  # by name, the reference is PyTorch alone
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -186,7 +186,7 @@ def test_compiled_equals_eager():
 
 
 class TestAuto:
-    """What it takes for tensors on a GPU, with no record of that device."""
+    """What `auto` takes for tensors on a GPU, without a record of that device."""
 
     @staticmethod
     def chosen(p, is_cuda=True):
@@ -238,7 +238,7 @@ def test_what_triton_needs_to_start_a_kernel(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_gpu_graph_capture_and_replay():
-    """A replay draws the mask of the seed that the tensor holds then."""
+    """A replay draws the mask from the seed tensor's current value."""
     seed, x = seed_of(1), torch.randn(70, 300, device="cuda").bfloat16()
     ours.zero_dropped(x, 0.5, seed)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

@@ -28,7 +28,7 @@ CLASS = ["bfloat16", 14, 384, 256, 16, False]
 
 
 class OnGpu:
-    """As much of a CUDA tensor as the look-up reads."""
+    """The parts of a CUDA tensor that the look-up reads."""
 
     is_cuda = True
 
@@ -171,7 +171,7 @@ class TestAutoFollowsTheRecord:
 
 
 def test_a_compiled_layer_follows_the_record_of_the_moment(monkeypatch):
-    """Ops choose when they run: neither a graph break nor a new compilation when the record changes."""
+    """Ops choose a backend when they run: a changed record causes neither a graph break nor a recompilation."""
     from relora_kernels import FusedReLoRaLinear
     from relora_kernels.ops import lora_linear
 
@@ -262,7 +262,7 @@ class TestACacheThatCannotBeFollowed:
 
 @pytest.mark.parametrize("home", [None, "closed"])
 def test_without_a_home_folder_to_look_into_there_is_no_cache(home, cache, monkeypatch, tmp_path):
-    """As in a container that runs under a user of no name, or under another's HOME."""
+    """As in a container that runs as a user without a name, or with another user's HOME."""
     monkeypatch.delenv(evidence.CACHE_VARIABLE)
     if home is None:
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -338,7 +338,7 @@ def test_entries_leave_out_what_failed_and_groups_that_were_not_finished():
             record("a", "reference", median_s=2.0, baseline_s=2.0),
             record("a", "triton", median_s=1.8, baseline_s=2.0),
             record("a", "cuda", status="wrong"),
-            record("a", "triton_tma", median_s=1.0, baseline_s=0.9),  # fast while all was fast
+            record("a", "triton_tma", median_s=1.0, baseline_s=0.9),  # the baseline was fast, too
             record("b", "reference"),
             record("b", "triton", status="left out"),
             record("c", "triton"),
@@ -419,7 +419,7 @@ class TestChecksBeforeTiming:
             assert turns[:6] == [0, 1, 2, 0, 1, 2]
 
     def test_on_a_gpu_events_are_read_after_the_queue_is_full(self, monkeypatch):
-        """The path that needs a GPU, on a clock of its own: each call takes 3 ms of device time."""
+        """The path that needs a GPU, on a simulated clock: each call takes 3 ms of device time."""
         log = []
 
         class Event:
@@ -584,7 +584,7 @@ class TestCommand:
         assert "could not be written" in capsys.readouterr().err
 
     def test_a_row_cut_off_by_the_end_of_the_time_is_left_out(self, monkeypatch):
-        """Else a shape whose last backend was cut off would go on record as finished without it."""
+        """Otherwise a shape whose last backend was cut off would be recorded as finished without it."""
         hung = {"status": "hung", "reason": "no answer within 1 s", "log": ""}
         monkeypatch.setattr(Worker, "call", lambda self, case, limit_s: dict(hung))
         args = tune._parser().parse_args(["--device", "cpu", "--minutes", "1"])
@@ -649,9 +649,7 @@ class TestCommand:
 
         def interrupted(self, *args):
             calls.append(args)
-            if (
-                len(calls) == 12
-            ):  # past the product's rows, of which forward and backward are told apart
+            if len(calls) == 12:  # after the product's rows, both forward and backward
                 raise KeyboardInterrupt
             return call(self, *args)
 

@@ -35,7 +35,7 @@ TINY = {
     "log_every": 1,
 }
 RESTARTS = [12, 18, 24]
-# Nothing falls together: a checkpoint lies inside a window of losses, a restart between checkpoints.
+# No two intervals coincide: a checkpoint lies inside a window of losses, a restart between checkpoints.
 ODD_INTERVALS = {
     "log_every": 3,
     "save_every": 5,
@@ -61,24 +61,24 @@ def series(folder, key):
 
 
 def digest(out):
-    """Of the exported weights."""
+    """SHA-256 of the exported weights."""
     return hashlib.sha256((Path(out) / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def rows_to_compare(out):
-    """metrics.jsonl without what a clock or the machine says."""
+    """The rows of metrics.jsonl, without values that depend on the clock or the machine."""
     told = ("seconds", "tokens_per_second", "peak_memory")
     return [{k: v for k, v in row.items() if k not in told} for row in RunFolder(out).rows()]
 
 
 def same_course(out, other):
-    """Bitwise: losses, rates, gradient norms and the final weights; not the clock."""
+    """Asserts bitwise equal losses, rates, gradient norms and final weights; times may differ."""
     assert rows_to_compare(out) == rows_to_compare(other)
     assert digest(out) == digest(other)
 
 
 class SpyCallback(ReLoRaCallback):
-    """Records of each step whether it left W alone, whether a merge moved W, whether B is 0."""
+    """Records for each step whether it left W unchanged, whether a merge changed W, whether B is 0."""
 
     seen = []
 
@@ -114,8 +114,8 @@ def poison(monkeypatch, backward_passes):
 
 
 def one_thread():
-    """Threads gain nothing at this size, and wait for each other on a busy machine. Accelerate collects
-    garbage four times a run, which takes a second of all the imports."""
+    """More threads gain nothing at this size, and wait for each other on a busy machine. Accelerate collects
+    garbage four times a run, which would take a second if the imports were included."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()

@@ -3,9 +3,9 @@
     python tests/triton_aot.py [--table] [80 90 ...]
 
 Prints, for each kernel configuration and target, registers, stack and spills, shared memory in bytes,
-tensor-core instructions and global accesses as found in the machine code: a JSON object a line, or with
---table the contents of docs/triton_kernels.md. A program, since under TRITON_INTERPRET=1 (as the tests
-set it) kernels are not compiled.
+tensor-core instructions and global accesses as found in the machine code: one JSON object per line, or with
+--table the contents of docs/triton_kernels.md. It is a separate program because under TRITON_INTERPRET=1,
+which the tests set, kernels are not compiled.
 """
 
 import json
@@ -147,8 +147,8 @@ def prune_variants():
 
 
 def compiled(kernel, types: dict, constants: dict, arch: int, odd: bool = False):
-    """With every pointer, size and pitch divisible by 16, as the launchers find them in models; `odd`:
-    the pointers alone."""
+    """Compiles for pointers, sizes and pitches that are all divisible by 16, as the launchers find them in
+    models; `odd`: only the pointers are."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

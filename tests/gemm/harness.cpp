@@ -1,5 +1,5 @@
-// The two-segment product on the CPU: a C interface for ctypes. Its sources are compiled as they
-// are, with model.h included before them.
+// The two-segment product on the CPU: a C interface for ctypes. Its unmodified sources are compiled with
+// model.h included before them.
 #include "model.h"
 
 #include "launch.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The cudaError_t; `error` what went wrong, `counts` TMA loads, stores and wgmmas of the launch.
+// Returns the cudaError_t. `error` receives what went wrong, `counts` the launch's TMA loads, stores and wgmmas.
 template <typename Launch>
 int on_model(int processors, unsigned seed, const char** error, long counts[3], Launch launch) {
   model::processors = processors;

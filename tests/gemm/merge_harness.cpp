@@ -3,14 +3,14 @@
 
 #include "merge_sm90.cu"
 
-// The cudaError_t; `error` what went wrong, `blocks` how many ran.
+// Returns the cudaError_t. `error` receives what went wrong, `blocks` how many ran.
 extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_factors, int rounding,
                            int processors, unsigned seed, const char** error, long* blocks) {
   using namespace relora;
   model::seed = seed;
   model::last_error.clear();
   *error = model::last_error.c_str();
-  // As csrc/merge.cu does: few layers are arguments. Every other time, so that few in a table run, too.
+  // A few layers travel as arguments, as in csrc/merge.cu. For odd seeds they do not, to test short tables as well.
   const bool as_arguments = count <= kInlineLayers && seed % 2 == 0;
   uint32_t taken = 0;
   MergeTable table{as_arguments ? nullptr : layers, count, 0, 0, &taken, false, Rounding(rounding), {}};
@@ -18,7 +18,8 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   const cudaError_t planned =
       sm90_merge(layers, count, narrow_factors, Rounding(rounding), processors, table, merge);
   if (as_arguments) std::copy(layers, layers + count, table.first);
-  // From the 16 bytes on in which the first element lies, all 16 bytes: memcheck counts no less.
+  // Copies may begin with the 16 bytes that hold the first element. All of their 16 bytes must be inside, because
+  // memcheck counts all of them as read.
   model::readable.clear();
   for (int i = 0; i < count; ++i)
     for (const Matrix& m : {layers[i].weight, layers[i].residual}) {
@@ -37,7 +38,7 @@ extern "C" int model_merge(relora::MergeLayer* layers, int count, bool narrow_fa
   *error = model::last_error.c_str();
   return result;
 }
-// How many units `count` layers (n, k) are cut into, and the steps of the first layer's and the last one's.
+// Returns how many units `count` layers (n, k) are cut into, or -1. `steps`: per unit of the first and the last layer.
 extern "C" int model_units(int64_t n, int64_t k, int count, int processors, int steps[2]) {
   using namespace relora;
   MergeLayer layer{};

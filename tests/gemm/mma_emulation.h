@@ -1,5 +1,5 @@
-// What csrc/merge_sm90.cu needs of csrc/mma.cuh: it multiplies and copies by ptx.cuh's means, of which
-// model.h is the model.
+// The part of csrc/mma.cuh that csrc/merge_sm90.cu needs. That kernel multiplies and copies through ptx.cuh, which
+// model.h replaces.
 #pragma once
 
 namespace relora {

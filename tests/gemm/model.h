@@ -1,11 +1,11 @@
-// A model of what csrc/ptx.cuh names, for the host: the kernels' own source runs on it, block by
+// A host model of everything that csrc/ptx.cuh declares. The kernels' own source runs on it, block by
 // block and thread by thread.
 //
-// Threads are fibers that run until they wait. What is asynchronous happens as late or as oddly as
-// the hardware may do it: a TMA load or store takes effect at a drawn moment after it was issued, a
-// wgmma only when its group is waited for, warps advance at drawn speeds. A stage that is
-// overwritten early or read early then holds the wrong numbers; a barrier that never completes is a
-// deadlock, and is reported. Shared memory starts out as NaN, or as large numbers. Swizzle and
+// Threads are fibers that run until they wait. Asynchronous operations take effect as late or as oddly
+// as the hardware allows: a TMA load or store at a random time after its issue; a wgmma or cp.async
+// usually only when its group is waited for, but sometimes at once. Warps advance at random speeds. A
+// stage that is overwritten or read too early then holds the wrong numbers. A barrier that never
+// completes is reported as a deadlock. Shared memory starts out as NaN, or as large numbers. Swizzle and
 // descriptors are decoded as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor
 // format", canonical layouts), not by the kernel's own functions.
 #define RELORA_PTX_CUH
@@ -50,21 +50,21 @@ struct Thread {
   int index;
   bool done = false;
   std::function<bool()> ready;  // what it waits for; empty: nothing
-  int turns = 0;                // that it sits out
+  int turns = 0;                // to sit out
   std::deque<std::vector<std::function<void()>>> products;  // committed groups of wgmma
   std::vector<std::function<void()>> open_products;
   std::deque<std::vector<std::function<void()>>> copies;  // committed groups of cp.async
   std::vector<std::function<void()>> open_copies;
-  std::deque<std::shared_ptr<int>> stores;  // by committed group, how many have not read yet
+  std::deque<std::shared_ptr<int>> stores;  // per committed group, how many have not read yet
   std::shared_ptr<int> open_stores;
   bool may_multiply = false;  // has fenced its registers since it last waited for products
   bool unfenced = false;  // wrote shared memory that TMA may not see yet
-  std::vector<uint32_t> written;  // 16-bit words of it that no fence has followed
+  std::vector<uint32_t> written;  // 16-bit words that it has written since its last fence
 };
 
 struct Block {
   std::vector<uint8_t> memory;
-  std::vector<bool> unfenced;  // of every 16-bit word: wgmma may not see it yet
+  std::vector<bool> unfenced;  // per 16-bit word: wgmma may not see it yet
   std::map<uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
   std::vector<Warp> warps;
@@ -76,7 +76,7 @@ struct Block {
 struct Machine {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Rendezvous> clusters;
-  std::vector<std::function<void()>> in_flight;  // TMA, in no order
+  std::vector<std::function<void()>> in_flight;  // TMA operations, which complete in any order
   int cluster_size = 1;
   std::mt19937 random;
   Thread* current = nullptr;
@@ -114,7 +114,7 @@ inline void until(std::function<bool()> ready) {
   back_to_scheduler();
 }
 
-// A lane alone falls behind the others of its warp now and then, by a few turns.
+// Now and then a single lane falls a few turns behind the others of its warp.
 inline void dawdle() {
   if (machine->random() % 32) return;
   self().turns = int(machine->random() % 8);
@@ -127,8 +127,8 @@ inline void meet(Rendezvous& r, int count) {
   until([&r, round] { return r.round != round; });
 }
 
-// A step of a warp in lockstep: every lane shows something, all see all of it. Two buffers in turn,
-// since no lane is more than one step ahead of another.
+// A lockstep exchange of a warp: every lane shows a value, and all lanes see all values. Two alternating
+// buffers are enough, because no lane is more than one step ahead of another.
 inline const std::array<Lane, kWarp>& exchange(const Lane& shown) {
   Warp& warp = self().block->warps[size_t(self().index / kWarp)];
   auto& lanes = warp.lanes[warp.meeting.round % 2];
@@ -302,9 +302,10 @@ inline Descriptor decode(uint64_t d) {
           uint32_t(d >> 32 & 0x3FFF) << 4};
 }
 
-// Element (i, k) of an operand, i along M or N. Canonical layouts for the 128-byte swizzle, 16-bit
-// elements: K-major, 8 rows of 128 bytes an atom, atoms `stride` apart; MN-major, 64 elements of i
-// by 8 of k an atom, `leading` apart in i and `stride` apart in k. The swizzle is one of addresses.
+// Element (i, k) of an operand, i along M or N. Canonical layouts for the 128-byte swizzle and 16-bit
+// elements: K-major, an atom is 8 rows of 128 bytes, and atoms are `stride` apart; MN-major, an atom is
+// 64 elements along i by 8 along k, and atoms are `leading` apart along i and `stride` apart along k.
+// The swizzle applies to addresses.
 template <typename T>
 float element(Block& block, const Descriptor& d, bool mn_major, int i, int k) {
   const uint32_t offset =
@@ -456,7 +457,7 @@ void wgmma_wait() {
 }
 template <int kCount> void hold(float (&)[kCount]) {}
 
-// The tensor cores may be as fast as they like, too: now and then everything issued is done at once.
+// The tensor cores may also be fast: now and then everything issued so far is done at once.
 inline void sometimes_done_at_once() {
   if (machine->random() % 8) return;
   for (auto& group : self().products) {

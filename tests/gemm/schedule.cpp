@@ -1,4 +1,4 @@
-// csrc/two_segment.h walked and decoded, for ctypes. Compiled without any CUDA header, real or not.
+// Checks of the schedule and layouts in csrc/two_segment.h, for ctypes. Compiled without any CUDA header, real or fake.
 #include <algorithm>
 #include <array>
 #include <random>
@@ -17,7 +17,7 @@ static const char* failed(const std::string& what) {
   return message.c_str();
 }
 
-// One producer and `consumers` consumers around a ring of kStages, in a drawn order. Barriers count
+// One producer and `consumers` consumers around a ring of kStages, in a random order. Barriers count
 // phases as mbarriers do: a wait for parity p passes once the phase of that parity is over.
 template <int kStages>
 static const char* turn(int steps, int consumers, unsigned seed) {
@@ -63,7 +63,7 @@ static const char* turn(int steps, int consumers, unsigned seed) {
 
 extern "C" {
 
-// Everything that `blocks` blocks compute and read. Null, or what is wrong.
+// Checks everything that `blocks` blocks compute and read. Returns null, or what is wrong.
 const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int block_n,
                  int cluster, int blocks) {
   const Steps steps(r, k);
@@ -105,8 +105,8 @@ const char* walk(int64_t m, int64_t n, int64_t k, int64_t r, int slab_steps, int
   return nullptr;
 }
 
-// Both products of a pair, as `blocks` blocks compute them: every unit once, slab after slab, x W's
-// tiles of a slab's rows before its sums.
+// Checks both products of a pair as `blocks` blocks compute them: every unit once, slab after slab, and
+// in each slab the tiles of x W before the sums.
 const char* walk_pair(int64_t m, int64_t n, int64_t k, int slab_steps, int block_n, int cluster,
                       int blocks) {
   const Pair pair(m, n, k, slab_steps, block_n, cluster);
@@ -121,7 +121,7 @@ const char* walk_pair(int64_t m, int64_t n, int64_t k, int slab_steps, int block
   for (const auto& units : done)
     for (int count : units)
       if (count != 1) return failed("a unit is done " + std::to_string(count) + " times");
-  int64_t begun = 0;  // rows of x that are multiplied by W so far, where that has one tile of columns
+  int64_t begun = 0;  // rows of x multiplied by W so far, if x W has a single tile of columns
   for (int unit = 0; unit < pair.units(); ++unit) {
     const Pair::Unit at = pair.at(unit);
     const Work work = at.down ? pair.down.work(at.unit, 0) : pair.across.work(at.unit, cluster - 1);
@@ -161,7 +161,7 @@ void map_of(uintptr_t data, int64_t rows, int64_t cols, int64_t pitch, int box_r
   std::copy(all, all + 6, out);
 }
 
-// For each variant: bytes of shared memory, alignment of its operand and output buffers.
+// One member of a variant's Layout; `which` is its index in the list below.
 int layout(int block_n, int stages, int which) {
   const auto values = [which](auto l) {
     using L = decltype(l);

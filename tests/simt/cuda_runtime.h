@@ -1,24 +1,28 @@
-// A thin SIMT shim: stands in for CUDA's cuda_runtime.h, so that the host compiler turns the very
-// same .cu file into a CPU program. Put this folder first on the include path.
+// A thin SIMT shim. It stands in for CUDA's cuda_runtime.h, so that the host compiler turns an
+// unmodified .cu file into a CPU program. Put this folder first on the include path.
 //
-// A block's threads are fibers of one OS thread. A warp runs until all its lanes are at a barrier of
-// the block, then the next one does, and within a warp a lane until it meets a barrier or a shuffle:
-// threads are as far apart as the barriers allow, so a missing __syncthreads() reads shared memory
-// that nobody has written yet, or that a faster thread has already overwritten. Blocks, warps and
-// lanes run in the order simt::order asks for: 0 ascending, 1 descending, else shuffled by that
-// seed. Shuffled, threads also change over at some atomics, and three blocks are under way at once,
-// taking turns after any warp. Once in a launch a block goes on behind some barrier with its first warp
-// alone, and with the rest when all others have ended: what it announced before all of its threads had
-// written it, they miss. (Every write is seen at once: a missing __threadfence() shows by races.h alone.)
-// A cluster's blocks are under way together, and only they may look into each other's shared memory; shuffled, one of
-// them gets its turn only when no other can go on, and a thread that arrives at the cluster's barrier waits
-// for its block's next turn.
+// A block's threads are fibers of one OS thread. A warp runs until all of its lanes are at a barrier of
+// the block; then the next warp runs. Within a warp, a lane runs until it reaches a barrier or a shuffle.
+// Threads are therefore as far apart as the barriers allow: if a __syncthreads() is missing, a thread
+// reads shared memory that has not been written yet, or that a faster thread has already overwritten.
+// simt::order sets the order of blocks, warps and lanes: 0 ascending, 1 descending, otherwise shuffled
+// with that seed.
 //
-// Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic
-// shared memory must still hold it afterwards. Barriers that not all threads reach, votes of lanes
-// that have left, more dynamic shared memory than asked for or than any GPU has: it aborts and says
-// so. Compile with -fsanitize=undefined: it finds misaligned vector accesses and indices outside
-// shared arrays.
+// In a shuffled launch, threads also switch at some atomics, and three blocks are in flight at once,
+// taking turns after any warp. Once per launch, one block passes some barrier with its first warp alone;
+// its other warps follow after all other blocks have ended. If a block announces results before all of
+// its threads have written them, the other blocks then miss the late writes. (Every write is visible at
+// once, so only races.h can show a missing __threadfence().)
+//
+// The blocks of a cluster are in flight together, and only they may access each other's shared memory.
+// In a shuffled launch, one of them gets its turn only when no other can go on, and a thread that arrives
+// at the cluster's barrier waits for its block's next turn.
+//
+// Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic shared
+// memory must still hold NaN afterwards. The shim aborts with a message on a write behind it, on a
+// barrier that not all threads reach, and on a vote with lanes that have left. A launch with more dynamic
+// shared memory than was requested, or than any GPU has, returns an error. Compile with
+// -fsanitize=undefined to find misaligned vector accesses and indices outside shared arrays.
 #pragma once
 
 #define CUDART_VERSION 13000
@@ -47,8 +51,8 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define SIMT_INLINE [[gnu::always_inline]] inline  // so that who called it can be told
-#define __shared__ thread_local  // that segment can be found and filled
+#define SIMT_INLINE [[gnu::always_inline]] inline  // so that its return address is in the kernel
+#define __shared__ thread_local  // the thread-local segment can be found and filled
 #define __syncthreads() simt::wait(simt::Wait::block, 0, __LINE__)
 #define __cluster_barrier_arrive() simt::arrive_in_cluster()
 #define __cluster_barrier_wait() simt::wait(simt::Wait::cluster, 0, __LINE__)
@@ -85,12 +89,12 @@ inline unsigned order = 0;
 inline long blocks_run = 0;
 inline unsigned char* dynamic_shared = nullptr;  // the harness's array, and its size
 inline size_t dynamic_capacity = 0, dynamic_bytes = 0;  // dynamic_bytes: the launch's
-inline std::map<const void*, int> dynamic_allowed;  // by cudaFuncSetAttribute
+inline std::map<const void*, int> dynamic_allowed;  // set by cudaFuncSetAttribute
 constexpr size_t kStackBytes = 1 << 16;
 constexpr int kDynamicDefault = 48 << 10, kDynamicMost = 227 << 10;
-inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that refuses their settings
+inline int most_cluster = 0;  // blocks; 0: a device without clusters, < 0: one that rejects cluster settings
 inline int most_dynamic() { return most_cluster ? kDynamicMost : 99 << 10; }  // sm_90; sm_86, 89 and 120
-inline long questions = 0;  // about clusters
+inline long questions = 0;  // number of cluster occupancy queries
 
 enum class Wait { none, block, warp, cluster, turn };  // turn: the block's next one
 
@@ -102,15 +106,15 @@ struct Fiber {
   Wait waits;
   unsigned mask;  // lanes of a warp's barrier
   int line;       // of the barrier
-  bool orders;    // and not only waits: no shuffle, no vote
-  unsigned cluster_barriers;  // of the cluster, at which it has arrived
+  bool orders;    // whether the barrier orders memory accesses; shuffles and votes do not
+  unsigned cluster_barriers;  // cluster barriers at which it has arrived
 };
 
 struct Warp { uint64_t lanes[32]; };  // what a shuffle or a vote exchanges
 
 struct Cluster {
   unsigned first, blocks;  // index of its first block
-  unsigned arrived, barriers;  // threads at the current barrier; barriers that all have come to
+  unsigned arrived, barriers;  // threads at the current barrier; completed barriers
 };
 
 struct Block {
@@ -118,24 +122,24 @@ struct Block {
   Cluster* cluster;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<unsigned char> shared;  // its shared memory while another block is in
+  std::vector<unsigned char> shared;  // its shared memory while another block is switched in
   bool live;
-  unsigned barriers;  // of the block, that have opened
-  bool behind;        // one: no thread has run since
+  unsigned barriers;  // completed barriers of the block
+  bool behind;        // no thread has run since the last barrier, or since the start
 };
 
 inline Fiber* current = nullptr;
 inline Block* inside = nullptr;
 inline std::vector<Block> resident;
-inline bool moved;  // since somebody last looked: a thread has run or a barrier has opened
+inline bool moved;  // a thread has run or a barrier has opened since this was last cleared
 inline std::mt19937 generator;
 inline std::function<void()> body;
-inline thread_local unsigned char anchor;  // so that there is a thread-local segment
+inline thread_local unsigned char anchor;  // ensures that there is a thread-local segment
 inline unsigned char* shared_begin = nullptr;
 inline size_t shared_size = 0;
 inline const unsigned char *program_begin = nullptr, *program_end = nullptr;  // in memory
 
-// While one lives the thread's accesses are the shim's.
+// While an instance exists, the thread's accesses are the shim's and not the kernel's.
 struct InShim {
   InShim() { Races::shim(1); }
   ~InShim() { Races::shim(-1); }
@@ -168,10 +172,10 @@ inline void arrive_in_cluster() {
     cluster.arrived = 0;
     ++cluster.barriers;
   }
-  if (order > 1) wait(Wait::turn, 0, 0);  // others may be over the barrier, and gone, before it goes on
+  if (order > 1) wait(Wait::turn, 0, 0);  // others may pass the barrier, and even exit, before it goes on
 }
 
-// Where `own` is in the cluster's block `rank`. Only until the block changes: not to be kept.
+// The address of `own` in the cluster's block `rank`. Valid only until another block is switched in.
 SIMT_INLINE void* map_in_cluster(const void* own, unsigned rank) {
   const InShim in_shim;
   auto* const at = static_cast<unsigned char*>(const_cast<void*>(own));
@@ -189,7 +193,7 @@ inline void perhaps_change_over() {
   if (order > 1 && generator() % 32 == 0) wait(Wait::none, 0, 0);
 }
 
-// A fiber stays for the threads of later blocks.
+// A fiber is reused for the threads of later blocks.
 [[noreturn]] inline void fiber_main() {
   for (;;) {
     Races::shim(-1);
@@ -233,7 +237,8 @@ inline dim3 unflatten(unsigned id, dim3 shape) {
   return {id % shape.x, id / shape.x % shape.y, id / shape.x / shape.y};
 }
 
-// Lets go on the lanes of a warp that have all come to one barrier. All its live lanes wait.
+// Releases lanes of a warp that have all reached the same barrier, and returns whether there were any. All live
+// lanes of the warp are waiting.
 inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
   bool any = false;
   for (size_t at = first; at < min(first + 32, fibers.size()); ++at) {
@@ -259,7 +264,7 @@ inline bool release_warp(std::vector<Fiber>& fibers, size_t first) {
   return any;
 }
 
-// The same for the block's barrier and for its cluster's. False where no thread is left.
+// The same for the block's barrier and for its cluster's. Returns false if no thread is left.
 inline bool release_block(Block& block) {
   int line = 0;
   bool opened = false, waits = false;
@@ -312,7 +317,7 @@ inline void start(Block& block, unsigned id, Cluster* cluster) {
   }
 }
 
-// What a launch has of the shared memory: all but what lies behind its dynamic part.
+// Copies the shared memory that belongs to the launch: all but what lies behind its dynamic part.
 inline void copy_shared(unsigned char* to, const unsigned char* from) {
   const size_t dynamic = size_t(dynamic_shared - shared_begin);
   const size_t end = dynamic + dynamic_bytes, next = dynamic + dynamic_capacity;
@@ -345,8 +350,8 @@ inline bool run_thread(Fiber& f) {
   return true;
 }
 
-// Warps of the block to the block's next barrier, or their ends; shuffled, perhaps not all of them.
-// Or the first warp alone. False where the block has ended.
+// Runs the block's warps up to the block's next barrier or their ends: the first warp alone, or all; in shuffled
+// order perhaps only some. Returns false if the block has ended.
 inline bool advance(Block& block, bool first_alone) {
   blockIdx = block.index;
   block.behind = false;
@@ -394,7 +399,8 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
       start(resident[at * cluster_blocks + i], first + ranks[i], &clusters[at]);
   };
   for (size_t at = 0; at < clusters.size(); ++at) start_cluster(at);
-  // Shuffled, one gets its turn only when no other can go on: of a cluster, or behind a barrier.
+  // In shuffled order, one block gets its turn only when no other can go on: a block of the cluster, or one that has
+  // just passed a barrier.
   const bool by_barrier = order > 1 && cluster_blocks == 1;
   const unsigned slow_barrier = order % 6;
   const size_t nobody = resident.size();
@@ -404,7 +410,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
     for (size_t i = 0; i < clusters.size() * cluster_blocks; ++i) {
       Block& b = resident[i];
       if (!b.live) continue;
-      if (order > 1 && generator() % 4) continue;  // one may stay behind for many turns
+      if (order > 1 && generator() % 4) continue;  // a block may fall behind by many turns
       if (i == slow && idle < 20) continue;
       if (i == slow && by_barrier) slow = nobody;
       const bool first_alone = by_barrier && slow == nobody && b.behind && b.barriers == slow_barrier;
@@ -415,7 +421,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
       if (moved) idle = 0;
       if (goes_on) continue;
       check_behind_dynamic(dynamic_shared);
-      check_behind_dynamic(b.shared.data() + (dynamic_shared - shared_begin));  // what others wrote
+      check_behind_dynamic(b.shared.data() + (dynamic_shared - shared_begin));  // written by other blocks
       Races::end_block(unsigned(i));
       inside = nullptr;
       b.live = false;
@@ -431,7 +437,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic, unsigned cluster_blo
   }
 }
 
-// Every lane of `mask` gives `mine`; reduce(lanes) is called with what all have given.
+// Each lane of `mask` contributes `mine`. Returns reduce(lanes), where `lanes` holds all contributions.
 template <typename T, typename Reduce>
 auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
   const InShim in_shim;
@@ -442,7 +448,7 @@ auto exchange(unsigned mask, T mine, int line, Reduce&& reduce) {
   wait(Wait::warp, mask, line, false);
   T lanes[32];
   for (int lane = 0; lane < 32; ++lane) std::memcpy(&lanes[lane], &warp.lanes[lane], sizeof mine);
-  wait(Wait::warp, mask, line, false);  // nobody gives the next value before all have read this one
+  wait(Wait::warp, mask, line, false);  // no lane writes its next value before all have read this one
   return reduce(lanes);
 }
 
@@ -556,7 +562,7 @@ enum cudaFuncAttribute {
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
-  cudaLaunchAttributeProgrammaticStreamSerialization,  // launches are one behind the other here
+  cudaLaunchAttributeProgrammaticStreamSerialization,  // launches run one after the other here
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -574,10 +580,10 @@ struct cudaLaunchConfig_t {
 };
 
 namespace simt {
-inline int loads_left = -1;  // then there is no memory for a kernel's code; below 0: always
+inline int loads_left = -1;  // kernels that can be loaded before memory runs out; negative: any number
 inline std::set<const void*> loaded;
 
-// A kernel's code comes at its first use, which is where it can fail.
+// A kernel's code is loaded at its first use, and that can fail.
 inline cudaError_t load(const void* kernel) {
   if (loaded.count(kernel)) return cudaSuccess;
   if (loads_left == 0) return cudaErrorMemoryAllocation;
@@ -647,7 +653,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Params...),
                                            const cudaLaunchConfig_t* config) {
   ++simt::questions;
   *clusters = int(cluster_of(*config)) <= simt::most_cluster;
-  return *clusters ? cudaSuccess : cudaErrorInvalidValue;  // a device may say so, or none fits
+  return *clusters ? cudaSuccess : cudaErrorInvalidValue;  // a device may report an error if none fits
 }
 
 template <typename... Params, typename... Args>

@@ -1,4 +1,4 @@
-// Small kernels, each sound or with one fault, by which tests/test_simt.py tells whether the shim shows it.
+// Small kernels, each sound or with one fault. tests/test_simt.py checks with them that the shim shows the faults.
 #include "cuda_runtime.h"
 #include "mma.cuh"
 
@@ -9,9 +9,9 @@ constexpr int kThreads = 64, kCluster = 2;
 
 struct Given {
   bool fault;
-  int* out;       // a number a thread of the grid
-  int* arrived;   // 0, and behind it one for each block
-  int launch;     // which of the case's: each follows the one before it programmatically
+  int* out;       // a number for each thread of the grid
+  int* arrived;   // a zero, followed by one for each block
+  int launch;     // index among the case's launches; each programmatically depends on the one before it
 };
 
 int* own(const Given& given) { return given.out + blockIdx.x * kThreads + threadIdx.x; }
@@ -58,7 +58,7 @@ void multiplied_instead(Given given) {
   *own(given) = words[threadIdx.x ^ 31];
 }
 
-// Four threads' numbers come into shared memory while their owners write them anew.
+// Copies four threads' numbers into shared memory while their owners overwrite them.
 void overwritten_during_a_copy(Given given) {
   alignas(16) __shared__ int words[4 * kThreads];
   *own(given) = 1;
@@ -94,7 +94,7 @@ void misaligned(Given given) {
   *own(given) = int(*reinterpret_cast<const unsigned*>(at)) + int(reinterpret_cast<const uint4*>(at)->y);
 }
 
-// Launched with 16 bytes a thread.
+// Launched with 16 bytes of dynamic shared memory for each thread.
 void behind_dynamic(Given given) {
   dynamic_shared[threadIdx.x + unsigned(given.fault)].x = 1;
   *own(given) = int(dynamic_shared[threadIdx.x].x);
@@ -151,7 +151,7 @@ void announced_by_another(Given given) {
   given.out[0] = sum;
 }
 
-// Every block counts for itself, where another has counted before it.
+// Each block counts in its own shared memory, which lies where an earlier block has counted.
 void counted_in_anothers_place(Given given) {
   __shared__ unsigned long long counts[kThreads];
   counts[threadIdx.x] = 0;
@@ -213,7 +213,7 @@ void cluster_left_too_early(Given given) {
   __cluster_barrier_wait();
 }
 
-// Into what lies behind the other block's.
+// Writes behind the other block's dynamic shared memory.
 void behind_the_others_dynamic(Given given) {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
@@ -229,7 +229,7 @@ void begun_too_early(Given given) {
   *own(given) += 1;
 }
 
-// The last waits for the one before it, and that one for nothing.
+// The last launch waits for the one before it. With the fault, that one waits for nothing.
 void ended_too_early(Given given) {
   if (given.launch != 1 || !given.fault) cudaGridDependencySynchronize();
   if (given.launch != 1) *own(given) += 1;
@@ -270,7 +270,7 @@ constexpr Case kCases[] = {
 
 }  // namespace
 
-// `blocks` of kThreads. `out`: zeros, one for each of their threads and what Given::arrived has.
+// Runs the case `name` with `blocks` blocks of kThreads. `out`: zeros, one for each thread, then Given::arrived's.
 extern "C" int simt_fault(const char* name, bool fault, int blocks, unsigned order, int* out) {
   simt::order = order;
   simt::most_cluster = kCluster;

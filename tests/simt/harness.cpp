@@ -1,4 +1,4 @@
-// csrc/merge*.cu, as they are, on the CPU: a C interface for ctypes.
+// csrc/merge.cu and merge_streamed.cu, unmodified, on the CPU: a C interface for ctypes.
 #include "merge.cu"
 #include "merge_streamed.cu"
 
@@ -25,7 +25,7 @@ int simt_merge(void* layers, int count, int weight_dtype, int factor_dtype, int 
   *blocks = simt::blocks_run;
   return error;
 }
-// From now on no kernel is loaded, and `loads` can be.
+// Unloads all kernels. From now on only `loads` of them can be loaded; negative: any number.
 void simt_unload(int loads) {
   simt::loaded.clear();
   simt::loads_left = loads;

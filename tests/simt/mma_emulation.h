@@ -1,5 +1,5 @@
-// csrc/mma.cuh on the host: the tensor-core product by exchange between a warp's lanes, with the
-// fragment layout of the PTX manual, and copies that arrive as late as they may.
+// csrc/mma.cuh on the host: the tensor-core product by an exchange between a warp's lanes, with the
+// fragment layout of the PTX manual, and asynchronous copies that complete as late as allowed.
 #pragma once
 
 #include <map>
@@ -16,12 +16,12 @@ T* global_memory(void* p) { return static_cast<T*>(p); }
 inline int lane_id() { return int(threadIdx.x) % 32; }
 
 struct WarpFragments { uint32_t l[32][4], r[32][2]; };
-// Thread-local as shared memory is, so that each block has its own.
-inline thread_local WarpFragments fragments[32][2];  // of a warp's product, and of its next one
-inline thread_local unsigned products[1024];         // that a thread has taken part in
+// Thread-local like shared memory, so that each block has its own.
+inline thread_local WarpFragments fragments[32][2];  // per warp: of a product, and of the next one
+inline thread_local unsigned products[1024];         // per thread: products it has taken part in
 
 struct Copy { void* to; const void* from; int size, bytes; };
-inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // a thread's groups
+inline std::map<simt::Fiber*, std::vector<std::vector<Copy>>> copies;  // each thread's groups
 
 inline void run_copies(const std::vector<Copy>& group) {
   for (const Copy& copy : group) {
@@ -32,7 +32,7 @@ inline void run_copies(const std::vector<Copy>& group) {
   }
 }
 
-// A group runs when it is waited for, not before: a stage that is read too early is still NaN.
+// A group runs only when it is waited for, so a stage that is read too early is still NaN.
 template <int kBytes>
 void copy_async(void* shared, const void* global, int bytes) {
   const simt::InShim in_shim;
@@ -46,7 +46,7 @@ void copy_async(void* shared, const void* global, int bytes) {
 }
 inline void commit_copies() {
   const simt::InShim in_shim;
-  auto& groups = copies[simt::current];  // the last is being filled
+  auto& groups = copies[simt::current];  // the last one is being filled
   groups.resize(std::max<size_t>(groups.size(), 1) + 1);
 }
 template <int kPending>
@@ -63,7 +63,7 @@ inline void prefetch_L2(const void*) {}
 
 inline uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
-// tf32 operands lose what does not fit.
+// Operands are truncated to tf32.
 inline void mma(float (&d)[4], const uint32_t (&l)[4], const uint32_t (&r)[2]) {
   const simt::InShim in_shim;
   const unsigned thread = threadIdx.x, lane = thread % 32;

@@ -1,4 +1,4 @@
-// csrc/numerics.cuh, arrays at a time, for ctypes. Compiled without any CUDA header, real or not.
+// The functions of csrc/numerics.cuh for whole arrays, for ctypes. Compiled without any CUDA header, real or fake.
 #include <algorithm>
 
 #include "numerics.cuh"
@@ -9,7 +9,7 @@ template <typename T>
 static void round_all(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
   if (!rand16)
     for (int64_t i = 0; i < n; ++i) out[i] = round_nearest<T>(v[i]).bits;
-  for (int64_t i = 0; rand16 && i < n; i += 8) {  // as in the kernels, of a strip at a time
+  for (int64_t i = 0; rand16 && i < n; i += 8) {  // a strip at a time, like the kernels
     Neighbours<float> pairs[4] = {};
     Neighbours<T> rounded[4];
     uint32_t rand[4] = {};
@@ -30,14 +30,14 @@ void widen_bf16(const uint16_t* v, int64_t n, float* out) {
 void widen_fp16(const uint16_t* v, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(fp16{v[i]});
 }
-// rand16 null: to nearest.
+// rand16 null: rounds to nearest.
 void round_bf16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
   round_all<bf16>(v, rand16, n, out);
 }
 void round_fp16(const float* v, const uint32_t* rand16, int64_t n, uint16_t* out) {
   round_all<fp16>(v, rand16, n, out);
 }
-// Each of v as fp16 beside `largest`, in pairs, and what one unit of it is worth.
+// `v` as pairs of fp16, scaled for values up to `largest`; also the scale, and the value of 1.0 in the scaled fp16.
 void scale_half(const float* v, int64_t pairs, float largest, float* scale, float* unit,
                 uint32_t* out) {
   *scale = half_scale(largest), *unit = half_unit(*scale);

@@ -1,4 +1,4 @@
-// csrc/prune.cu, as it is, on the CPU: a C interface for ctypes.
+// csrc/prune.cu, unmodified, on the CPU: a C interface for ctypes.
 #include <cstddef>
 
 #include "prune.cu"
@@ -9,7 +9,7 @@ thread_local uint4 dynamic_shared[simt::kDynamicMost / 16 + 64];
 }
 }  // namespace relora
 
-// Returns what `run` does; `blocks` receives how many blocks ran.
+// Returns what `run` returns; `blocks` receives how many blocks ran.
 template <typename Run>
 static int in_order(unsigned order, long* blocks, Run&& run) {
   simt::order = order;
@@ -23,18 +23,18 @@ static int in_order(unsigned order, long* blocks, Run&& run) {
 
 extern "C" {
 
-// Of a list's first tensor, behind a prune of large fp32 ones: whether a window held the quantile,
-// and then its first key and how many keys it has.
+// For a list's first tensor, after a prune of large tensors: returns whether a window held the quantile. `window`
+// receives the window's first key and the number of its keys, 0 if there was no window.
 bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
   const auto& state = static_cast<const relora::Slot*>(workspace)->state;
-  static_assert(offsetof(relora::State, settled) == 4 * 12);  // where the tests on a GPU look
+  static_assert(offsetof(relora::State, settled) == 4 * 12);  // where the GPU tests read it
   window[0] = state.origin, window[1] = state.width;
   return state.settled;
 }
 
 long simt_questions() { return simt::questions; }
 
-// cluster: blocks of the largest that the device has room for; 0: no clusters; < 0: it refuses their settings.
+// cluster: blocks in the largest cluster that fits on the device; 0: no clusters; < 0: it rejects cluster settings.
 void simt_device(int multiprocessors_, int cluster) {
   multiprocessors = multiprocessors_;
   simt::most_cluster = cluster;

@@ -1,6 +1,6 @@
-// What races.h tells of: a detector by what each thread knows of the others. Times count the events that
-// order anything; an access has the time of the last one before it. To know a thread up to some time: what it
-// did until then is ordered before what comes.
+// The detector that races.h describes. It tracks what each thread knows of the others. Times count the events
+// that order accesses, from 0; an access has the time of the next such event. If a thread is known up to some
+// time, what it did up to then is ordered before what the knowing thread does next.
 #include "races.h"
 
 #include <dlfcn.h>
@@ -23,7 +23,7 @@ using Time = uint32_t;
 // ---- What threads know --------------------------------------------------------------------------
 
 using Times = std::vector<Time>;  // up to when each thread of a block is known
-using Blocks = std::map<uint32_t, std::shared_ptr<const Times>>;  // by a block's number
+using Blocks = std::map<uint32_t, std::shared_ptr<const Times>>;  // by block number
 
 void add(Blocks& to, uint32_t block, const std::shared_ptr<const Times>& times) {
   auto& known = to[block];
@@ -40,41 +40,41 @@ void add(Blocks& to, const Blocks& more) {
 
 struct Cluster {
   unsigned threads;
-  std::vector<Time> arrivals[3];  // of a barrier, by thread: nobody is three barriers ahead of anybody
+  std::vector<Time> arrivals[3];  // at a barrier, by thread; no thread is three barriers ahead of another
 };
 
 struct Thread {
-  std::array<Time, 32> lanes;  // of its warp
-  int in_shim = 1;             // how deep it is in the shim, where it begins
+  std::array<Time, 32> lanes;  // up to when the lanes of its warp are known
+  int in_shim = 1;             // nesting depth in the shim; a thread starts inside it
   unsigned arrivals;           // at barriers of the cluster
-  unsigned opened;             // of these, those that it knows to be open
-  bool waited;                 // for the launch before
-  bool fenced;                 // since the block's barrier
-  Blocks others;               // known
-  Blocks seen;                 // by atomics: known from its next fence on
-  Blocks published;            // by its last fence, its own block's too
+  unsigned opened;             // how many of these barriers it knows to be complete
+  bool waited;                 // for the previous launch
+  bool fenced;                 // since the block's last barrier
+  Blocks others;               // what it knows of other blocks
+  Blocks seen;                 // through atomics: known from its next fence on
+  Blocks published;            // by its last fence, including its own block
 };
 
 struct Block {
   uint32_t number;
   std::shared_ptr<Cluster> cluster;
   unsigned rank;
-  const char *shared, *shared_at;  // its shared memory, and where that lies while it is in
+  const char *shared, *shared_at;  // its shared memory, and where it is while the block is switched in
   size_t shared_bytes;
   std::vector<Thread> threads;
-  Time barrier;  // the last one's
+  Time barrier;  // time of the last one
   bool waited;
   unsigned opened;
   Blocks others, seen, published;
 };
 
-// Of blocks, ended ones too, by their numbers.
+// A block's place in its cluster. Kept by block number, for ended blocks too.
 struct Place {
   std::shared_ptr<Cluster> cluster;
   unsigned rank;
 };
 
-struct Interval { Time from, upto; };  // without `from` itself
+struct Interval { Time from, upto; };  // (from, upto]
 
 Time now;
 bool watching;
@@ -87,24 +87,24 @@ Thread* current;
 unsigned current_index;
 const char *stack_begin, *stack_end, *program_begin, *program_end;
 
-// Of launches: what one knows that need not wait for anything; what is known of it once it has ended.
-Time known_to_all;
-bool kernel_before, waited_in_launch;
+// Launches.
+Time known_to_all;  // up to here everything is known to each thread of the current launch
+bool kernel_before, waited_in_launch;  // the stream's last operation was a kernel; a thread of this launch has waited
 Time launch_begin;
-std::vector<Interval> known_when_waited;
+std::vector<Interval> known_when_waited;  // known to a thread that has waited for the previous launch
 
-std::map<const char*, Blocks> carried;  // by atomics at an address
+std::map<const char*, Blocks> carried;  // what the atomics at an address pass on
 
-// ---- Who was where ------------------------------------------------------------------------------
+// ---- Accesses -----------------------------------------------------------------------------------
 
 enum Kind : uint8_t { kRead, kWrite, kAtomic };
 
 struct Access {
   Time time;
   uint32_t block;
-  uint32_t code;  // where in the program
+  uint32_t code;  // offset in the program
   uint16_t thread;
-  uint8_t bytes;  // of the word, a bit each
+  uint8_t bytes;  // of the word, one bit each
   Kind kind;
 };
 constexpr int kKept = 4;
@@ -198,7 +198,7 @@ const char* verb(const Access& a) {
   say_who(first);
 }
 
-// Whether whoever is in no order with `a` and clashes with it clashes with `b`, which comes behind it, too.
+// Whether any access that races with `a` also races with the later access `b`.
 bool covers(const Access& b, const Access& a) {
   return (a.bytes & ~b.bytes) == 0 && (b.kind == kWrite || b.kind == a.kind);
 }
@@ -211,11 +211,11 @@ void meet(Word& word, const Access& mine) {
     if (!ordered && (other.bytes & mine.bytes) && other.kind + mine.kind != 2 * kRead &&
         !(other.kind == kAtomic && mine.kind == kAtomic))
       die(other, mine);
-    // An atomic has seen those before it at its address, and what comes behind it comes behind them.
+    // An atomic follows the earlier atomics at its address, and whatever follows it follows them, too.
     if ((ordered || other.kind == kAtomic) && covers(mine, other)) continue;
     word.kept[kept++] = other;
   }
-  // Where there are more than it holds, one in turn goes, the same one's like if there is any.
+  // If the word is full, one access is evicted: a read or atomic of the same kind if there is any, else each in turn.
   if (kept == kKept) {
     static unsigned turn = 0;
     kept = int(++turn % kKept);
@@ -233,7 +233,7 @@ void nothing_carried(const char* at, size_t bytes) {
   if (!carried.empty()) carried.erase(carried.lower_bound(at), carried.lower_bound(at + bytes));
 }
 
-// One address for a block's shared memory, whether it is in or not.
+// Maps a block's shared memory to the same address whether or not the block is switched in.
 const char* address_of(const void* where) {
   const char* const at = static_cast<const char*>(where);
   const size_t offset = size_t(at - inside->shared_at);
@@ -312,7 +312,7 @@ void Races::move_in(unsigned slot, const void* at) {
   inside->shared_at = static_cast<const char*>(at);
 }
 
-// Nobody else may be in its shared memory any more.
+// Accesses of other blocks to the block's shared memory must be ordered before its end.
 void Races::end_block(unsigned slot) {
   Block& block = slots[slot];
   if (block.cluster->threads == block.threads.size()) return;
@@ -387,7 +387,7 @@ void Races::warp_barrier(unsigned first, unsigned mask) {
   ++now;
 }
 
-// What is known of other blocks goes no further: kernels with clusters have nothing of the kind.
+// This does not pass on what is known of other blocks: kernels with clusters do not need it.
 void Races::cluster_arrive() {
   Cluster& cluster = *inside->cluster;
   cluster.arrivals[current->arrivals++ % 3][inside->rank * threads_a_block + current_index] = now++;
