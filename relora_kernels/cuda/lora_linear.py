@@ -29,12 +29,15 @@ PER_16_BYTES = 8  # elements
 STEP = 64  # rows of M per step; a slab is a whole number of steps
 TILE = 128  # rows of a tile, and columns of a narrow one
 WIDE = 256  # columns of sm_90's large tile
-# Blocks that share a tile of W on sm_90: 1, or 2 for wide tiles without dropout. "main loop" of
-# bench/gpu_check.py measures which is faster on a device.
+# Blocks that share a tile of W on sm_90: 1, or 2 for wide tiles without dropout. Measured once, beside cuBLAS, on
+# an H200 ("main loop" of bench/gpu_check.py, 2026-11-27, bench/results/nvidia-h200.json): 2 takes 0.988 of its
+# time where 1 takes 1.002 (4096 to 4096), and 1.056 where 1 takes 1.066 (2048 to 5464). Too little to switch on
+# what one run has tried at two shapes.
 CLUSTER = 1
 CLUSTERS = (1, 2)
-# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of this many blocks. csrc/two_segment.h
-# says what it may gain; "backward by PAIR" of bench/gpu_check.py measures it.
+# Q and dB on sm_90: 0 for a launch each, else one launch in clusters of this many blocks. Why it may gain:
+# csrc/two_segment.h. Measured likewise ("backward by PAIR"), the backward by 0, 1 and 2: 0.876, 0.870 and 0.868 ms at
+# 4096 to 4096, 0.112, 0.107 and 0.109 at 1024 to 1024.
 PAIR = 0
 PAIRS = (0, 1, 2)
 
