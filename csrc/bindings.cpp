@@ -1,5 +1,5 @@
 // The Python module relora_kernels._C: integers in (pointers, sizes, strides, a stream), launches
-// out. The one file that includes pybind11, which takes longer to compile than every kernel.
+// out. The only file that includes pybind11, which is slow to compile.
 // Importing it needs neither a GPU nor a driver; the first launch without one raises.
 #include <pybind11/pybind11.h>
 
@@ -47,7 +47,7 @@ void check(cudaError_t error, const std::string& call) {
                            cudaGetErrorString(error));
 }
 
-// ---- merge.cu: layers as MergeLayers, one behind the other in a writable buffer -----------------
+// ---- merge.cu: layers as MergeLayers, packed in one writable buffer -----------------------------
 
 void merge(const py::buffer& layers, const std::string& weight_dtype,
            const std::string& factor_dtype, const std::string& restart_dtype,
@@ -73,7 +73,7 @@ void merge(const py::buffer& layers, const std::string& weight_dtype,
       throw py::value_error(call + ": rounding='compensated': expected a residual, got none");
   if ((last - first > relora::kInlineLayers || kind == "sm90") && !table)
     throw py::value_error(call + ": expected a table in device memory, got none");
-  // The caller's guard brings back the thread's current device.
+  // The caller's guard restores the thread's current device.
   check(cudaSetDevice(device), call);
   check(relora::merge(first, int(last - first),
                       code(kDTypes, "merge: dtype of weight", weight_dtype),
@@ -145,7 +145,7 @@ void magnitude_counts(const py::buffer& rows, uintptr_t prefixes, int shift, int
 
 // ---- The two-segment product -------------------------------------------------------------------
 
-// A tuple's integers. A caster for every kind of tuple would be a fifth of this file's time to compile.
+// Unpacks a tuple of integers. A pybind11 caster per tuple type would be a fifth of this file's compile time.
 template <int kCount>
 std::array<int64_t, kCount> integers(const py::tuple& t) {
   if (t.size() != kCount)
@@ -179,7 +179,7 @@ const std::map<std::string, Launcher> kTwoSegment = {
 #endif
 };
 
-// (pointer to an int64 on the device or 0, threshold of 65536, scale of what is kept)
+// (pointer to the int64 seed in device memory or 0, threshold out of 65536, scale of the kept elements)
 using Dropout = py::tuple;
 
 relora::Dropout dropout_of(const Dropout& d) {

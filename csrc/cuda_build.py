@@ -1,13 +1,13 @@
 """Builds `relora_kernels._C`, and is the PEP 517 build backend (setuptools' own, plus nvcc).
 
 Environment variables:
-    RELORA_KERNELS_CUDA   auto (default): build the kernels where nvcc is, fetch it from PyPI where
-                          only a driver is, else install without kernels and note why;
-                          on: no kernels is an error; off: no kernels
+    RELORA_KERNELS_CUDA   auto (default): build the kernels if nvcc is found; if there is only a
+                          driver, fetch nvcc from PyPI; otherwise install without kernels and note why.
+                          on: a build without kernels is an error. off: no kernels.
     RELORA_KERNELS_ARCHS  e.g. "80;90a", or "native" for this machine's GPUs
     MAX_JOBS              parallel compilations; default: all cores
 
-nvcc is looked for in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and among the installed Python
+nvcc is searched for in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda and among the installed Python
 packages. No torch is needed: the kernels take raw pointers and link CUDA's runtime statically.
 """
 
@@ -26,19 +26,19 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 TOOLKIT = Path("/usr/local/cuda")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-# The whole set by its metapackage: pinning nvcc alone pulls a newer nvvm, and ptxas fails.
+# The metapackage pins the whole set: pinning nvcc alone pulls in a newer nvvm, and ptxas fails.
 PYPI_NVCC = "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.*"
 OLDEST_DRIVER = 580  # for CUDA 13
-# sm_86's machine code runs on sm_89, for which ptxas makes the very same: tests/test_cuda_compile.py.
+# No sm_89: it runs sm_86's machine code, which is what ptxas makes for it, too (tests/test_cuda_compile.py).
 DEFAULT_ARCHS = ("80", "86", "90", "100", "120")
-# What the sources compile for; and the suffixes there are, each with the architectures that have it.
+# The oldest architecture that the sources compile for, and the oldest one that has each suffix.
 OLDEST = 80
 OLDEST_WITH = {"": OLDEST, "a": 90, "f": 100}
-# -Og is for the host's code, which runs once a launch: -O1 takes bindings.cpp a fifth longer, -O3 twice
-# as long. What runs on the device is optimised in full whatever it says.
+# -Og is for host code, which runs once per launch: bindings.cpp takes a fifth longer to compile with -O1
+# and twice as long with -O3. Device code is fully optimised regardless.
 COMPILE_FLAGS = ["-std=c++17", "-Xcompiler", "-Og,-fPIC,-fvisibility=hidden,-Wall"]
 FATBIN_FLAGS = ["-Xfatbin=-compress-all"]  # 2 MB of machine code and PTX instead of 9
-# What takes longest to compile comes first, so that two jobs end together; the rest takes seconds.
+# Longest compilations first, so that two parallel jobs end together. The other files take seconds.
 LONGEST = (
     "prune.cu", "merge_streamed.cu", "merge_sm90.cu", "two_segment_sm90.cu", "two_segment_sm80.cu",
     "bindings.cpp",
@@ -50,7 +50,7 @@ class BuildError(SystemExit):
 
 
 class KnobError(BuildError):
-    """An environment variable has a value that means nothing: an error in every mode."""
+    """An environment variable has an invalid value: an error in every mode."""
 
 
 # ---- Decisions ----------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def driver_version() -> int | None:
 
 
 def why_no_fetch() -> str | None:
-    """Why `auto` does not fetch nvcc from PyPI here, where none was found."""
+    """Why `auto` does not fetch a missing nvcc from PyPI on this machine; None if it does."""
     driver = driver_version()
     if driver is None:
         return "no nvcc found, and no NVIDIA driver to build kernels for"
@@ -99,7 +99,7 @@ def why_no_fetch() -> str | None:
 
 
 def build_requirements() -> list[str]:
-    """What the build needs beside setuptools."""
+    """What the build needs in addition to setuptools."""
     if mode() == "off":
         return []
     tools = ["ninja", "pybind11"]
@@ -116,7 +116,7 @@ def build_requirements() -> list[str]:
 
 
 def run(*command) -> str:
-    """Output of a command; its last lines where it fails."""
+    """Output of a command. If it fails, raises BuildError with the last lines of it."""
     try:
         done = subprocess.run(
             [str(part) for part in command],
@@ -134,7 +134,7 @@ def run(*command) -> str:
 
 
 def toolkit_root(nvcc: Path) -> Path:
-    """The toolkit's folder. nvcc may be a wrapper script elsewhere, so it is asked."""
+    """The toolkit's folder, as nvcc itself reports it: `nvcc` may be a wrapper script elsewhere."""
     here = re.search(r"_HERE_=(.+)", run(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull))
     if not here:
         raise BuildError(f"{nvcc} --dryrun: expected a line with _HERE_=, got none")
@@ -175,19 +175,20 @@ def archs(nvcc: Path) -> list[str]:
     return names
 
 
-# Sources that use more from an architecture on: launches that overlap.
+# Sources that use newer features from an architecture on (overlapping launches), with PTX of their own.
 NEWER = {"prune.cu": 90}
 
 
 def virtual_arch(names: list[str]) -> str | None:
-    """The lowest of them, whose PTX all plain ones are assembled from: but for NEWER's the sources use
-    nothing newer, and most of a compilation is what leads to PTX. It goes in, too, for GPUs of other architectures.
-    None where there is no plain one: PTX of an architecture with a suffix ("90a") runs on that alone."""
+    """The lowest architecture without a suffix. All plain architectures are assembled from its PTX: apart
+    from NEWER, the sources use nothing newer, and most of the compile time goes into producing PTX. The
+    PTX is embedded as well, for GPUs of other architectures. None if every name has a suffix: PTX for an
+    architecture with a suffix ("90a") runs on that architecture alone."""
     return min((name for name in names if name.isdecimal()), key=int, default=None)
 
 
 def arch_flags(names: list[str], newer: int | None = None) -> list[str]:
-    """`newer`: the architecture from which on the sources use more, with PTX of its own."""
+    """`newer`: the architecture from which on the source uses newer features, with PTX of its own."""
     if newer is not None:
         older = [name for name in names if int(name.rstrip("af")) < newer]
         return arch_flags(older) + arch_flags([name for name in names if name not in older])
@@ -201,9 +202,10 @@ def arch_flags(names: list[str], newer: int | None = None) -> list[str]:
 
 
 def source_archs(source: Path, names: list[str]) -> list[str]:
-    """What a file is compiled for: *_sm90.cu uses instructions that sm_90a alone has, *_sm80.cu those
-    of sm_80 and newer. Where nothing is left the file is left out. Of the other files, which memory
-    bounds, ptxas makes nearly the same for sm_86 as for sm_80, whose machine code runs there, too."""
+    """The architectures that a file is compiled for; if there are none, the file is left out.
+
+    *_sm90.cu uses instructions of sm_90a alone, *_sm80.cu those of sm_80 and newer. The other files are
+    memory-bound: ptxas makes nearly the same code for sm_86 as for sm_80, and sm_80's runs on sm_86."""
     if source.stem.endswith("_sm90"):
         return ["90a"] if {"90", "90a"} & set(names) else []
     if source.stem.endswith("_sm80"):
@@ -222,7 +224,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def sources_digest() -> str:
-    """Of the kernels' sources: what was measured of other ones says nothing of these."""
+    """Digest of the kernels' sources: measurements of other sources say nothing about these."""
     digest = hashlib.sha256()
     for path in sorted(p for p in CSRC.iterdir() if p.suffix in (".cu", ".cuh", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -257,7 +259,7 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
     library = toolkit_root(nvcc) / "lib"  # PyPI's nvcc does not look there by itself
     sources = sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
     sources.sort(key=lambda p: LONGEST.index(p.name) if p.name in LONGEST else len(LONGEST))
-    # Two threads of nvcc that share a core take a third longer than one after the other.
+    # Two nvcc threads that share a core take a third longer than the same work one after the other.
     threads = max(1, min(jobs() // len(sources), len(names)))
     compile_ = command(nvcc, *COMPILE_FLAGS)
     rules = "rule cuda\n  command = " + compile_
@@ -282,7 +284,7 @@ def write_ninja(nvcc: Path, names: list[str], work: Path, module: Path) -> None:
 def compile_module(nvcc: Path, work: Path) -> Path:
     """Compile csrc/ in the folder `work`; returns a module that has been imported once."""
     names = archs(nvcc)
-    work = work.resolve() / nvcc_version(nvcc)  # another nvcc's objects are not ours
+    work = work.resolve() / nvcc_version(nvcc)  # never reuse another nvcc's objects
     work.mkdir(parents=True, exist_ok=True)
     module = work / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     try:
@@ -300,7 +302,7 @@ def compile_module(nvcc: Path, work: Path) -> Path:
 def build_into(package: Path, work: Path) -> Path:
     """Put `_C` into the package, or `_C.missing.txt` with the reason; returns that file.
 
-    What an earlier build has left there stays where this one ends with an error.
+    If this build ends with an error, the result of an earlier build stays in the package.
     """
     wanted, nvcc = mode(), find_nvcc()
     jobs()
@@ -325,17 +327,17 @@ def build_into(package: Path, work: Path) -> Path:
 
 
 def put_into(package: Path, file: Path) -> Path:
-    """In one step, for processes that import the package meanwhile; then without what others have left."""
+    """Replace the file atomically, because other processes may be importing it; then delete stale builds."""
     package.mkdir(parents=True, exist_ok=True)
     target = package / file.name
     temporary = package / f".{file.name}.new"
     try:
         shutil.copy2(file, temporary)
         temporary.replace(target)
-    except BaseException:  # a full disk, say
+    except BaseException:  # e.g. a full disk
         temporary.unlink(missing_ok=True)
         raise
-    for stale in package.glob("_C.*"):  # of another build, maybe with other settings
+    for stale in package.glob("_C.*"):  # from another build, maybe with other settings
         if stale != target:
             stale.unlink()
     return target
@@ -355,7 +357,7 @@ def get_requires_for_build_editable(config_settings=None) -> list[str]:
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
     from setuptools import build_meta
 
-    for left_over in Path("build").glob("lib*"):  # setuptools would ship what lies there
+    for left_over in Path("build").glob("lib*"):  # setuptools would ship its contents
         shutil.rmtree(left_over)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 

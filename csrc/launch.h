@@ -1,5 +1,5 @@
 // What the .cu files define and bindings.cpp calls: raw pointers, sizes, strides and a stream.
-// Nothing here knows torch, so one binary serves every torch.
+// Nothing here depends on torch, so one binary works with every version of it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,31 +25,37 @@ struct MergeLayer {
   Matrix residual;   // (n, k), weight's dtype; read and written by Rounding::compensated alone
   Matrix lora_A;     // (r, k)
   Matrix lora_B;     // (n, r), lora_A's dtype
-  Matrix restart_A;  // (restart_rows, k): the parameter to draw anew, or the rows of a shard of it
+  Matrix restart_A;  // (restart_rows, k): the parameter to redraw, or one shard's rows of it
   Matrix restart_B;  // (n, r): the parameter to zero, restart_A's dtype
   int64_t n, k, r, restart_rows;
-  uint64_t seed, restart_seed;       // of stochastic rounding; of A's draw
-  int64_t first_row, first_restart;  // logical rows of weight's and restart_A's first ones
-  float scaling, restart_step;       // s; fl32(2^-23 * bound) of A's draw
-  uint32_t restarts;                 // 1: restart_A and restart_B are to be written
-  uint32_t first_block, first_restart_block;  // set by merge(): in the grids; sm90: its first unit
-  uint32_t unit_steps;                        // set by merge(): sm90
+  uint64_t seed, restart_seed;       // for stochastic rounding; for drawing A
+  int64_t first_row, first_restart;  // logical row numbers of weight's and restart_A's first rows
+  float scaling, restart_step;       // s; fl32(2^-23 * bound), for drawing A
+  uint32_t restarts;                 // 1: write restart_A and restart_B
+  uint32_t first_block, first_restart_block;  // set by merge(): in the two grids; sm90: the first unit
+  uint32_t unit_steps;                        // set by merge(), sm90: steps of a unit
 };
 
-// Layers that travel as a launch's own arguments, within the 4 KB that every driver allows.
+// Up to this many layers are passed as kernel arguments, within the 4 KB that every driver allows.
 constexpr int kInlineLayers = 16;
 
-// W += scaling * B @ A in place for every layer, in one launch; then A drawn anew and B zeroed
-// where it restarts, in a second launch behind it. The layers share the dtypes and the rounding; the
-// factors are fp32, of the kind `sm90` also bf16. Their elements are finite and below 2^120, which the
-// caller has made sure of: near float32's end tf32 rounds to infinity. Of elements below 2^-115 the kind
-// `streamed` holds multiples of 2^-136 alone. `table`: device memory for `count` MergeLayers and
-// kCounterBytes more; unused up to kInlineLayers, but by the kind `sm90`. That one is for a GPU of compute
-// capability 9.0, a bf16 weight and residual with their columns next to each other, at most 2^29 of them and
-// from row to row, r <= kMostRank and a scaling of 0 or of a magnitude in [2^-16, 2^7), else
-// cudaErrorInvalidValue, as for other dtypes; cudaErrorNotSupported where the module was built without it.
-// Enqueues on `stream`, never synchronises, copies nothing from host memory; launches nothing where there is
-// nothing to do.
+// For every layer, W += scaling * B @ A in place, in one launch. Then, for the layers that restart, redraws A and
+// zeroes B, in a second launch. All layers share the dtypes and the rounding.
+//
+// The factors are fp32; the kind `sm90` also takes bf16. The caller guarantees that their elements are finite and
+// below 2^120: near float32's maximum tf32 rounds to infinity. The kind `streamed` represents elements below 2^-115
+// only as multiples of 2^-136.
+//
+// `table`: device memory for `count` MergeLayers and kCounterBytes more. Unused up to kInlineLayers layers, except
+// by the kind `sm90`.
+//
+// The kind `sm90` is for GPUs of compute capability 9.0. It requires a bf16 weight and residual with column stride 1
+// and at most 2^29 columns and elements from row to row, r <= kMostRank, and a scaling of 0 or of a magnitude in
+// [2^-16, 2^7); otherwise returns cudaErrorInvalidValue, as for other dtypes. Returns cudaErrorNotSupported if the
+// module was built without it.
+//
+// Enqueues on `stream`, never synchronises, copies nothing from host memory, launches nothing if there is nothing
+// to do.
 constexpr int kMostRank = 128, kCounterBytes = 8;
 cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType factor_dtype,
                   DType restart_dtype, Rounding rounding, MergeKind kind, MergeLayer* table,
@@ -60,7 +66,7 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
 // A contiguous tensor, as a row of int64. Any alignment; 16 bytes for the fast path.
 struct PruneTensor {
   void* data;
-  void* partner;         // as many elements, zeroed where data is; null: none
+  void* partner;         // as many elements, zeroed wherever data is; null: none
   int64_t size;          // elements
   int64_t dtype;         // DType
   int64_t partner_dtype; // DType
@@ -72,8 +78,8 @@ static_assert(sizeof(PruneTensor) == 7 * sizeof(int64_t), "built as an array of 
 // Bytes that prune() needs at `workspace` on the current device, 16-byte aligned, uninitialised.
 cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* bytes);
 
-// Each tensor: zero what is at most the `ratio`-quantile of its magnitudes. cudaErrorInvalidValue where
-// `workspace`, of `bytes`, is less than it needs.
+// In each tensor, zeroes the elements whose magnitude is at most the `ratio`-quantile of its magnitudes.
+// cudaErrorInvalidValue if `bytes`, the size of `workspace`, is less than prune() needs.
 cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
                   int64_t bytes, cudaStream_t stream);
 
@@ -81,9 +87,9 @@ cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void*
 cudaError_t prune_random(const PruneTensor* tensors, int64_t count, uint64_t threshold,
                          cudaStream_t stream);
 
-// For keys whose bits above `shift + bits` equal prefixes[i] (device memory), counts[i][digit] +=
-// their next `bits` (at most kCountBits) bits; lowest[i] = min(itself, least key above the prefix),
-// highest[i] = max(itself, greatest key).
+// A digit is a key's `bits` bits (at most kCountBits) from bit `shift` on. counts[i][digit] += 1 for each key of
+// tensor i whose bits above the digit equal prefixes[i] (device memory); lowest[i] = min(lowest[i], least key
+// whose bits above the digit exceed the prefix); highest[i] = max(highest[i], greatest key).
 constexpr int kCountBits = 13;
 cudaError_t magnitude_counts(const PruneTensor* tensors, int64_t count, const int64_t* prefixes,
                              int shift, int bits, int64_t* counts, int64_t* lowest,
@@ -99,38 +105,38 @@ enum class Form : int { nt, nn, tn };
 
 // nt, nn: out (m, n) = scale * (dropout'(p @ b) + x @ w) + bias, in one fp32 accumulator.
 // tn: out (slabs, m, n) float32 = x^T @ w over every slab of slab_steps * 64 rows of x and w.
-// Every matrix has its columns next to each other (col 1). Elements are bf16 or fp16.
+// Every matrix has column stride 1. Elements are bf16 or fp16.
 struct Bias {
   const void* data;  // (n), or null
   DType dtype;       // float32, or the operands'
 };
 
 struct Dropout {
-  const int64_t* seed;  // in device memory; read where threshold > 0
-  uint32_t threshold;   // of 65536: elements with fewer random bits are dropped
-  float keep_scale;     // of the others
+  const int64_t* seed;  // in device memory; read if threshold > 0
+  uint32_t threshold;   // out of 65536: elements whose 16 random bits are below it are dropped
+  float keep_scale;     // factor of the others
 };
 
 struct TwoSegmentArgs {
   Form form;
   Matrix out;  // tn: an even pitch, the slabs one after the other
-  Matrix p, b;  // r = 0: unused, but for `sums`
+  Matrix p, b;  // r = 0: unused, except for `sums`
   Matrix x, w;
   int64_t m, n, k, r;
   DType dtype;
   float scale;
   Bias bias;
-  Dropout dropout;  // of (m, n): on p @ b
-  int slab_steps;   // tn, and of `sums`
-  int block_n, cluster;  // the variant of sm_90: 256 and 1 or 2, or 128 and 1; elsewhere 128 and 1
-  // nn with r = 0, p (m, n), no dropout: also sums (slabs, k, n) = x^T @ p as by tn, in the same
-  // launch. sm_90 alone, 128 and 1 or 2; slab_steps a multiple of 2 * cluster. Null: not wanted.
+  Dropout dropout;  // mask (m, n), applied to p @ b
+  int slab_steps;   // for tn and for `sums`
+  int block_n, cluster;  // sm_90's variant: 256 with 1 or 2, or 128 with 1; elsewhere 128 with 1
+  // Null: not wanted. For nn with r = 0, p (m, n) and no dropout: also computes sums (slabs, k, n) = x^T @ p,
+  // as tn does, in the same launch. sm_90 only, 128 with 1 or 2; slab_steps a multiple of 2 * cluster.
   Matrix sums;
 };
 
-// Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue where
-// an operand's start or pitch is no multiple of 16 bytes, or there is no such variant.
-cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a alone
+// Enqueues on `stream`, never synchronises. m, n and k are at least 1. cudaErrorInvalidValue if an
+// operand's start or pitch is not a multiple of 16 bytes, or if there is no such variant.
+cudaError_t two_segment_sm90(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_90a only
 cudaError_t two_segment_sm80(const TwoSegmentArgs& args, cudaStream_t stream);  // sm_80 and newer
 
 struct MaskArgs {
@@ -139,7 +145,7 @@ struct MaskArgs {
   int64_t m, k;
   Dropout dropout;
 };
-// out = x, with zeros where an element is dropped; keep_scale is not applied.
+// out = x with dropped elements zeroed; keep_scale is not applied.
 cudaError_t mask_rows(const MaskArgs& args, cudaStream_t stream);
 
 struct SumArgs {
@@ -149,7 +155,7 @@ struct SumArgs {
   float scale;
   DType dtype;
 };
-// out = scale * the slabs' sum, in their order.
+// out = scale * sum of the slabs, added in their order.
 cudaError_t sum_slabs(const SumArgs& args, cudaStream_t stream);
 
 }  // namespace relora

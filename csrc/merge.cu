@@ -6,48 +6,52 @@
 //   W   = round(v)                              to nearest, or stochastically
 //   compensated: residual = round(v - W)
 //
-// d and v are rounded one by one, never contracted to an fma: the reference and the Triton kernel
-// do the same, so the stored bits agree wherever the fp32 sums do. r is never split.
+// d and v are rounded separately, never contracted to an fma. The reference and the Triton kernel do
+// the same, so the stored bits agree wherever the fp32 sums do. r is never split.
 //
-// Two kinds of kernels, each with a product and a sum of its own:
+// There are two kinds of kernels, each with a product and a sum of its own:
 //
-// Streamed (merge_streamed.cu, merge_sum.cuh): any W and r, fp32 factors, on any GPU.
-// sm_90 (merge_sm90.cu): a bf16 W and r <= 128, on Hopper.
+//   streamed   any W and r, fp32 factors, on any GPU            merge_streamed.cu, merge_sum.cuh
+//   sm90       a bf16 W and r <= 128, on Hopper                 merge_sm90.cu
 //
-// Streamed, on an H200 (bench/gpu_check.py, 2026-11-27, bench/results): the whole model, 168 layers, in
-// 5.10 ms where copying its weights takes 1.69; 4096 x 4096 in 66 us, of 26 for the copy. A kernel of
-// the same form with 16-bit factors that stayed in shared memory took 3.09 ms and 43 us. ncu of that:
-// a quarter of the issue slots and 37 % of HBM were used, the rest was waiting, in the sum (42 % of
-// the warps' time), the product (20 %) and lora_A's panel (16 %), one after the other in each of two
-// blocks; an odd pitch cost most, 2048 x 5461 at 0.4 of the rate of 5461 x 2048; more warps alone, 256
-// threads of 64 x 32, brought 5 %. From this merge_sm90.cu follows: W on its way at all times, nothing
-// behind anything else in one thread's program, and 16-byte accesses at any pitch.
+// Times on an H200, bf16 W, fp32 factors, r = 128, to nearest (2026-11-28, bench/gpu_check.py --only merge
+// prune at 61fe2de, CUDA events, medians; bench/results/nvidia-h200-merge-prune.json):
 //
-// sm_90, on an H200 (2026-11-27, CUDA events around merge() below, medians of 20), before a lane found its
-// addresses once a unit, which has not been measured: 2.00 ms for the whole model, whose weights one call
-// copies in 1.14; 1.04 for 168 of 2048 x 2048, of which a copy takes 0.67, and 1.13 for 40 of 2048 x 5461,
-// 0.75 of 2048 x 5464, of which it takes 0.43. Five forms before took 2.07 to 2.15. Passes over as much
-// memory in the same pattern, without a product (timed likewise, by programs that are not kept here), say
-// what bounds it:
-// - Stores of halves of lines: 1.86 ms, of lines 1.28, of 256 bytes of a row an instruction 1.22.
-// - lora_A read for every 256 rows of W adds 0.16 to 0.33 ms, half as much of lora_B for 512 columns 0.10.
-// - An asynchronous copy into rows of shared memory that do not begin where lines do is 2.6 times the work.
-// - With two chunks of W a warp on their way, one of them at work, a fifth of the time went by in waiting.
+//                                        sm90      streamed   copying the weights one by one
+//   168 weights of the 1.3B model        1.67 ms   5.02 ms    1.69 ms
+//   4096 x 4096                          32 us     65 us      26 us
+//   5461 x 2048                          27 us                22 us
+//   2048 x 5461, an odd pitch            35 us                22 us
 //
-// The streamed kernel's estimates, for each 128 x 128 tile of a bf16 W, r = 128, fp32 factors, to
-// nearest, by data sheets, published microbenchmarks and the machine code. 88 % of the copy rate are
-// 19 ns, or some 4700 cycles of one of the multiprocessors: HBM 88 %; L2, 64 + 8 + 32 KB, 80 %; tensor
-// cores, tf32 by mma.sync at some 62 % of peak, 70 %; shared memory, 320 KB, 53 %; issue, some 4900
-// instructions a warp, 105 %.
-// - A warp takes 64 x 64 of a tile: 16 reads of 16 bytes a lane for 64 products. 64 x 32 would read
-//   half as much again.
-// - Operands lie in shared memory as a product takes them, four and two registers in a row: put
-//   together from two reads they were moved once more for each product, two thirds of the loop.
-// - Two blocks share a multiprocessor that has 202 KB (sm_90, sm_100): one's loads and sums go
-//   under the other's products.
-// - W's tile is fetched into L2 and its first strips into registers before its product.
-// - Accumulators never leave registers: tensor-core columns are permuted so that each lane holds
-//   eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
+// Not measured yet: sm90's present unit sizes, and its prefetch of lora_A into L2, which are newer. In sm90 W is
+// in flight at all times, no phase waits for another one in the same thread, and accesses are of 16 bytes at any
+// pitch. Its predecessor took 3.09 ms and 43 us (2026-11-27): by ncu 42 % of the warps' time went by in waiting
+// in the sum, 20 % in the product and 16 % for lora_A, one after the other; an odd pitch was slowest.
+//
+// What bounds the sm90 kernel: passes over as much memory as the 168 weights and in the same pattern, without a
+// product (H200, 2026-11-27, CUDA events, medians of 20, by programs that are not kept here). One call copies
+// the weights in 1.14 ms.
+// - Storing half lines takes 1.86 ms, whole lines 1.28, 256 bytes of a row per instruction 1.22.
+// - Reading lora_A for every 256 rows of W adds 0.16 to 0.33 ms; reading half as many bytes of lora_B, for
+//   every 512 columns, adds 0.10.
+// - An asynchronous copy into rows of shared memory that are not aligned to lines is 2.6 times the work.
+// - With two chunks of W in flight per warp, one of them being worked on, a fifth of the time was waiting.
+//
+// Estimates for the streamed kernel, per 128 x 128 tile of a bf16 W, r = 128, fp32 factors, to nearest, from
+// data sheets, published microbenchmarks and the machine code. At 88 % of the copy rate a tile takes 19 ns, or
+// some 4700 cycles of one multiprocessor. In that time these would be busy: HBM 88 %; L2 80 % (64 KB of lora_A,
+// 8 of lora_B, 32 of W, at some 6.8 TB/s); tensor cores 70 % (tf32 by mma.sync at some 62 % of peak); shared
+// memory 53 % (320 KB); issue 105 % (some 4900 instructions a warp). Measured, a tile takes some 68 ns (5.02 ms
+// for the 168 weights).
+// - A warp takes 64 x 64 of a tile: a lane does 16 reads of 16 bytes for 64 products. 64 x 32 would read half
+//   as much again.
+// - Operands lie in shared memory in the order in which a product takes them, four and two registers in a row.
+//   Assembled from two reads, they had to be moved once more for each product: two thirds of the loop.
+// - Two blocks share a multiprocessor that has the 195 KB for them (sm_90, sm_100): one block's loads and sums
+//   overlap the other's products.
+// - W's tile is fetched into L2, and its first strips into registers, before its product.
+// - Accumulators stay in registers if W takes 16-byte accesses: tensor-core columns are permuted so that each
+//   lane holds eight neighbours of a row, which it loads, rounds by one random draw and stores by itself.
 #include <algorithm>
 
 #include "merge.cuh"
@@ -57,8 +61,8 @@ namespace {
 
 // ---- The table ----------------------------------------------------------------------------------
 
-// Layers written to device memory by one launch: as many as its arguments hold. These are 32,764 bytes
-// from CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver.
+// Layers that one launch writes to device memory: as many as its parameters hold. Those may be 32,764
+// bytes from CUDA 12.1 and driver 530 on; CUDA 13 requires a newer driver than that.
 #if CUDART_VERSION >= 13000
 constexpr int kPiece = 128;
 static_assert(kPiece * sizeof(MergeLayer) + 8 <= 32764, "kernel parameters");
@@ -78,9 +82,9 @@ __global__ void write_table_kernel(const __grid_constant__ TablePiece piece, Mer
 
 // ---- The restart --------------------------------------------------------------------------------
 
-// A second launch, not blocks of the first: a layer's factors may go when its last tile is done,
-// and the order of a stream says that without counters, fences or blocks that wait.
-constexpr int kRestartThreads = 256, kQuads = 8;  // a thread's groups of four neighbours in a row
+// A second launch rather than more blocks of the first: a layer's factors may be overwritten only when its
+// last tile is done, and stream order guarantees that without counters, fences or waiting blocks.
+constexpr int kRestartThreads = 256, kQuads = 8;  // kQuads: groups of four neighbours in a row, per thread
 
 template <typename F>
 __device__ __forceinline__ void store_quad(const Matrix& m, int64_t row, int64_t col, int64_t cols,
@@ -150,8 +154,8 @@ int64_t tiles_of(const MergeLayer& layer) {
   return divide_up(layer.n, kRows) * divide_up(layer.k, kCols);
 }
 
-// Tiles of a row that a block goes through: as many as leave every multiprocessor its blocks, and few
-// enough to end at about the same time. Its part of lora_B is read once for all of them.
+// Tiles of a row that a block processes, with one read of its part of lora_B for all of them: few enough
+// that every multiprocessor gets its blocks and that all end at about the same time.
 int tiles_of_a_block(int64_t tiles, int multiprocessors) {
   return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 8));
 }
@@ -205,8 +209,9 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
   }
   if (blocks == 0 && restart_blocks == 0) return cudaSuccess;
 
-  // A kernel's code is loaded at its first use, which may fail. All of it is loaded before the first
-  // launch: else W could be merged and its factors left, and the next call would merge them again.
+  // A kernel's code is loaded at its first use, which may fail. Both kernels are loaded before the first
+  // launch: otherwise W could be merged without a restart of its factors, and the next call would merge
+  // these again. (If write_table_kernel fails, nothing has been merged yet.)
   const auto restart = kRestartKernels[int(restart_dtype)];
   cudaFuncAttributes loaded;
   if (blocks)

@@ -1,4 +1,4 @@
-// What the kernels of the merge share: their table of layers, and how pairs of elements gain their update.
+// Shared by the merge kernels: the table of layers, and the update of pairs of elements.
 #pragma once
 
 #include <type_traits>
@@ -8,14 +8,14 @@
 
 namespace relora {
 
-// What every kernel of a merge is given.
+// The parameter of every merge kernel.
 struct MergeTable {
-  const MergeLayer* layers;  // in device memory, or null: `first` holds them all
+  const MergeLayer* layers;  // in device memory; null if `first` holds them all
   int count;
-  int tiles_per_block;    // in one row
-  int units;              // sm_90 instead: of all layers
-  uint32_t* taken;        // how many of them blocks have taken, beyond one each
-  bool narrow_factors;    // of bf16
+  int tiles_per_block;    // streamed: in one row of tiles
+  int units;              // sm90: of all layers
+  uint32_t* taken;        // sm90: units that blocks have taken after their first ones
+  bool narrow_factors;    // sm90: bf16 instead of fp32
   Rounding rounding;
   MergeLayer first[kInlineLayers];
 };
@@ -27,9 +27,9 @@ struct MergeKernel {
   int shared, threads;
 };
 MergeKernel streamed_merge(DType weight);  // fp32 factors
-// bf16 weights; fp32 factors or, narrow, bf16. Finds the kernel, sets the units in `table`, where each
-// layer's begin and their steps; blocks are as many as there are units, at most one a multiprocessor.
-// Null where the module has no code for sm_90.
+// bf16 weights; fp32 factors, or bf16 if narrow_factors. Sets `kernel`, `table`'s number of units and, of each
+// layer, the first unit and the steps per unit. The launch has a block per unit, at most one per multiprocessor.
+// Null (weak) if the module was built without code for sm_90.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel)
     __attribute__((weak));
@@ -48,7 +48,7 @@ __device__ __forceinline__ uint32_t& word(uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// Pairs of neighbours of W, and of the residual, with their update: the product times the scaling.
+// Adds updates (the product times the scaling) to pairs of neighbours of W. Compensated: `rest` is the residual's.
 template <Rounding kRounding, typename T, int kMany>
 __device__ __forceinline__ void merge_pairs(Neighbours<T> (&w)[kMany], Neighbours<T> (&rest)[kMany],
                                             const Neighbours<float> (&update)[kMany],
@@ -78,7 +78,7 @@ __device__ __forceinline__ void merge_pairs(Neighbours<T> (&w)[kMany], Neighbour
   }
 }
 
-// The layer that this block works for, to shared memory: the last that begins at or before it.
+// Copies the layer that this block works on to shared memory: the last one that begins at or before the block.
 template <uint32_t MergeLayer::*kFirst>
 __device__ __forceinline__ void find_layer(const MergeTable& table, MergeLayer& layer, int& found) {
   const MergeLayer* layers = table.layers ? table.layers : table.first;

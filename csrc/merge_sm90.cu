@@ -1,25 +1,27 @@
-// merge.cu's kernel on Hopper: a bf16 W of rows that begin anywhere, r <= 128, factors of any strides.
+// merge.cu's kernel on Hopper: a bf16 W whose rows may start at any address, r <= 128, factors of any strides.
 //
-// A persistent block an SM, of three warpgroups. A unit of work is 512 columns of a layer and some
+// One persistent block per SM, of three warpgroups. A unit of work is 512 columns of a layer and some
 // steps of 64 rows; blocks take units from a common counter.
 //
-//   fill     lora_B for a step, 16 bits, as wgmma takes it from registers
-//   consume  twice, 256 columns each: lora_A for them, in shared memory for all of a unit; then, a
-//            step, lora_B in registers, products by wgmma, and W: a warp's 16 rows come by cp.async,
-//            chunks ahead and across units, gain their sums in shared memory and go back
+//   fill     one warpgroup. Each step: writes lora_B to shared memory, in 16 bits and in the order in which
+//            wgmma takes it from registers
+//   consume  two warpgroups, 256 columns each. Each unit: writes lora_A for these columns to shared memory.
+//            Each step: takes lora_B into registers, multiplies by wgmma, and merges W: a warp's 16 rows
+//            arrive by cp.async, chunks ahead and across units, gain their sums in shared memory and go back
 //
-// Memory sees whole lines: a warp reads and writes 256 bytes of each of its rows at a time, two rows an
-// instruction, where its sums are of eight rows an instruction. Lines written by halves cost a third of the
-// rate, and lora_A in shared memory for 512 columns half of what lora_B's rows for as many cost in L2.
+// Global memory sees whole lines: a warp reads and writes 256 bytes of each of its rows at a time, two rows per
+// instruction; straight from wgmma's registers it would be eight. Writing half lines costs a third of the rate.
+// Keeping lora_A in shared memory for 512 columns and rereading lora_B takes half the L2 traffic of keeping 256
+// rows of lora_B and rereading lora_A (figures: merge.cu).
 //
-// bf16 factors are held as they are. Of fp32 factors 11 bits are kept: as fp16, which has tf32's
-// mantissa and twice its speed, scaled by a power of two for each row of lora_B and column of lora_A.
-// That holds 11 bits of what is 2^-28 of the row's or column's largest or more, and below an error of
-// up to 2^-39 of the largest (numerics.cuh); of rows below 2^-90 less, where float32's own range ends.
+// bf16 factors are used as they are. fp32 factors keep 11 bits: they become fp16, which has tf32's mantissa
+// and twice its speed, scaled by a power of two per row of lora_B and per column of lora_A. Elements of at
+// least 2^-28 of the largest in their row or column keep 11 bits; smaller ones have an error of up to 2^-39 of
+// the largest (numerics.cuh). Rows below 2^-90 keep less, because float32's own range ends.
 //
-// A row that begins elsewhere than at 16 bytes lies in shared memory as in W, from the 16 bytes before
-// its first element on. All accesses to W then are of 16 bytes, but for those of up to seven elements at
-// both ends of the 128 columns of a chunk, and at the matrix's end.
+// A row that is not 16-byte aligned lies in shared memory as it does in W, starting at the 16-byte boundary
+// before its first element. So all accesses to W are of 16 bytes, except for up to seven elements at both ends
+// of a chunk's 128 columns, and at the end of the matrix.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,27 +40,28 @@ using two_segment::operand_descriptor;
 using two_segment::Ring;
 using two_segment::swizzled;
 
-// A sum of products is below kMostRank * 2^30, and lora_B below 2^120 (launch.h): times its row's unit
-// it may reach 2^142, which float32 does not hold. So a row's unit is divided by kShift and a column's
-// multiplied by it. The columns' units carry the scaling, too: at most 2^105 * 2^15 * 2^7 = 2^127, which
-// float32 holds; at least 2^-126 * 2^15 * 2^-16 = 2^-127, a subnormal that loses one bit at most.
+// Units undo the power-of-two scales. A sum of products is below kMostRank * 2^30, and lora_B below 2^120
+// (launch.h), so the sum times its row's unit may reach 2^142, which float32 does not hold. Therefore a row's
+// unit is divided by kShift and a column's multiplied by it. The columns' units include the scaling as well: at
+// most 2^105 * 2^15 * 2^7 = 2^127, which float32 holds; at least 2^-126 * 2^15 * 2^-16 = 2^-127, a subnormal
+// that loses one bit at most.
 constexpr float kShift = 0x1p15f;
 constexpr float kLeastScaling = 0x1p-16f, kMostScaling = 0x1p7f;
 
 // ---- What is done where -------------------------------------------------------------------------
 
 constexpr int kStepRows = 64, kUnitCols = 512;
-constexpr int kConsumers = 2, kOwnCols = kUnitCols / kConsumers;  // of a warpgroup
-constexpr int kWarpRows = 16;                                     // of a step
+constexpr int kConsumers = 2, kOwnCols = kUnitCols / kConsumers;  // kOwnCols: of a consumer warpgroup
+constexpr int kWarpRows = 16;                                     // of a warp in a step
 constexpr int kPartCols = 64;                                     // of a wgmma
 constexpr int kThreadsSm90 = 128 * (1 + kConsumers);
 constexpr int kSpanR = 64;  // of r in a row of shared memory
-constexpr int kChunkRows = kWarpRows / 2;  // of a chunk, which is copied at a time
-constexpr int kOddRows = 8;                // from one of them to the next, where rows begin anywhere
+constexpr int kChunkRows = kWarpRows / 2;  // of a chunk, which is copied as one
+constexpr int kOddRows = 8;                // from one row of a chunk to the next, in units that are not whole
 static_assert(kChunkRows * kOddRows == kStepRows);
-constexpr int kMostPitch = 1 << 29;  // elements, whose bytes are an int
+constexpr int kMostPitch = 1 << 29;  // elements, so that bytes fit an int
 
-// A layer's units: columns beside each other first, for they share lora_B, then further rows.
+// A layer's units. Those side by side come first, because they share lora_B, then those further down.
 struct Cut {
   int blocks, steps;
   __host__ __device__ __forceinline__ explicit Cut(const MergeLayer& layer)
@@ -71,27 +74,27 @@ struct Sheet {
   int64_t pitch;
 };
 
-// A unit. Matrices are from its first row on, lora_A is the layer's.
+// A unit. W, the residual and lora_B start at its first row; lora_A is the whole layer's.
 struct Unit {
   Sheet weight, residual;
   Matrix lora_A, lora_B;
   uint64_t seed;
-  int64_t drawn_row;  // the first row's number for the random bits
-  int rows, below;    // rows: 0, there is no unit; below: rows to the layer's end, 2^31 - 1 at most
+  int64_t drawn_row;  // the first row's logical number, for the random bits
+  int rows, below;    // rows: 0 if there is no unit; below: rows to the layer's end, 2^31 - 1 at most
   int col0, cols;     // cols: the layer's
   int r;
   float scaling;
-  bool whole;  // every row of W, and of the residual, begins and ends at a multiple of 16 bytes
+  bool whole;  // every row of W, and of the residual, starts and ends at a multiple of 16 bytes
 
   __device__ __forceinline__ int steps() const { return int(uint32_t(rows + kStepRows - 1) / kStepRows); }
-  // Of a step, the row that is a wgmma's row `m`. Where rows begin anywhere, those that a chunk is of are
-  // kOddRows apart: they begin at one offset from 16 bytes, whatever the pitch.
+  // The row of a step that is a wgmma's row `m`. If the unit is not whole, a chunk's rows are kOddRows apart:
+  // then all of them start at the same offset from a 16-byte boundary, whatever the pitch.
   __device__ __forceinline__ int row_of(int m) const {
     return whole ? m : m % kChunkRows * kOddRows + m / kChunkRows;
   }
 };
 
-// Elements from the last multiple of 16 bytes to an address.
+// Elements from the last 16-byte boundary to an address.
 __device__ __forceinline__ int offset_of(const bf16* at) {
   return int(reinterpret_cast<uintptr_t>(at) / 2 & 7);
 }
@@ -99,13 +102,13 @@ __device__ __forceinline__ bool is_whole(const Sheet& m, int cols) {
   return ((offset_of(m.at) | int(m.pitch) | cols) & 7) == 0;
 }
 
-// By a whole warp. `from`: the index of a layer that begins at or before it; then of the unit's. Few layers
-// are read from the launch's arguments as such, not through a pointer.
+// Unit `number`; called by a whole warp. `from`: on entry a layer that begins at or before the unit, on return
+// the unit's layer. Layers in the kernel's parameters are read from there directly, not through a pointer.
 __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number, int lane, int& from) {
   Unit unit{};
   if (number >= uint32_t(table.units)) return unit;
   int index = from - 1;
-  for (int begun = 32; begun == 32;) {  // a layer a lane, in their order
+  for (int begun = 32; begun == 32;) {  // 32 layers at a time, one per lane, in order
     const int i = index + 1 + lane;
     bool begins = false;
     if (i < table.count)
@@ -140,30 +143,29 @@ __device__ __forceinline__ Unit unit_of(const MergeTable& table, uint32_t number
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
-// A panel: kPartCols columns of lora_A, as wgmma takes them; a span: kSpanR of r of one.
+// A panel: kPartCols columns of lora_A, in wgmma's layout. A span: kSpanR of r of a panel.
 constexpr int kPanels = kUnitCols / kPartCols;
 constexpr int kPanelSpan = kPartCols * kRowBytes, kPanelBytes = 2 * kPanelSpan;
 constexpr int kRowsAt = kPanels * kPanelBytes;
 constexpr int kSlotAt = kRowsAt + kStepRows * kMostRank * 2;
 
-// A chunk: what a warp copies at a time of W, and of the residual, into a slot of its own: half of its
-// rows, and the columns of two products. Lines of 128 bytes as in memory: asynchronous copies that part
-// a line are slow; of each line, halves of odd rows are swapped, so that what eight lanes read together
-// lies in all banks. Behind them 16 bytes a row, for what a row has beyond them that begins elsewhere
-// than at a multiple of 16 bytes.
+// A chunk: what a warp copies at a time of W, and of the residual, into a slot of its own: half of its rows, and
+// the columns of two products. It keeps memory's 128-byte lines whole, because asynchronous copies that split a
+// line are slow. In odd rows the halves of each line are swapped, so that what eight lanes read together covers
+// all banks. After the lines come 16 bytes per row, for the end of a row that is not 16-byte aligned.
 constexpr int kChunkCols = 2 * kPartCols, kChunks = 2 * kOwnCols / kChunkCols;
-constexpr int kRowStrips = kChunkCols / kStrip;  // of a row, and lanes that copy it
+constexpr int kRowStrips = kChunkCols / kStrip;  // strips of a row, and lanes that copy it
 constexpr int kRowsAtOnce = 32 / kRowStrips;
 constexpr int kPitch = 2 * kChunkCols, kChunkBytes = kChunkRows * (kPitch + 16);
 constexpr int kSlotsBytes = 4 * kConsumers * kChunks * kChunkBytes;
 
-// Of a strip of a row in a slot; the kRowStrips-th is the one behind.
+// Where a row's strip is in a slot. Strip kRowStrips is the one after the lines.
 __device__ __forceinline__ uint32_t place_of(int row, int strip) {
   return strip < kRowStrips ? row * kPitch + (strip ^ row % 2 * 4) * 16 : kChunkRows * kPitch + row * 16;
 }
 
 constexpr int kColUnitsAt = kSlotAt + kSlotsBytes;
-constexpr int kLargestAt = kColUnitsAt + 4 * kUnitCols;  // of a column, of each half of r
+constexpr int kLargestAt = kColUnitsAt + 4 * kUnitCols;  // a column's largest element, for each half of r
 constexpr int kRowUnitsAt = kLargestAt + 4 * kConsumers * 2 * kPartCols;
 constexpr int kUnitsAt = kRowUnitsAt + 4 * kStepRows, kUnits = 4;
 constexpr int kBarriersAt = kUnitsAt + kUnits * int(sizeof(Unit));
@@ -171,24 +173,25 @@ constexpr int kSharedSm90 = kBarriersAt + 16;
 static_assert(kSlotAt % 128 == 0 && kChunkBytes % 128 == 0);
 static_assert(kBarriersAt % 8 == 0 && kSharedSm90 <= two_segment::kMostShared);
 
-// Arrivals are of every thread: compute-sanitizer's racecheck knows no other order by them.
+// Every thread arrives, not one per warp: compute-sanitizer's racecheck derives no other ordering from these
+// barriers.
 __device__ __forceinline__ uint32_t rows_full(uint32_t memory) { return memory + kBarriersAt; }
 __device__ __forceinline__ uint32_t rows_empty(uint32_t memory) { return memory + kBarriersAt + 8; }
 
-// The block's unit `i`, counted from 0. `fill` has it there with the first rows of the unit before it,
-// when nobody is at the unit three before that any more, whose place it takes.
+// The block's unit `i`, counted from 0. `fill` stores it before the first rows of unit i - 1. By then no thread
+// is at unit i - 4 any more, whose place it takes.
 __device__ __forceinline__ Unit& unit_at(uint32_t memory, uint32_t i) {
   return *ptx::shared_pointer<Unit>(memory + kUnitsAt + i % kUnits * uint32_t(sizeof(Unit)));
 }
 
-// Where 16 of r of a step's lora_B are: 16 bytes for each thread, as wgmma takes them from its registers.
+// Where 16 of r of a step's lora_B are: 16 bytes per thread, in the order in which wgmma takes them from registers.
 constexpr int kOf16 = kStepRows * 16 * 2, kSixteens = kMostRank / 16;
 __device__ __forceinline__ uint32_t rows_at(uint32_t memory, int sixteen) {
   return memory + kRowsAt + sixteen * kOf16;
 }
 
-// Which column of 32 a wgmma's column n stands for: a lane, which has columns 2 t and the next of each
-// eight, so has eight neighbours.
+// The column that a wgmma's column n stands for, permuted within 32. A lane's columns, 2 t and 2 t + 1 of each
+// eight, thereby become eight neighbours.
 __device__ __forceinline__ int column_of(int n) {
   return n / 32 * 32 + n / 2 % 4 * 8 + n / 8 % 4 * 2 + n % 2;
 }
@@ -196,7 +199,7 @@ __device__ __forceinline__ int column_of(int n) {
 template <typename F>
 using HalfOf = std::conditional_t<sizeof(F) == 4, fp16, bf16>;
 
-// `scale`: of fp32.
+// Two elements as 16-bit halves of a word. `scale` is for fp32 factors.
 __device__ __forceinline__ uint32_t halves(float first, float second, float scale) {
   return pair_nearest<fp16>({scale * first, scale * second}).bits;
 }
@@ -208,8 +211,8 @@ __device__ __forceinline__ float magnitude(bf16) { return 0.f; }
 
 // ---- fill ---------------------------------------------------------------------------------------
 
-// A step's lora_B, under way. Eight lanes have a row; a warp 16, those that its like among the consumers
-// multiply.
+// A step's lora_B, in flight. Eight lanes share a row. A warp has 16 rows: those that the same warp of each
+// consumer warpgroup multiplies.
 template <typename F>
 struct Rows {
   F v[4][kSixteens][2];
@@ -218,7 +221,7 @@ struct Rows {
     return thread / 32 * 16 + i / 2 * 4 + i % 2 * 8 + thread % 32 / 8;
   }
 
-  // Without branches: all loads are under way together. Pairs where lora_B lies as it usually does.
+  // Without branches, so that all loads are in flight together. Loads pairs if lora_B's layout allows it.
   __device__ __forceinline__ void load(const Unit& unit, int step, int thread) {
     const Matrix& m = unit.lora_B;
     const int first = thread % 8 * 2;
@@ -248,12 +251,12 @@ struct Rows {
     memcpy(pair, &bits, sizeof pair);
   }
 
-  // To shared memory, of fp32 their units, too.
+  // Writes the rows to shared memory, with their units if the factors are fp32.
   __device__ __forceinline__ void store(uint32_t memory, int thread) const {
     constexpr bool kScaled = sizeof(F) == 4;
     const int lane = thread % 32;
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {  // rows 8 apart, which one thread multiplies
+    for (int i = 0; i < 4; i += 2) {  // two rows, 8 apart, which one thread multiplies
       const int row = row_of(i, thread);
       float scales[2] = {1.f, 1.f};
       if (kScaled)
@@ -281,8 +284,8 @@ struct Rows {
   }
 };
 
-// A step's rows are loaded while the consumers are at the one before; a unit is known before the one before it
-// begins.
+// A step's rows are in flight while the consumers work on the step before. A unit is known before the unit before
+// it begins.
 template <typename F>
 __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, int thread) {
   const int lane = thread % 32;
@@ -311,13 +314,14 @@ __device__ __forceinline__ void fill(const MergeTable& table, uint32_t memory, i
       ptx::arrive(rows_full(memory));
       ring.advance();
     }
-    ptx::named_barrier(1, 128);  // the next unit is there
+    ptx::named_barrier(1, 128);  // the next unit has been stored
   }
 }
 
 // ---- consume: lora_A ----------------------------------------------------------------------------
 
-// A panel, by a warpgroup: a thread has a column and half of r. Without branches, as above.
+// Writes a panel to shared memory; called by a warpgroup. A thread has a column and half of r. Without branches,
+// as in Rows::load.
 template <typename F>
 __device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, int warpgroup, int panel,
                                            int thread) {
@@ -358,7 +362,7 @@ __device__ __forceinline__ void fill_panel(const Unit& unit, uint32_t memory, in
   }
 }
 
-// A warpgroup's panels, when its warps are done with the last unit's.
+// Writes a warpgroup's panels, once all its warps are done with the last unit's.
 template <typename F>
 __device__ __forceinline__ void fill_panels(const Unit& unit, uint32_t memory, int warpgroup,
                                             int warp) {
@@ -373,8 +377,8 @@ __device__ __forceinline__ void fill_panels(const Unit& unit, uint32_t memory, i
 
 // ---- consume: W, and the residual, to and from shared memory ------------------------------------
 
-// Of two strips beside each other the eight elements from the `by`-th on, into the first; by <= 8. A warp has
-// one `by`: it branches rather than selects.
+// Shifts two adjacent strips: `strips` gets their eight elements from the `by`-th on, by <= 8. `by` is the same
+// for all of a warp, so a branch is cheaper than selects.
 template <int kWords, int kCount>
 __device__ __forceinline__ void turn_words(uint4 (&strips)[kCount], uint4 (&right)[kCount], int bits) {
 #pragma unroll
@@ -404,16 +408,16 @@ __device__ __forceinline__ void store_16(bf16* to, uint4 v) {
   *static_cast<uint4*>(__builtin_assume_aligned(global_memory<bf16>(to), 16)) = v;
 }
 
-// A lane's strips of a unit, step by step: of each chunk kCount, in rows kRowsAtOnce of the chunk's apart. In
-// memory strips begin at multiples of 16 bytes. A row of a chunk that begins `before` elements behind one has
-// a strip more, which its last lane copies.
+// A lane's strips of a unit, step by step: kCount of each chunk, kRowsAtOnce of the chunk's rows apart. In memory
+// strips start at 16-byte boundaries. If a chunk's row starts `before` > 0 elements after a boundary, it has one
+// strip more, which the row's last lane copies.
 template <bool kCompensated>
 struct Strips {
   static constexpr int kSheets = kCompensated ? 2 : 1, kCount = kChunkRows / kRowsAtOnce;
-  static constexpr int kApart = kOddRows * kRowsAtOnce;  // rows of a unit that is not whole
+  static constexpr int kApart = kOddRows * kRowsAtOnce;  // rows between two strips, if the unit is not whole
   const Unit& unit;
   char* at[kSheets];  // the lane's first elements in the step
-  int rows, cols;     // that there are from there on: may be none
+  int rows, cols;     // from there to the end; may be 0 or less
   const bool whole;
 
   __device__ __forceinline__ Strips(const Unit& unit, int warpgroup, int warp, int lane)
@@ -433,18 +437,18 @@ struct Strips {
     rows -= kStepRows;
   }
 
-  // From a lane's first strip to its i-th in a slot: rows as odd as its first.
+  // From a lane's first strip to its i-th in a slot. Their rows are both even or both odd.
   __device__ __forceinline__ static constexpr uint32_t further(int i) {
     return i * kRowsAtOnce * kPitch;
   }
 
-  // visit(strip, where it is, whether it is there) for the lane's strips of a whole unit's `chunk`,
-  // `further` rows on.
+  // visit(number of the strip, its address, whether it is inside) for the lane's strips of `chunk`, `further`
+  // rows on. For whole units.
   template <typename Visit>
   __device__ __forceinline__ void each(int of, int chunk, int further, Visit&& visit) const {
     const bool inside = chunk / 2 * kChunkCols < cols;
     const int row = further + chunk % 2 * kChunkRows;
-    const int by = pitch(of);  // once: a copy counts as a write of what it is loaded from
+    const int by = pitch(of);  // loaded once: to the compiler, a copy may overwrite what this is loaded from
     char* to = ptx::rows_further(at[of] + chunk / 2 * kPitch, row, by);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -452,7 +456,7 @@ struct Strips {
       to = ptx::rows_further(to, kRowsAtOnce, by);
     }
   }
-  // Where rows begin anywhere: the lane's first elements of a chunk.
+  // The lane's first elements of a chunk. For units that are not whole.
   __device__ __forceinline__ char* odd(int of, int chunk, int further) const {
     return ptx::rows_further(at[of] + chunk / 2 * kPitch, further + chunk % 2, pitch(of));
   }
@@ -460,7 +464,7 @@ struct Strips {
     return offset_of(reinterpret_cast<const bf16*>(odd(of, chunk, 0)));
   }
 
-  // `chunk` of the step that is `further` rows on, asynchronously, into `slot`.
+  // Copies `chunk` of the step that is `further` rows on into `slot`, asynchronously.
   __device__ __forceinline__ void copy(int chunk, int further, uint32_t slot, int lane) const {
 #pragma unroll
     for (int of = 0; of < kSheets; ++of, slot += kChunkBytes) {
@@ -474,7 +478,7 @@ struct Strips {
     }
     ptx::copy_commit();
   }
-  // What surrounds a row in memory up to multiples of 16 bytes comes along.
+  // Copies whole 16-byte strips, including what surrounds a row in memory up to the next boundaries.
   __device__ __forceinline__ void copy_odd(int of, int chunk, int further, uint32_t place, uint32_t behind,
                                            int strip) const {
     char* from = odd(of, chunk, further);
@@ -482,8 +486,8 @@ struct Strips {
     const int there = rows - further - chunk % 2, left = cols - chunk / 2 * kChunkCols;
     const bool last = strip == kRowStrips - 1 && before > 0;
     const int by = pitch(of);
-    // By elements where two strips may lead out of the matrix: in its last row, or more where they are short.
-    // Not a zero comes to these places by itself, which might come last.
+    // Rows where two strips may reach beyond the matrix are copied by elements: the last row, or more if rows are
+    // short. No zeros are copied to these places asynchronously, because they might arrive after the elements.
     const int ends = 2 * kStrip <= left + before ? 0 : by < 2 * 2 * kStrip ? 2 * kStrip : 1;
     const int safe = min(there, unit.below - unit.rows + there - ends);
     const int own = 0 < left + before ? safe : 0, more = last && kStrip < left + before ? safe : 0;
@@ -507,8 +511,9 @@ struct Strips {
     }
   }
 
-  // A chunk of the step from `slot`, where rows begin with their first elements. Of a whole unit's a lane
-  // reads what it has copied itself, and may copy over then; of another's all have read.
+  // Writes a chunk of the step from `slot` to memory. In the slot rows now start with their first elements. In a
+  // whole unit a lane reads only what it copied itself, so it may copy over it next; otherwise this returns when
+  // all lanes have read.
   __device__ __forceinline__ void store(int chunk, uint32_t slot, int lane) const {
     const int row = lane / kRowStrips, strip = lane % kRowStrips;
 #pragma unroll
@@ -535,7 +540,7 @@ struct Strips {
     const int there = (strip > 0 || before == 0) && kStrip <= left + before ? rows - chunk % 2 : 0;
     to -= 2 * before;
 #pragma unroll
-    for (int first = 0; first < kCount; first += 2) {  // of which the registers hold both sides
+    for (int first = 0; first < kCount; first += 2) {  // the registers hold both sides of two strips
       uint4 strips[2], right[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -550,7 +555,7 @@ struct Strips {
       }
     }
   }
-  // A row's first elements up to a multiple of 16 bytes, and its last ones from one on, by four lanes a row.
+  // Writes a row's first elements up to a 16-byte boundary, and its last ones from one on; four lanes per row.
   __device__ __forceinline__ void store_ends(int of, int chunk, uint32_t slot, int lane) const {
     const int strip = lane % kRowStrips, row = lane / 4;
     const int down = (row - lane / kRowStrips) * kOddRows;
@@ -564,7 +569,7 @@ struct Strips {
       return ptx::load_shared_16(slot + place_of(row, int(col / kStrip)) + col % kStrip * 2);
     };
 #pragma unroll 1
-    for (int i = lane % 4; i < ends; i += 8) {  // of a whole chunk's eight two, whose loads go together
+    for (int i = lane % 4; i < ends; i += 8) {  // a full chunk has eight, two per lane, loaded together
       const uint32_t col = col_of(i), other = col_of(min(i + 4, ends - 1));
       const uint16_t bits = load(col), bits_other = load(other);
       to[col].bits = bits;
@@ -582,7 +587,7 @@ template <typename T>
 __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&left)[kSixteens][4],
                                          uint32_t panel) {
   constexpr uint64_t kConstant = operand_descriptor<true>(0, 0);
-  // In units of 16 bytes; what is further adds up.
+  // In units of 16 bytes, so offsets can be added.
   const uint32_t first = uint32_t(operand_descriptor<true>(panel, 0));
   ptx::wgmma_fence();
 #pragma unroll
@@ -595,23 +600,23 @@ __device__ __forceinline__ void multiply(float (&sums)[kSums], const uint32_t (&
 struct Update {
   const Unit& unit;
   float row_unit;
-  int row;                 // the lane's, from the unit's first on
-  bool late;               // whether rows may begin late in shared memory
+  int row;                 // the lane's, counted from the unit's first
+  bool late;               // whether rows may start late in shared memory, after a 16-byte boundary
   int weight_by, rest_by;  // by how many elements
 };
 
-// A part's sums, to half of W's rows in shared memory, and to the residual behind it: sums[16 g + 4 m +
-// 2 v + e] is of row lane / 4 + 8 v and column 32 g + 8 (lane % 4) + 2 m + e of the chunk's part p. Rows
-// that begin late take their places from left to right, where nobody needs any more what lies there.
-// `first`: of the lane's first strip in `slot`.
+// Adds a part's sums to half of W's rows in shared memory, and updates the residual after it: sums[16 g + 4 m +
+// 2 v + e] is of row lane / 4 + 8 v and column 32 g + 8 (lane % 4) + 2 m + e of the chunk's part p. Rows that
+// start late move to their places from left to right, so that nothing is overwritten that is still needed.
+// `first`: the place of the lane's first strip in `slot`.
 template <Rounding kRounding, bool kScaled>
 __device__ __forceinline__ void add_sums(const float (&sums)[kSums], int v, const Update& update, int col,
                                          uint32_t slot, uint32_t first, int p, uint32_t col_units) {
   constexpr bool kCompensated = kRounding == Rounding::compensated;
-  uint4 units[2][2] = {}, w[2], kept[2] = {};  // all on their way together
+  uint4 units[2][2] = {}, w[2], kept[2] = {};  // all in flight together
 #pragma unroll
   for (int g = 0; g < 2; ++g) {
-    const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // 1: the line's other half
+    const uint32_t place = (first + 2 * p * kPartCols) ^ 64 * g;  // g = 1: the line's other half
     w[g] = ptx::load_shared_128(place);
     if (kCompensated) kept[g] = ptx::load_shared_128(place + kChunkBytes);
 #pragma unroll
@@ -673,7 +678,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
   Ring<1> ring;
   uint32_t left[kSixteens][4];
   float sums[2][kSums], row_units[2] = {}, next_units[2] = {};
-  const auto take_rows = [&] {  // of the step that comes
+  const auto take_rows = [&] {  // of the next step
     ptx::wait(rows_full(memory), ring.phase);
 #pragma unroll
     for (int j = 0; j < kSixteens; ++j) {
@@ -703,14 +708,14 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
 #pragma unroll 1
     for (int step = 0; step < all_steps; ++step) {
       row_units[0] = next_units[0], row_units[1] = next_units[1];
-      // Two parts at a time. Sums that were added make room for the next two parts', of the next step's in
-      // the end; behind a unit's last step these are products that nobody wants.
+      // Two parts at a time. Once their sums are added, the next two parts' products start in the same registers,
+      // at the end of a step those of the next one. After a unit's last step these products are not used.
 #pragma unroll 1
       for (int half = 0; half < kParts / 2; ++half) {
         const int pair = 2 * half;
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const int chunk = pair + v, lane = lane_id();  // anew: what follows from it is not kept
+          const int chunk = pair + v, lane = lane_id();  // read anew, so that nothing derived from it is kept
           const uint32_t slot = slots + chunk % kSlots * kSlotBytes;
           Update update{unit_at(memory, i), row_units[v], 0, !strips.whole, 0, 0};
           update.row = step * kStepRows + unit_at(memory, i).row_of(warp * kWarpRows + lane / 4 + 8 * v);
@@ -737,7 +742,7 @@ __device__ __forceinline__ void consume(uint32_t memory, int warpgroup, int thre
           if (v == 0 && pair + 2 == kParts && step + 1 < all_steps) take_rows();
           ptx::sync_warp();
           strips.store(chunk, slot, lane_id());
-          // The chunk that is kSlots further follows.
+          // Then the slot takes the chunk that is kSlots further on.
           const int next = (chunk + kSlots) % kChunks, steps = (chunk + kSlots) / kChunks;
           if (step + steps < all_steps)
             strips.copy(next, steps * kStepRows, slot, lane_id());
@@ -765,12 +770,12 @@ __global__ void __launch_bounds__(kThreadsSm90, 1)
     ptx::barrier_init(rows_full(memory), 128);
     ptx::barrier_init(rows_empty(memory), 128 * kConsumers);
   }
-  const int warpgroup = int(ptx::shuffle(threadIdx.x / 128, 0));  // known to be one for a warp
+  const int warpgroup = int(ptx::shuffle(threadIdx.x / 128, 0));  // known to be the same for all of a warp
   const int thread = int(threadIdx.x) % 128;
   if (warpgroup == kConsumers) {
     fill<F>(table, memory, thread);
   } else {
-    __syncthreads();  // the barriers are initialised, and the first unit is there
+    __syncthreads();  // the barriers are initialised, and the first unit has been stored
     consume<kRounding, F>(memory, warpgroup, thread);
   }
 }
@@ -793,9 +798,9 @@ bool can_be_sm90(const MergeLayer& layer, Rounding rounding) {
 
 bool has_work(const MergeLayer& layer) { return layer.r != 0 && layer.n != 0 && layer.k != 0; }
 
-// The steps of all layers' units with which these take the least time, in steps: rounds of all blocks, each as
-// long as the longest unit and one step more, in which lora_A comes. Of equal times the longer units'.
-// `blocks`: of all layers of so many steps.
+// The length of units, in steps, with which all layers take the least time. Time, also in steps, is counted as
+// rounds of all blocks, each as long as the longest unit plus one step, for loading lora_A. Of equal times that of
+// the longer units is taken. `blocks`: a layer's steps -> 512-column blocks of all layers with as many.
 struct Even {
   int64_t time;
   int steps;
@@ -805,7 +810,7 @@ Even even_steps(const std::map<int, int64_t>& blocks, int multiprocessors) {
   Even found{INT64_MAX, 1};
   for (int steps = 1; steps <= kMost;) {
     int64_t units = 0;
-    int longest = 0, next = INT32_MAX;  // next: from there on some layer has fewer units
+    int longest = 0, next = INT32_MAX;  // next: the next length with which some layer has fewer units
     for (const auto& [height, of_height] : blocks) {
       const int down = (height - 1) / steps + 1;
       units += of_height * down;
@@ -821,9 +826,9 @@ Even even_steps(const std::map<int, int64_t>& blocks, int multiprocessors) {
 
 }  // namespace
 
-// A unit's steps: many, since each unit begins with lora_A. Of few layers much the same in all units, one round of
-// which 4096 x 11008 are, and wherever that takes little more than the steps do; else fewer towards the list's
-// end, for the blocks to end together.
+// Cuts layers into units. Long units are better, because each of them reloads lora_A. Short lists get units of about
+// equal length that take the least time (even_steps; 4096 x 11008: one round), as do lists for which this takes
+// little more time than the steps alone. In other lists units shrink towards the end, so that blocks end together.
 cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Rounding rounding,
                        int multiprocessors, MergeTable& table, MergeKernel& kernel) {
   constexpr int64_t kMostSteps = 96, kLeastSteps = 4;
@@ -849,7 +854,7 @@ cudaError_t sm90_merge(MergeLayer* layers, int count, bool narrow_factors, Round
     if (!has_work(layer)) continue;
     const Cut cut(layer);
     const int64_t most = alike ? even.steps : std::clamp(left / multiprocessors, kLeastSteps, kMostSteps);
-    layer.unit_steps = uint32_t(ceil_div(cut.steps, ceil_div(cut.steps, most)));  // much the same each
+    layer.unit_steps = uint32_t(ceil_div(cut.steps, ceil_div(cut.steps, most)));  // units of about equal length
     units += cut.blocks * ceil_div(cut.steps, layer.unit_steps);
     left -= int64_t(cut.blocks) * cut.steps;
     if (units > INT32_MAX) return cudaErrorInvalidConfiguration;

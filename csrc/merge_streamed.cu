@@ -1,10 +1,10 @@
-// merge.cu's kernel for any layer, of fp32 factors: lora_A's stages of 16 along r pass through a ring in
-// shared memory, lora_B's stay if r <= 128.
+// merge.cu's kernel for any layer with fp32 factors. lora_A passes through a ring in shared memory, in
+// stages of 16 along r; lora_B's stages stay there if r <= 128.
 //
-// Of the factors 11 bits are kept where W has 16, as tf32: all of those that were bf16. For an
-// fp32 W each is the sum of two tf32, and three of the four products are taken, which keeps 2^-22:
-// three times the tensor work, and still 1.7 times as fast as the fp32 pipes (12.9 GFLOP at some
-// 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
+// For a 16-bit W the factors are rounded to tf32. That keeps 11 bits, which is everything if they were
+// bf16. For an fp32 W each factor is split into the sum of two tf32, and three of the four products are
+// computed, for a precision of 2^-22: three times the tensor work, and still 1.7 times as fast as the
+// fp32 pipes (12.9 GFLOP at some 300 TFLOP/s against 4.3 at 60, for 4096 x 4096 at r = 128).
 #include "merge_sum.cuh"
 
 namespace relora {
@@ -15,17 +15,17 @@ namespace {
 constexpr int kRing = 4;   // stages of lora_A in flight
 constexpr int kPanel = 8;  // stages of lora_B that stay, if all of r fits
 
-constexpr int kDepth = 16;  // of a stage, along r: 64 bytes of either factor
+constexpr int kDepth = 16;  // of a stage along r: 64 bytes per row of lora_B or column of lora_A
 
 struct alignas(16) Slot { unsigned char bytes[64 * 128]; };
 struct Stages {
-  Slot A[kRing];   // [kDepth][kCols], where swizzled_A says
-  Slot B[kPanel];  // [kRows][kDepth], where swizzled_B says
+  Slot A[kRing];   // [kDepth][kCols], at swizzled_A
+  Slot B[kPanel];  // [kRows][kDepth], at swizzled_B
 };
 
-// In step s of a stage's two, lane 4 g + t multiplies numbers 8 s + 2 t and 8 s + 2 t + 1 along r of
-// columns 8 g ... 8 g + 7 of A, which are two rows of its slot, with those of rows 8 g + j of B. The
-// exclusive ors spread what is read at once over all banks.
+// Byte offsets in a slot. A stage has two steps. In step s lane 4 g + t multiplies numbers 8 s + 2 t and
+// 8 s + 2 t + 1 along r: those of columns 8 g ... 8 g + 7 of A, which are two rows of its slot, with
+// those of rows 8 g + j of B. The xors spread what is read at once over all banks.
 __device__ __forceinline__ int swizzled_A(int row, int chunk) {
   const int t = row / 2 % 4, turn = (t & 1) | (t & 2) << 1;
   return row * kCols * 4 + (chunk ^ turn) * 16;
@@ -34,10 +34,10 @@ __device__ __forceinline__ int swizzled_B(int row, int chunk) {
   return (row ^ row / 8 % 2) * 64 + (chunk ^ row / 16 % 2 * 2) * 16;
 }
 
-// 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from `valid` on.
+// Fills 16 bytes of shared memory: the elements of `m` from (row, col) on, zeros from the `valid`-th on.
 __device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, int64_t row, int64_t col,
                                            int64_t valid) {
-  const float* from = global_memory<const float>(m.data);  // valid even where nothing is read
+  const float* from = global_memory<const float>(m.data);  // a valid address even if nothing is read
   if (valid > 0) from += row * m.row + col * m.col;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -45,7 +45,7 @@ __device__ __forceinline__ void fill_chunk(void* to, const Matrix& m, int64_t ro
                   i < valid ? 4 : 0);
 }
 
-// Stage `chunk` of either factor: lora_A's columns from `begin` on, or lora_B's rows.
+// Copies stage `chunk` of a factor: lora_A's columns from `begin` on, or lora_B's rows.
 template <bool kIsA>
 __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool wide, int chunk,
                                      int64_t begin) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool w
     return slot.bytes + (kIsA ? swizzled_A(line, at) : swizzled_B(line, at));
   };
   if (wide) {
-    const float* const data = global_memory<const float>(m.data);  // valid even where nothing is read
+    const float* const data = global_memory<const float>(m.data);  // valid even if nothing is read
     const float* from = data + first_row * m.row + first_col;
     const int bytes = cols <= 0 ? 0 : int(min(cols, int64_t(kElements))) * 4;
 #pragma unroll
@@ -78,8 +78,8 @@ __device__ __forceinline__ void fill(Slot& slot, const MergeLayer& layer, bool w
   }
 }
 
-// Columns col ... col + 7 of A as a lane multiplies them in a step: of columns 2 m and 2 m + 1 the
-// first words, then the second ones.
+// Loads columns col ... col + 7 of A in the order in which a lane multiplies them in a step: out[m] has
+// the first words of columns 2 m and 2 m + 1, then their second words.
 __device__ __forceinline__ void load_columns(uint32_t (&out)[4][4], const Slot& A, int col, int t,
                                              int step) {
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_columns(uint32_t (&out)[4][4], const Slot& 
     }
 }
 
-// fp32 words as tf32 and, where `rest` is given, what that leaves as another tf32.
+// Rounds fp32 words to tf32; if `rest` is given, it gets the remainders, also as tf32.
 template <int kCount>
 __device__ __forceinline__ void split(uint32_t (&words)[kCount], uint32_t* rest) {
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void split(uint32_t (&words)[kCount], uint32_t* rest)
   }
 }
 
-// acc gains one stage: see first_strip.
+// Adds the products of one stage to acc. Its layout: first_strip.
 template <bool kSplit>
 __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, const Slot& B,
                                          int warp_row, int warp_col) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void multiply(float (&acc)[4][8][4], const Slot& A, c
           B.bytes + swizzled_B(warp_row + 8 * g + j, 2 * step + t / 2) + t % 2 * 8);
       uint32_t row[2] = {v.x, v.y};
       split(row, kSplit ? row_rest : nullptr);
-      // Small products first; no accumulator twice in a row.
+      // Small products first, and never the same accumulator twice in a row.
 #pragma unroll
       for (int m = 0; kSplit && m < 4; ++m) mma(acc[m][j], cols[m], row_rest);
 #pragma unroll
@@ -143,7 +143,7 @@ struct StreamedWork : Work {
   bool stays;  // every stage of lora_B has a slot of its own
 };
 
-// Roundings are told apart at run time, once a tile: three kernels to compile, not nine.
+// The rounding is selected at run time, once per tile: three kernels to compile instead of nine.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     merge_kernel(const __grid_constant__ MergeTable table) {
@@ -160,12 +160,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
   __syncthreads();
 
   const int warp = int(threadIdx.x) / 32, warp_row = warp / 2 * kWarp, warp_col = warp % 2 * kWarp;
-  int next_tile = 0, next_chunk = 0, next_slot = 0;  // filled kRing - 1 stages before it is used
+  int next_tile = 0, next_chunk = 0, next_slot = 0;  // the stage to fill, kRing - 1 ahead of its use
   int tile = 0, chunk = 1 - kRing, slot = 0;         // chunk < 0: nothing to multiply yet
   Strip<T> window[kWindow<T>];
   float acc[4][8][4] = {};
   while (tile < work.tiles) {
-    if (chunk == (tile ? 0 : 1 - kRing)) {  // so that HBM's latency passes under the product
+    if (chunk == (tile ? 0 : 1 - kRing)) {  // so that the product hides HBM's latency
       prefetch_tile<T>(layer.weight, layer, work, tile);
       if (table.rounding == Rounding::compensated)
         prefetch_tile<T>(layer.residual, layer, work, tile);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     }
     if (chunk >= 0) {
       wait_for_copies<kRing - 2>();
-      __syncthreads();  // all copies of this stage have arrived; next_slot has been multiplied
+      __syncthreads();  // this stage's copies have all arrived, and next_slot has been multiplied
     }
     if (next_tile < work.tiles) {
       fill<true>(stages.A[next_slot], layer, work.wide_A, next_chunk,
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
       next_slot = (next_slot + 1) % kRing;
       if (++next_chunk == work.chunks) next_chunk = 0, ++next_tile;
     }
-    commit_copies();  // a group without copies, too: wait_for_copies counts groups
+    commit_copies();  // even if the group is empty: wait_for_copies counts groups
     if (chunk < 0) {
       ++chunk;
       continue;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
     slot = (slot + 1) % kRing;
     if (++chunk < work.chunks) continue;
 
-    if (!work.wide) __syncthreads();  // the slot multiplied last is free then, until the next stage
+    if (!work.wide) __syncthreads();  // frees the last multiplied slot, until the next stage
     if (work.wide)
       with_rounding<T>(table.rounding, [&](auto rounding) {
         merge_wide<decltype(rounding)::value>(acc, window, layer, work, tile, warp_row, warp_col);

@@ -1,5 +1,5 @@
-// The streamed kernel's sum: a tile of W, and of the residual, out of memory, with its update back into it;
-// and which part of a layer a block has.
+// The streamed kernel's sum: reads a tile of W (and of the residual), adds its update and writes it back. Also
+// which part of a layer a block works on.
 #pragma once
 
 #include "merge.cuh"
@@ -19,11 +19,11 @@ __device__ __forceinline__ bool is_wide_sum(const MergeLayer& layer, Rounding ro
          (rounding != Rounding::compensated || is_wide<T>(layer.residual));
 }
 
-// What a block does. In shared memory rather than in registers, which the product needs.
+// What a block does. Kept in shared memory, because the product needs the registers.
 struct Work {
   int64_t row0, col0;  // of its first tile; the others follow in the same rows
   int rows, tiles;
-  bool wide_A, wide_B, wide;  // 16-byte accesses: to the factors, to W and the residual
+  bool wide_A, wide_B, wide;  // whether 16-byte accesses work: to the factors, to W and the residual
 };
 
 template <typename T>
@@ -47,7 +47,7 @@ constexpr int kStrips = 16;  // of a lane in a tile
 template <typename T>
 struct Strip { uint4 v[sizeof(T) / 2]; };
 
-// Neighbours 2 i and 2 i + 1.
+// Elements 2 i and 2 i + 1 of a strip.
 template <typename T>
 __device__ __forceinline__ Neighbours<T> get_pair(Strip<T>& strip, int i) {
   return {word(strip.v[0], i)};
@@ -76,9 +76,9 @@ __device__ __forceinline__ void store_strip(T* to, const Strip<T>& from) {
   for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(to)[i] = from.v[i];
 }
 
-// Strips of W and of the residual on their way into registers at a time. Those of a 16-bit W set
-// out before the product. More of them, or an fp32 W's, would not fit beside 128 accumulators: with
-// four ptxas spills on sm_100 and 120.
+// Strips of W and of the residual that are in flight to registers at a time. Those of a 16-bit W are
+// loaded before the product. More of them, or those of an fp32 W, would not fit beside 128
+// accumulators: with four, ptxas spills on sm_100 and sm_120.
 template <typename T>
 constexpr int kWindow = sizeof(T) == 2 ? 3 : 1;
 template <typename T>
@@ -86,12 +86,13 @@ constexpr int kRestWindow = sizeof(T) == 2 ? 2 : 1;
 template <typename T>
 constexpr int kEarly = sizeof(T) == 2 ? kWindow<T> : 0;
 template <typename T>
-constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // of a lane, where W has no 16-byte accesses
+constexpr int kNarrowRows = sizeof(T) == 2 ? 4 : 2;  // rows of a lane at a time without 16-byte accesses
 
-// Where a warp's products are. acc[m][j] is a tensor-core tile: 16 columns of W by 8 rows, columns
-// first, of which lane 4 g + t holds, in i, column i / 2 of its two and row i % 2. Which of W stand
-// where is free, so lane 4 g + t takes columns 8 g + 2 m and the next, and rows 16 t + j and 8
-// further down: strip s of a lane is row 16 t + s, and a warp's strips are whole 128-byte lines.
+// Where a warp's products are. acc[m][j] is a tensor-core tile of 16 columns of W by 8 rows (columns
+// first). Lane 4 g + t holds two columns by two rows of it: acc[m][j][i] is of column i / 2 and row
+// i % 2. Which columns and rows of W these are is a free choice: columns 8 g + 2 m and 8 g + 2 m + 1,
+// rows 16 t + j and 16 t + j + 8. So strip s of a lane is row 16 t + s, columns 8 g to 8 g + 7, and a
+// warp's strips are whole 128-byte lines.
 __device__ __forceinline__ Place first_strip(int lane, int warp_row, int warp_col) {
   return {warp_row + lane % 4 * 16, warp_col + lane / 4 * 8};
 }
@@ -99,7 +100,7 @@ __device__ __forceinline__ float strip_value(const float (&acc)[4][8][4], int st
   return acc[i / 2][strip % 8][i % 2 * 2 + strip / 8];
 }
 
-// A thread's rows of the tile on their way from HBM into L2.
+// Prefetches a thread's rows of the tile from HBM into L2.
 template <typename T>
 __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer& layer,
                                               const Work& work, int tile) {
@@ -114,8 +115,8 @@ __device__ __forceinline__ void prefetch_tile(const Matrix& m, const MergeLayer&
   }
 }
 
-// A lane's strips of a tile of W, or of the residual: where the first begins, in the tile, and how
-// many of them W has.
+// A lane's strips of a tile of W, or of the residual: where in the tile the first one begins, and how
+// many of them lie inside W.
 struct Share {
   Place first;
   int rows;
@@ -126,7 +127,7 @@ struct Share {
   __device__ __forceinline__ bool has(int strip) const { return strip < kStrips && strip < rows; }
 };
 
-// One strip after the other.
+// A lane's strips in memory; merge_wide moves `at` from one to the next.
 template <typename T>
 struct Strips {
   T* at;
@@ -135,7 +136,7 @@ struct Strips {
       : at(global_memory<T>(m.data) + (work.row0 + first.row) * m.row + work.col0 + tile * kCols +
            first.col),
         pitch(m.row) {}
-  // From strip `strip` on, strip `strip + by` into its place in a window.
+  // With `at` at strip `strip`: loads strip `strip + by` into its place in the window.
   template <int kWindow>
   __device__ __forceinline__ void load(Strip<T> (&window)[kWindow], int strip, int by,
                                        const Share& share) const {
@@ -143,7 +144,7 @@ struct Strips {
   }
 };
 
-// The sum of a tile. `window` holds its first kEarly strips.
+// The sum of a tile, by 16-byte accesses. `window` holds W's first kEarly strips.
 template <Rounding kRounding, typename T>
 __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4],
                                            Strip<T> (&window)[kWindow<T>], const MergeLayer& layer,
@@ -193,8 +194,8 @@ __device__ __forceinline__ void merge_wide(const float (&acc)[4][8][4],
   }
 }
 
-// Calls sum with the rounding as a constant: chosen by the element, it cost two thirds more
-// instructions. For fp32 stochastic is to nearest.
+// Calls `sum` with the rounding as a compile-time constant: chosen per element, it took two thirds more
+// instructions. For an fp32 W stochastic is the same as nearest.
 template <typename T, typename Sum>
 __device__ __forceinline__ void with_rounding(Rounding rounding, Sum sum) {
   if (rounding == Rounding::compensated)
@@ -205,16 +206,15 @@ __device__ __forceinline__ void with_rounding(Rounding rounding, Sum sum) {
   sum(std::integral_constant<Rounding, Rounding::nearest>{});
 }
 
-// The sum of a tile whose W or residual takes no 16-byte accesses, an element at a time: the
-// accumulators go through shared memory, two strips of every lane at a time, so that neighbouring
-// lanes take neighbouring elements. Rows 2 i and 2 i + 1 of these eight are 16 i and 16 i + 1 further
-// down in W, and have their chunks of 16 bytes in an order of their own: what is written at once lies
-// in all banks.
-__device__ __forceinline__ int scratch_turn(int row) {  // to exclusive-or a chunk's number with
+// The sum of a tile whose W or residual does not take 16-byte accesses, one element at a time. The
+// accumulators go through shared memory, two strips of every lane at a time, so that neighbouring lanes
+// take neighbouring elements. Those strips are eight rows: rows 2 i and 2 i + 1 are 16 i and 16 i + 1
+// further down in W. Each row permutes its 16-byte chunks, so that one write of a warp covers all banks.
+__device__ __forceinline__ int scratch_turn(int row) {  // what a chunk's number is xored with
   return (row / 2 & 1) | (row / 2 & 2) << 1;
 }
 
-// Rows first, first + 1, ... of the eight in `scratch`; the eighth of W from `tile_row` on.
+// Rows first, first + 1, ... (kNarrowRows) of the eight in `scratch`. Row `first` is the tile's row `tile_row`.
 template <Rounding kRounding, typename T>
 __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& work, int tile_row,
                                            int64_t col, int first, const float* scratch) {
@@ -225,7 +225,7 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
   const int64_t row = work.row0 + tile_row;
   T* const w_at = global_memory<T>(wm.data) + row * wm.row + col * wm.col;
   T* const r_at = global_memory<T>(rm.data) + row * rm.row + col * rm.col;
-  // A row's elements at col and 32 further on, as if they were neighbours: element i is of row i / 2.
+  // A row's elements at `col` and at col + 32, held as if they were neighbours: element i is of row i / 2.
   Neighbours<T> w[kRowsAtOnce] = {}, rest[kRowsAtOnce] = {};
   const auto down = [](int i) { return i / 2 * 16 + i % 2; };
   const auto at = [&](const Matrix& m, int i) { return down(i / 2) * m.row + i % 2 * 32 * m.col; };
@@ -247,7 +247,7 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
       if (kRounding != Rounding::stochastic || !inside(2 * i + half)) continue;
       const Words words = draw(layer.seed, kStreamRound, layer.first_row + row + down(i),
                                col / kStrip + half * 4);
-      // bits16 by masks: choosing by index or by condition would put the words in local memory.
+      // bits16 by masks: selecting by index or condition would put the words in local memory.
       const uint32_t second = 0u - (lane >> 1 & 1), later = 0u - (lane >> 2 & 1);
       const uint32_t early_word = words.w[0] ^ ((words.w[0] ^ words.w[1]) & second);
       const uint32_t late_word = words.w[2] ^ ((words.w[2] ^ words.w[3]) & second);
@@ -267,7 +267,7 @@ __device__ __forceinline__ void merge_rows(const MergeLayer& layer, const Work& 
   }
 }
 
-// `scratch`: 2 KB of this warp's own.
+// `scratch`: 2 KB for this warp alone.
 template <typename T>
 __device__ __forceinline__ void merge_narrow(Rounding rounding, const float (&acc)[4][8][4],
                                              const MergeLayer& layer, const Work& work, int tile,

@@ -1,6 +1,6 @@
-// What merge.cu needs of the machine beyond C++: a tensor-core product, and asynchronous copies
-// into shared memory. On the host, tests/simt/mma_emulation.h does the same by exchange between the
-// lanes of a warp, fragment layout included.
+// Instructions that the merge needs beyond C++: a tensor-core product, and asynchronous copies into
+// shared memory. On the host, tests/simt/mma_emulation.h emulates them by exchanges between the lanes
+// of a warp, fragment layout included.
 #pragma once
 
 #include "numerics.cuh"
@@ -11,15 +11,15 @@
 
 namespace relora {
 
-// The same pointer, known to point to global memory: LDG and STG instead of generic accesses, where
-// it comes out of a table.
+// The same pointer, known to the compiler to point to global memory: a pointer out of a table would
+// otherwise be accessed by generic loads and stores instead of LDG and STG.
 template <typename T>
 __device__ __forceinline__ T* global_memory(void* p) {
   __builtin_assume(__isGlobal(p));
   return static_cast<T*>(p);
 }
 
-// The lane, asked for anew each time: addresses made from threadIdx would be kept in registers
+// The lane number, read anew at each call: addresses computed from threadIdx would stay in registers
 // across loops that have none to spare.
 __device__ __forceinline__ int lane_id() {
   int lane;
@@ -28,7 +28,7 @@ __device__ __forceinline__ int lane_id() {
   return lane;
 }
 
-// kBytes (4 or 16) to shared memory: the first `bytes` of them from global memory, then zeros.
+// Writes kBytes (4 or 16) to shared memory: the first `bytes` of them from global memory, then zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   const unsigned to = unsigned(__cvta_generic_to_shared(shared));
@@ -42,7 +42,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until all but this thread's last kPending groups of copies have arrived.
+// Waits until all but this thread's last kPending groups of copies have arrived.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -52,9 +52,9 @@ __device__ __forceinline__ void prefetch_L2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
-// fp32 to nearest tf32 (10 bits of mantissa), as fp32 bits; ties away from zero. What is left of the
-// lower 13 bits is ignored by a product. Not for NaN: cvt.rna takes that into account, and makes the
-// loop around it twice as long.
+// fp32 to nearest tf32 (10 bits of mantissa), as fp32 bits; ties away from zero. The lower 13 bits are
+// not cleared, because a product ignores them. Not for NaN: cvt.rna handles it, and makes the loop
+// around it twice as long.
 __device__ __forceinline__ uint32_t to_tf32(uint32_t bits) { return bits + 0x1000u; }
 
 // D (16 x 8) += L (16 x 8) R (8 x 8) by a warp, of tf32, D in fp32. Lane 4 g + t holds L's (row g,

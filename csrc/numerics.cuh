@@ -17,7 +17,7 @@
 
 namespace relora {
 
-// Storage only: 16 bits with a type, so that overloads tell them apart.
+// Storage only: 16 bits, with types of their own for overloads.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 
@@ -42,11 +42,11 @@ constexpr uint32_t kStreamPrune = 3;    // random pruning, bits32
 
 struct Words { uint32_t w[4]; };
 
-// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. In place, of kMany
-// counters at a time: they do not wait for each other, and share the rounds' keys.
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. In place, kMany
+// counters at a time: they are independent of each other and share the rounds' keys.
 template <int kMany>
 RELORA_HD void philox4x32(Words (&counters)[kMany], uint32_t key0, uint32_t key1) {
-#ifdef __CUDACC__  // unrolled, one counter's rounds would let a lane's draws overlap, and kernels spill
+#ifdef __CUDACC__  // with one counter fully unrolled, a lane's draws would overlap and kernels spill
 #pragma unroll kMany > 1 ? 10 : 2
 #endif
   for (int round = 0; round < 10; ++round) {
@@ -62,7 +62,7 @@ RELORA_HD void philox4x32(Words (&counters)[kMany], uint32_t key0, uint32_t key1
 }
 
 // The four words shared by one row's columns [E * block, E * block + E): E = 8 for bits16, 4 for
-// bits32. words[i] is of block + i * further.
+// bits32. words[i] is for block + i * further.
 template <int kMany>
 RELORA_HD void draw(Words (&words)[kMany], uint64_t seed, uint32_t stream, int64_t row, int64_t block,
                     int further) {
@@ -143,12 +143,12 @@ RELORA_HD fp16 round_nearest<fp16>(float v) {
 }
 
 // ---- fp32 as fp16 times a power of two ----------------------------------------------------------
-// fp16 has tf32's mantissa and twice its speed, but five bits of exponent: enough for numbers that
-// are summed with each other, once a power of two has brought the largest near the top. What is
-// 2^-28 of it or more keeps 11 bits, what is smaller an error of up to 2^-39 of it.
+// fp16 has tf32's mantissa and twice its speed, but only five bits of exponent. That is enough for
+// numbers that are summed with each other, once a power of two has brought the largest near the top:
+// numbers of at least 2^-28 of it keep 11 bits, smaller ones have an error of up to 2^-39 of it.
 
-// The power of two that brings `largest` >= 0 into [2^14, 2^15), for it and its inverse to be
-// normal numbers; of an infinity, one that leaves the finite numbers beside it finite.
+// The power of two that brings `largest` >= 0 into [2^14, 2^15), limited so that it and its inverse
+// are normal numbers. For an infinity, one that keeps the finite numbers beside it finite.
 RELORA_HD float half_scale(float largest) {
   const uint32_t exponent = float_bits(largest) >> 23, scale = 268u - exponent;
   return bits_float((scale < 253u ? scale : 253u) << 23);
@@ -169,7 +169,7 @@ RELORA_HD bf16 round_stochastic<bf16>(float v, uint32_t rand16) {
   return {uint16_t((b + rand16) >> 16)};
 }
 
-// To the next whole number, of v in [0, 2^32).
+// Rounds v in [0, 2^32) up to a whole number.
 RELORA_HD uint32_t round_up(float v) {
 #ifdef __CUDA_ARCH__
   return __float2uint_ru(v);
@@ -182,7 +182,7 @@ template <>
 RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
   const uint32_t sign = (float_bits(v) >> 16) & 0x8000u, mag = float_bits(v) & 0x7FFFFFFFu;
   const bool subnormal = mag < 0x38800000u, in_range = mag <= 0x477FE000u;  // 2^-14, 65504
-  // All three are computed: a branch for each of a lane's elements costs the merge more.
+  // Computes all three results: a branch per element costs the merge more.
   const fp16 nearest = round_nearest<fp16>(v);
   const uint32_t normal = mag - (112u << 23) + (rand16 >> 3);  // fp16 drops 13 bits of fp32's 23
   const uint32_t fixed = round_up(bits_float(subnormal ? mag : 0u) * 0x1p40f);  // 2^-24 is 2^16
@@ -191,14 +191,15 @@ RELORA_HD fp16 round_stochastic<fp16>(float v, uint32_t rand16) {
 }
 
 // ---- Two neighbours at a time -------------------------------------------------------------------
-// As they lie in memory: one word of a 16-bit type, the first in its lower half.
+// As they lie in memory: two elements of a 16-bit type are one word, the first in its lower half.
 
 template <typename T>
 struct Neighbours { uint32_t bits; };
 template <>
 struct Neighbours<float> { float first, second; };
 
-// One of a pair of zeros gets its value; one of a pair. `second` is a constant after unrolling.
+// set_half sets one element of a pair in which it is zero, half_of returns one. `second` is a constant
+// after unrolling.
 template <typename T>
 RELORA_HD void set_half(Neighbours<T>& pair, bool second, T v) {
   pair.bits |= uint32_t(v.bits) << (second ? 16 : 0);
@@ -255,7 +256,7 @@ RELORA_HD uint32_t upper_halves(uint32_t first, uint32_t second) {
 #endif
 }
 
-// `rand`: 16 random bits of the first in the lower half, of the second in the upper.
+// `rand`: 16 random bits for the first in the lower half, for the second in the upper.
 template <typename T>
 RELORA_HD Neighbours<T> pair_stochastic(Neighbours<float> v, uint32_t rand) {
   return {round_stochastic<T>(v.first, rand & 0xFFFFu).bits |
@@ -268,7 +269,7 @@ RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint3
                                 Neighbours<T> (&out)[kMany]) {
   for (int i = 0; i < kMany; ++i) out[i] = pair_stochastic<T>(v[i], rand[i]);
 }
-// One test for all: whether any is beyond the range, and rounds to nearest.
+// Tests once for all pairs whether any value is out of range, and thus rounds to nearest.
 template <int kMany>
 RELORA_HD void pairs_stochastic(const Neighbours<float> (&v)[kMany], const uint32_t (&rand)[kMany],
                                 Neighbours<bf16> (&out)[kMany]) {
@@ -323,7 +324,7 @@ struct Rank {
   float weight;
 };
 
-// Products that the compiler may not contract into an fma with what follows.
+// Products that the compiler may not contract into an fma with the operation that follows.
 RELORA_HD float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -351,12 +352,12 @@ RELORA_HD Rank quantile_rank(int64_t n, double ratio) {
   return {low, low < n - 1 ? rank - float(low) : 0.f};
 }
 
-// torch.lerp, with the fused multiply-adds that it has: without them one quantile in fifty differs.
+// torch.lerp, with the same fused multiply-adds: without them one quantile in fifty differs.
 RELORA_HD float interpolate(float a, float b, float weight) {
   return weight < 0.5f ? fmaf(weight, b - a, a) : fmaf(-(b - a), 1.0f - weight, b);
 }
 
-// Elements whose keys are at most this are dropped. `low` and `high`: keys of the order statistics.
+// Elements whose keys are at most this are dropped. `low`, `high`: keys of the two order statistics.
 template <typename T>
 RELORA_HD uint32_t threshold_key(uint32_t low, uint32_t high, float weight) {
   const float threshold =

@@ -3,46 +3,46 @@
 //
 // A radix selection on magnitude keys (numerics.cuh), a few launches for up to kChainRows tensors:
 //
-//   huge            zero       the histograms; in the other chains a memset does that
-//                   sample     of 2 MB of elements: a window of keys about the quantile
-//                   window     count what lies below it, list the keys in it: if it holds both of
-//                              the quantile's neighbours, count and partition do nothing; of 16
-//                              bits count those in it by the key: the threshold itself      one read
-//                   clear      in finish's place: zero what the window's threshold does not
-//                              exceed                                       one read, one write
+//   huge            zero       zero the histograms (a memset does that in the other chains)
+//                   sample     2 MB of elements give a window of keys around the quantile
+//                   window     count the keys below the window. 32-bit: list the keys in it; if these
+//                              include both neighbours of the quantile, count and partition do
+//                              nothing. 16-bit: count the keys in it, a bin per key, which gives
+//                              the threshold                                           one read
+//                   clear      instead of finish: zero what does not exceed the window's
+//                              threshold                                       one read, one write
 //   large, 32-bit   count      histogram of the keys' upper 13 bits; the last block to arrive picks
 //                              the bin that holds the quantile's lower neighbour       one read
-//                   partition  zero what lies below the bin, list what lies in it and count its
-//                              next 10 bits; the last block picks again        one read, one write
-//                   recount    the listed elements' last 8 bits: the threshold
+//                   partition  zero what is below the bin, list what is in it and count its next
+//                              10 bits; the last block picks again             one read, one write
+//                   recount    count the listed elements' last 8 bits: the threshold
 //                   finish     zero the listed elements up to the threshold
-//   large, 16-bit   count      all 15 bits of the keys: the threshold itself           one read
+//   large, 16-bit   count      histogram of all 15 bits of the keys: the threshold     one read
 //                   finish     zero up to the threshold                        one read, one write
-//   held, 32-bit    held       all of it in a cluster of 8 or 16 blocks, up to kMostShare elements
-//                              each, from sm_90 on                          one read, one write
-//   up to kSmall    small      all of it in one block, whose later reads come from L1 and L2
+//   held, 32-bit    held       everything, in a cluster of 8 or 16 blocks with up to kMostShare
+//                              elements each; from sm_90 on                    one read, one write
+//   up to kSmall    small      everything, in one block, whose later reads come from L1 and L2
 //
 // Kernels: the chains' in prune_chain.cuh, held in prune_held.cuh, the others and all launches here.
-// From sm_90 on a launch's blocks take their places while the one before it ends: see follow().
+// From sm_90 on the blocks of a launch take their places while the launch before it ends: see follow().
 //
-// Where the bin holds more than the list has room for (ties, constant tensors), or where rounding
-// lifts the threshold to an element above the bin, recount and finish go over the whole tensor: the
-// device decides, every launch is the same. A NaN makes `partition`, `finish` or `clear` zero everything.
+// If the bin holds more elements than the list has room for (ties, constant tensors), or if rounding lifts
+// the threshold to an element above the bin, recount and finish go over the whole tensor. The device decides
+// that; the launches are always the same. A NaN makes `partition`, `finish` or `clear` zero everything.
 //
-// Bytes an element: 12 in 32 bits, 8 where it is held, 6 in 16, and 8 or 4 for the partner; less from
-// ratio 0.95 on for a held tensor's partner, of what keeps no element. Without a window listed elements are
-// fetched again, twice, by sectors of 32 bytes: of 10^8 elements that took 65 us of 412 on an H200 (ncu,
-// 2026-11-27). A window that fails (ties, few distinct values; of 16 bits a gap about the quantile) costs one
-// read more. If the digits then end with a list, `clear` costs another, for it loads elements before it knows
-// whether they are needed.
+// Bytes read and written per element: 12 with 32 bits, 8 if held, 6 with 16 bits, plus 8 or 4 for the partner.
+// From ratio 0.95 on a held tensor's partner takes less: what keeps no element is not read. Without a window,
+// listed elements are fetched twice more, by sectors of 32 bytes: for 10^8 elements that took 65 us of 412 on an
+// H200 (ncu, 2026-11-27). A window that fails (ties, few distinct values; with 16 bits a gap around the quantile)
+// costs one read more. If the digits then end with a list, `clear` costs another one, because it loads elements
+// before it knows whether they are needed.
 //
-// The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and
-// holds at most x p(x) / 32 of the elements: of a normal tensor, where x p(x) is largest at one
-// standard deviation, 1.51 %, and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % holds that at any
-// scale and ratio, and costs 1.56 % of the tensor's memory. A chain takes as many tensors as have room
-// for lists and histograms (32 KB each, 128 KB in 16 bits) in 1.9 % of the memory pruned, partners not
-// counted, and the next chains reuse it. One tensor is always taken: its histogram may be more than that
-// share, and of the list it gets what is left.
+// The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and holds at
+// most x p(x) / 32 of the elements. For a normal tensor x p(x) is largest at one standard deviation: 1.51 %,
+// and 1.06 % at ratio 0.9. Room for 1/64 = 1.56 % of the elements suffices at any scale and ratio, and costs
+// 1.56 % of the tensor's memory. A chain takes as many tensors as have room for lists and histograms (32 KB
+// each, 128 KB with 16 bits) in 1.9 % of the memory pruned, partners not counted; the next chains reuse it. One
+// tensor is always taken: its histogram may exceed that share, and its list gets what is left.
 #include "prune_chain.cuh"
 #include "prune_held.cuh"
 
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
     block_max(&extremes[0], greatest);
     block_max(&extremes[1], not_above);
     __syncthreads();
-    if (holds_nan(DType(row.dtype), extremes[0])) break;  // of the first round: all threads agree
+    if (holds_nan(DType(row.dtype), extremes[0])) break;  // in the first round; all threads agree
     const Picked picked = pick(hist, bins, left);
     prefix <<= bits;
     if (shift == 0) threshold = find_threshold(row, table.ratio, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
-    __syncthreads();  // what the next round begins with is read before it, by whatever loads
+    __syncthreads();  // all loads from what the next round overwrites come first, even those not used
   }
   clear_to<Bits>(row, 0, row.size, threshold);
 }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) random_kernel(const __g
         next = draw(row.seed, kStreamPrune, 0, block + four + 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        uint32_t drawn = words.w[i];  // selected by value: no index known only at run time
+        uint32_t drawn = words.w[i];  // by selects, because registers cannot be indexed at run time
 #pragma unroll
         for (int by = 1; by < 4; ++by)
           if (shift == by) drawn = i + by < 4 ? words.w[(i + by) % 4] : next.w[(i + by) % 4];
@@ -177,8 +177,8 @@ int bytes_of(int64_t dtype) { return DType(dtype) == DType::f32 ? 4 : 2; }
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t blocks_of(int64_t size, int64_t share) { return (size + share - 1) / share; }
 
-// Tensors of one element size, in groups of one table each; a group's histograms lie first in the
-// workspace, its lists behind them.
+// Tensors of one element size that share a table. In the workspace a group's histograms come first, then its
+// lists.
 struct Group {
   Table table;
   int64_t hist_bytes = 0, bytes = 0;
@@ -190,8 +190,8 @@ struct Workspace {
 };
 
 struct Device {
-  int slots;    // blocks that are at work at a time
-  int cluster;  // most blocks of a cluster that holds a tensor; 0: none can
+  int slots;    // blocks that run at a time
+  int cluster;  // most blocks of a cluster that holds a tensor; 0: there are no such clusters
 };
 
 enum class Which { small, held, large, huge, any };
@@ -205,10 +205,10 @@ Which which(const PruneTensor& t, const Device& device) {
   return t.size >= kSampledFrom && t.size < kWideFrom ? Which::huge : Which::large;
 }
 
-// Few, so that all multiprocessors have work and end together; many, so that what a block pays for
-// itself (a histogram to zero, to add to the tensor's and to wait for) is little beside its elements.
-// That is about one span's time: 4070 blocks of one span took 266 us to count 10^8 elements, 255 of 16
-// take 113, on an H200 whose memory gives them in 94 (ncu, 2026-11-27).
+// Few, so that all multiprocessors have work and end together; many, so that a block's fixed cost (zeroing a
+// histogram, adding it to the tensor's, waiting) is little beside its elements. That cost is about one span's
+// time: to count 10^8 elements 4070 blocks of one span took 266 us, 255 of 16 take 113, on an H200 whose memory
+// delivers them in 94 (ncu, 2026-11-27).
 template <typename Bits>
 int64_t spans_a_block(const Table& table, int slots) {
   int64_t best = 1, least = INT64_MAX;
@@ -222,7 +222,7 @@ int64_t spans_a_block(const Table& table, int slots) {
   return best;
 }
 
-// Blocks of so many elements.
+// Gives each tensor its blocks, of `share` elements.
 void lay_out(Table& table, int64_t share) {
   table.share = share;
   table.blocks = 0;
@@ -232,7 +232,7 @@ void lay_out(Table& table, int64_t share) {
   }
 }
 
-// Of the sample, for the window.
+// The window's ends, as ranks in the sample.
 template <typename Bits>
 void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
   constexpr int kN = kPack<Bits>;
@@ -243,8 +243,8 @@ void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
   ends[1] = uint32_t(min(middle + margin, last));
 }
 
-// Blocks of the pass that counts a window: in whole waves of `slots` but for what rounding leaves, and none of
-// more than kMostWindowSpans. Each tensor has its part of them.
+// Gives each tensor its blocks of the pass that counts a window, by size. Together they are whole waves of `slots`
+// but for rounding, and no block has more than kMostWindowSpans.
 template <typename Bits>
 void lay_out_waves(Chain& table, int slots) {
   constexpr int64_t kMost = kMostWindowSpans * kSpan<Bits>;
@@ -263,8 +263,8 @@ void lay_out_waves(Chain& table, int slots) {
   }
 }
 
-// Whether follow() waits. What the kernels were compiled for decides, not the device: code for sm_80 may
-// run on any later one. Such launches can be captured from CUDA 12.3 on, by the driver as well.
+// Whether follow() waits. That depends on what the kernels were compiled for, not on the device: code for sm_80
+// may run on any later one. Such launches can be captured in a graph from CUDA 12.3 on, if the driver is as new.
 template <typename Argument>
 cudaError_t find_whether_they_follow(void (*kernel)(Argument), bool* follow) {
   cudaFuncAttributes attributes{};
@@ -275,7 +275,7 @@ cudaError_t find_whether_they_follow(void (*kernel)(Argument), bool* follow) {
   return error;
 }
 
-// How a kernel is launched. `follows`: another launch of this call, whose end it waits for by itself.
+// How a kernel is launched. `follows`: it overlaps the launch before, of the same call, and waits for its end itself.
 struct Shape {
   uint32_t blocks;
   int shared_bytes = 0;
@@ -283,7 +283,7 @@ struct Shape {
   int cluster = 1;
 };
 
-// What shape, stream and attributes make, for as long as this lives.
+// A shape and a stream as `config`, which is valid as long as this object lives.
 struct Launch {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attributes[2]{};
@@ -320,7 +320,8 @@ cudaError_t launch(void (*kernel)(Argument), const Argument& argument, const Sha
   return cudaLaunchKernelEx(&with.config, kernel, argument);
 }
 
-// Most blocks of a cluster that holds a tensor: as many as a device has room for, and code was compiled for.
+// Most blocks of a cluster that holds a tensor: the device must have room for it, and the code must be compiled for
+// clusters.
 cudaError_t find_cluster(int* cluster) {
   *cluster = 0;
   int device = 0, major = 0;
@@ -337,7 +338,7 @@ cudaError_t find_cluster(int* cluster) {
       {cudaFuncAttributeNonPortableClusterSizeAllowed, 1},
       {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared},
       {cudaFuncAttributeMaxDynamicSharedMemorySize, kHeldShared}};
-  // A device that refuses a setting, or knows no clusters of a size, has none; the chains need none.
+  // A device that refuses a setting, or all cluster sizes, gets no clusters. The chains do not need them.
   for (const auto& [attribute, value] : settings)
     if (cudaFuncSetAttribute(held_kernel, attribute, value)) {
       cudaGetLastError();
@@ -361,7 +362,7 @@ cudaError_t find_slots(int* slots) {
   return error;
 }
 
-// Clusters only where a tensor asks for one: finding out takes the driver some ten calls.
+// Looks for clusters only if a tensor needs one: that takes some ten calls of the driver.
 cudaError_t find_device(const PruneTensor* tensors, int64_t count, Device* device) {
   device->cluster = 0;
   const cudaError_t error = find_slots(&device->slots);
@@ -481,8 +482,8 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   return failed;
 }
 
-// Larger tensors between the others: clusters of one size load, count and clear in step, and leave memory
-// alone in step. None of them among the last, beside which multiprocessors would have nothing to do.
+// Puts larger tensors between the others: clusters with tensors of one size would load, count and clear in step, and
+// leave memory idle in step. No large one is among the last, because multiprocessors would be idle beside it.
 void mix_sizes(Table& table) {
   int64_t largest = 0;
   for (uint32_t r = 0; r < table.count; ++r) largest = max(largest, table.rows[r].size);
@@ -499,9 +500,9 @@ void mix_sizes(Table& table) {
   std::copy(others.begin() + next, others.end(), to);
 }
 
-// Blocks of the clusters that hold these tensors: the fewest where these hold most of them whole, since more
-// tensors are under way then, and small ones are mostly waits for the cluster's other blocks; if there are more
-// than three rounds of large clusters take.
+// Blocks per cluster for these tensors. The fewest, if such clusters can take them all, hold at least half of the
+// elements in tensors that they hold whole, and there are more tensors than three rounds of large clusters take.
+// Then more tensors are in progress at a time; small ones mostly wait for the cluster's other blocks.
 int find_blocks(const Table& table, const Device& device) {
   int64_t largest = 0, all = 0, whole = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
@@ -547,7 +548,7 @@ cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio,
   return error;
 }
 
-// One launch a group of all tensors, whatever their sizes; `prepare` sets the kernel's arguments.
+// One launch per group, for tensors of any size. `prepare` sets the kernel's arguments.
 template <typename Prepare>
 cudaError_t for_all(const PruneTensor* tensors, int64_t count, void (*of_32)(Table),
                     void (*of_16)(Table), int shared_bytes, cudaStream_t stream, Prepare&& prepare) {

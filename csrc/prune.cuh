@@ -1,4 +1,4 @@
-// What prune.cu's kernels share: the table of tensors, a block's part of one, reading and clearing it,
+// Shared by prune.cu's kernels: the table of tensors, a block's part of one, reading and clearing it,
 // histograms and lists, the bin that holds a rank, the threshold.
 #pragma once
 
@@ -16,15 +16,15 @@ namespace relora {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kUnroll = 4;      // 16-byte loads in flight a thread
-constexpr int kSmall = 49152;   // up to here one block does it all: 16-bit counters hold that
+constexpr int kUnroll = 4;      // 16-byte loads in flight per thread
+constexpr int kSmall = 49152;   // up to this size one block does everything: 16-bit counters hold it
 constexpr int kRoomShare = 64;  // one element in so many may be listed
 constexpr int kLocal = 8192;    // listed elements that a block collects before it asks for room
-constexpr int kBlocksAnSM = 2;  // by registers: 512 threads of 64
-constexpr int kBlocksThatClear = 3;  // by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32
-// Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. These are 32,764 bytes from
-// CUDA 12.1 and driver 530 on, and CUDA 13 asks for a newer driver. A chain takes fewer,
-// kChainRows: its tensors need memory for lists and histograms, and each of its launches pays for the table.
+constexpr int kBlocksAnSM = 2;  // limited by registers: 512 threads of 64
+constexpr int kBlocksThatClear = 3;  // limited by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32 registers
+// Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. Those may be 32,764 bytes from
+// CUDA 12.1 and driver 530 on; CUDA 13 requires a newer driver than that. A chain takes fewer, kChainRows:
+// its tensors need memory for lists and histograms, and each of its launches pays for the table.
 #if CUDART_VERSION >= 13000
 constexpr int kRows = 400, kChainRows = 128, kParameters = 32764;
 #else
@@ -32,19 +32,19 @@ constexpr int kRows = 48, kChainRows = 48, kParameters = 4096;
 #endif
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;
-// From here on counters take 64 bits, and 32-bit indices do not reach: such a tensor has no list.
+// From this size on counters take 64 bits. 32-bit indices do not suffice, so such a tensor has no list.
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
-// From here on a window is tried. Of smaller tensors a sample would be too large a part.
+// From this size on a window is tried. For smaller tensors the sample would be too large a part.
 constexpr int64_t kSampledFrom = RELORA_SAMPLED_FROM;
-constexpr int kSampleBlocks = 128, kSampleStrips = 2;  // strips of 16 bytes: of a thread
-// Bytes at a tensor's end that L2 keeps for the last pass: half of an H100's.
+constexpr int kSampleBlocks = 128, kSampleStrips = 2;  // kSampleStrips: of 16 bytes, per thread
+// Bytes at a tensor's end that L2 keeps for the last pass: half of an H100's L2.
 constexpr int64_t kKept = 24 << 20;
-constexpr int kMostShift = 12;  // of the digit that recount finds
+constexpr int kMostShift = 12;  // bits of the digit that recount finds, at most
 
 constexpr int kSampleDigit = 13, kWindowDigit = 10;  // bits of the keys of a sample, and in a window
 
-// Digits of a key, and the histogram of the first one. Two 16-bit counters share a word in shared
-// memory where 32768 bins would not fit; in global memory every bin has a word.
+// Digits of a key, and the histogram of the first one. If 32768 bins would not fit in shared memory, two
+// 16-bit counters share a word there; in global memory every bin has a word.
 template <typename Bits>
 struct Format;
 template <>
@@ -64,7 +64,7 @@ struct Format<uint16_t> {
 
 enum class Source : uint32_t { list, whole, nothing };  // what recount and finish go over
 
-// One tensor's numbers between the launches; zeros at first. Minima are kept as maxima of ~key.
+// One tensor's state between the launches; initially zero. Minima are kept as maxima of ~key.
 struct State {
   unsigned long long left;  // rank within the prefix
   uint32_t prefix;          // the digits picked so far
@@ -74,13 +74,13 @@ struct State {
   uint32_t not_above;       // ~(least key above the prefix that recount saw)
   uint32_t listed;
   uint32_t threshold;
-  uint32_t origin, shift;  // prefix and last digit are of key - origin: the latter's bits
+  uint32_t origin, shift;  // prefix and last digit are of key - origin; shift: the last digit's bits
   uint32_t width;          // keys in the window from `origin` on; 0: none
-  uint32_t settled;        // 1: by the window; listed are keys then, else indices
+  uint32_t settled;        // 1: by the window; then the list holds keys, otherwise indices
   uint32_t overflowed;     // 1: a block had more keys in the window than it collects
   unsigned long long below;  // elements below the window
-  Source source;   // of recount
-  Source finish;   // of finish: no block of recount's may see it change
+  Source source;   // of recount, whose blocks must not see it change
+  Source finish;   // of finish; recount's last block may change it
 };
 
 struct alignas(16) Slot {
@@ -103,8 +103,8 @@ struct Row {
   bool sampled;
 };
 
-// The table travels by value, as every kernel's parameter: there is no copy from host memory, which
-// could not be captured in a CUDA graph, and a replay finds the same rows in the graph itself.
+// The table is passed by value, as a kernel's parameter. A copy from host memory could not be captured in
+// a CUDA graph; this way a replay finds the same rows in the graph itself.
 template <int kMost>
 struct TableOf {
   Row rows[kMost];
@@ -125,14 +125,14 @@ extern __shared__ uint4 dynamic_shared[];
 template <typename Bits>
 constexpr int kPack = 16 / int(sizeof(Bits));
 
-// What a block loads at a time, a strip a thread or kUnroll of them. Blocks take whole spans, 96 KB, so
-// that a tensor of 1 MB has eleven. How many each is decided for a launch: see spans_a_block.
+// Elements that a block loads at a time, kStrips strips per thread. Blocks take whole spans of 96 KB, so a
+// tensor of 1 MB has eleven. How many spans a block takes is decided per launch: see spans_a_block.
 template <typename Bits, int kStrips = kUnroll>
 constexpr int kSweep = kStrips * kThreads * kPack<Bits>;
 template <typename Bits>
 constexpr int kSpan = 3 * kSweep<Bits>;
-// Of 32 bits what a block lists, 1.56 %, has room in kLocal; of 16 its counters hold one span, but for those
-// of a window.
+// 32-bit elements: what a block lists, 1.56 %, must fit kLocal. 16-bit elements: a block's 16-bit counters hold
+// one span, but a window's counters are wider.
 constexpr uint32_t kMostWindowSpans = 16;
 template <typename Bits>
 constexpr uint32_t kMostSpans = sizeof(Bits) == 4 ? kMostWindowSpans : 1;
@@ -140,24 +140,24 @@ static_assert(kSpan<uint16_t> * kMostSpans<uint16_t> <= 65535, "16-bit counters"
 
 // ---- A kernel's place among the launches --------------------------------------------------------
 
-// The next launch may take its place on the device.
+// Allows the next launch to take its place on the device.
 __device__ __forceinline__ void let_next_in() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// A kernel of a chain may touch what those before it write from here on, as they have ended. Each waits for
-// the one before it, so none ends before those it builds upon. A chain's first kernel starts when all before
-// the chain has ended: what a chain does not write before its end may be read before this.
+// After this call all earlier kernels of the chain have ended and their writes are visible: each of them waits
+// for the one before it. A chain's first kernel starts when everything before the chain has ended. So what no
+// earlier kernel of the chain writes may be read before this call.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// First of all in most kernels of a chain; in the last one it is wait_for_previous(): what comes behind is
-// not ours.
+// Called first in most kernels of a chain. The last kernel calls wait_for_previous() only, because the launch
+// after it is not ours.
 __device__ __forceinline__ void follow() {
   let_next_in();
   wait_for_previous();
@@ -166,7 +166,7 @@ __device__ __forceinline__ void follow() {
 // ---- A block's part of a tensor -----------------------------------------------------------------
 
 struct Part {
-  const Row& row;          // in the parameters' constant bank: loaded where used
+  const Row& row;          // in the parameters' constant bank: loaded at each use
   uint32_t block, blocks;  // of this tensor
   int64_t begin, end;      // elements
 };
@@ -206,13 +206,13 @@ __device__ __forceinline__ L2Policy stay() {
   return policy;
 }
 
-// 16-bit keys, two of a word at once: the top bit of each half says whether its key is `least` or more, which
-// `both` holds twice and is 2^15 at most.
+// Compares two 16-bit keys of a word at once: the top bit of each half says whether its key is `least` or more.
+// `both` holds `least`, 2^15 at most, twice.
 __device__ __forceinline__ uint32_t at_least(uint32_t word, uint32_t both) { return (word | 0x80008000u) - both; }
 __device__ __forceinline__ uint32_t twice(uint32_t key) { return key << 16 | key; }
 
-// Of the bytes of two words, first to last 0 to 7, those that the selector's digits name, the lowest first; of
-// a digit from 8 on ones or zeros as the top bit of byte digit - 8 is.
+// prmt: picks bytes of two words, which are numbered 0 to 7, by the selector's hexadecimal digits, lowest first.
+// A digit from 8 on repeats the top bit of byte digit - 8 eight times.
 template <uint32_t kSelector>
 __device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
   uint32_t bytes = 0;
@@ -227,7 +227,7 @@ __device__ __forceinline__ uint32_t permute(uint32_t first, uint32_t second) {
 #endif
   return bytes;
 }
-// Bytes of ones or zeros as the top bits of four halves are; or a word's own halves.
+// Repeats the top bits of two words' four halves over a byte each, or those of one word's halves over the halves.
 __device__ __forceinline__ uint32_t top_bits(uint32_t first, uint32_t second) { return permute<0xFDB9>(first, second); }
 __device__ __forceinline__ uint32_t top_bits(uint32_t word) { return permute<0xBB99>(word, word); }
 
@@ -254,8 +254,8 @@ __device__ __forceinline__ void hold_shared(uint32_t*& words) {
 #endif
 }
 
-// While one lives: loads of what others may be writing meanwhile, where it is not used then. The tests' detector
-// of races (tests/simt/races.h) does not look at them, used or not.
+// While one lives, loads are speculative: they may race with writers, and are discarded then. The tests' race
+// detector (tests/simt/races.h) skips them, used or not.
 #ifdef __CUDACC__
 struct PerhapsUnused { __device__ __forceinline__ PerhapsUnused() {} };
 #else
@@ -282,7 +282,7 @@ struct Strip {
     for (int i = 0; i < kPack<Bits>; ++i)
       if (mask >> i & 1) w[i / kEach] &= ~(uint32_t(Bits(~Bits(0))) << (i % kEach * 16));
   }
-  // Ones where an element's key is above `threshold`, else zeros.
+  // All ones where an element's key is above `threshold`, otherwise zeros.
   __device__ __forceinline__ uint4 above(uint32_t threshold) const {
     uint32_t kept[4];
 #pragma unroll
@@ -305,11 +305,11 @@ struct Strip {
   __device__ __forceinline__ uint4 get() const { return {w[0], w[1], w[2], w[3]}; }
   __device__ __forceinline__ void load(const Bits* from) { set(*reinterpret_cast<const uint4*>(from)); }
   __device__ __forceinline__ void store(Bits* to) const { *reinterpret_cast<uint4*>(to) = get(); }
-  // Leave L2 first of all.
+  // Evicted from L2 first.
   __device__ __forceinline__ void load_once(const Bits* from) {
     set(__ldcs(reinterpret_cast<const uint4*>(from)));
   }
-  // In this place among the others: not later, where its registers would be free.
+  // volatile: keeps its place among other loads, and is not moved to where its registers would be free.
   __device__ __forceinline__ void load(const Bits* from, L2Policy policy) {
 #ifdef __CUDA_ARCH__
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -335,8 +335,8 @@ __host__ __device__ __forceinline__ bool is_wide(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }
 
-// visit(strip, index of its first element, elements in it); a strip's next load is under way before it is
-// visited.
+// Calls visit(strip, index of its first element, elements in it). Each thread's next load is issued before a strip
+// is visited.
 template <typename Bits, typename Visit>
 __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end, Visit&& visit) {
   constexpr int kN = kPack<Bits>;
@@ -366,7 +366,7 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
   }
 }
 
-// Whole sweeps of what clear() does, 16 bytes at a time; returns where it stopped.
+// The whole sweeps of clear(), 16 bytes at a time; returns where it stopped.
 template <typename Bits, int kStrips, bool kPaired, typename Dropped>
 __device__ __forceinline__ int64_t clear_sweeps(const Row& row, int64_t begin, int64_t end,
                                                 Dropped&& dropped) {
@@ -402,7 +402,7 @@ __device__ __forceinline__ void clear_partner(const Row& row, int64_t at) {
   if (row.partner_bytes == 4) static_cast<uint32_t*>(row.partner)[at] = 0;
 }
 
-// Of `count` elements from `at` on, one by one; at most a strip.
+// clear() for `count` elements from `at` on, at most a strip, one by one.
 template <typename Bits, typename Dropped>
 __device__ __forceinline__ void clear_some(const Row& row, int64_t at, int count, Dropped&& dropped) {
   Bits* data = static_cast<Bits*>(row.data);
@@ -416,9 +416,9 @@ __device__ __forceinline__ void clear_some(const Row& row, int64_t at, int count
     }
 }
 
-// Zeroes, in [begin, end), the elements whose bits dropped(strip, first index, elements) returns,
-// and the partner's with them. kStrips are in flight a thread, with a partner half as many: what
-// the registers hold beside `dropped`. Sweeps where both are aligned and of one element size.
+// Zeroes the elements in [begin, end) whose bits are set in what dropped(strip, first index, elements)
+// returns, and the partner's with them. A thread has kStrips strips in flight, half as many with a
+// partner: what registers hold beside `dropped`. Sweeps need both aligned and of one element size.
 template <typename Bits, int kStrips, typename Dropped>
 __device__ __forceinline__ void clear(const Row& row, int64_t begin, int64_t end,
                                       Dropped&& dropped) {
@@ -448,7 +448,7 @@ __device__ __forceinline__ void clear_to(const Row& row, int64_t begin, int64_t 
   });
 }
 
-// visit(index, bits) for listed elements first, first + step, ...: four fetches in flight a thread.
+// Calls visit(index, bits) for listed elements first, first + step, ..., with four fetches in flight per thread.
 template <typename Bits, typename Visit>
 __device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uint32_t first,
                                             uint32_t step, Visit&& visit) {
@@ -470,11 +470,11 @@ __device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uin
 
 // ---- Histograms ---------------------------------------------------------------------------------
 
-// Counters in dynamic shared memory, from `at` on. At a zero unknown to nvcc, which else finds out anew before
-// every atomic where shared memory begins.
+// Counters in dynamic shared memory, from `at` on. Adding threadIdx.z (always 0, which nvcc does not know) stops
+// nvcc from recomputing the base of shared memory before every atomic.
 __device__ __forceinline__ uint32_t* counters(uint4* at) { return reinterpret_cast<uint32_t*>(at + threadIdx.z); }
 
-// A block's own, in shared memory; 16-byte aligned, and in 16 bytes or more.
+// A block's histogram, in shared memory: 16-byte aligned, and at least 16 bytes.
 template <bool kPacked>
 struct SharedHist {
   uint32_t* words;
@@ -495,7 +495,7 @@ struct SharedHist {
   }
 };
 
-// A tensor's, in global memory; 64 bits a bin where 32 could overflow.
+// A tensor's histogram, in global memory: 64 bits per bin if 32 could overflow.
 struct GlobalHist {
   uint32_t* words;
   bool wide;
@@ -518,7 +518,7 @@ struct GlobalHist {
   }
   template <bool kPacked>
   __device__ __forceinline__ void add(const SharedHist<kPacked>& counts, int bins) {
-    constexpr int kEach = kPacked ? 2 : 1;  // bins a word; most of them are empty
+    constexpr int kEach = kPacked ? 2 : 1;  // bins per word; most of them are empty
     for (int i = threadIdx.x; i < bins / (4 * kEach); i += kThreads) {
       const uint4 four = reinterpret_cast<const uint4*>(counts.words)[i];
       if ((four.x | four.y | four.z | four.w) == 0) continue;
@@ -531,7 +531,7 @@ struct GlobalHist {
       }
     }
   }
-  // The same, neighbouring bins by neighbouring threads: for histograms most of whose bins are not empty.
+  // The same, with neighbouring bins added by neighbouring threads: for histograms with few empty bins.
   __device__ __forceinline__ void add_dense(const SharedHist<false>& counts, int bins) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < bins; i += kThreads) add(i, counts.words[i]);
@@ -541,7 +541,8 @@ struct GlobalHist {
   }
 };
 
-// Counts runs of one digit with one atomic: constant and mostly zero tensors do not queue up.
+// Counts a run of equal digits with one atomic, so that atomics do not queue up on constant and mostly zero
+// tensors.
 template <typename Hist>
 struct Runs {
   Hist hist;
@@ -550,7 +551,7 @@ struct Runs {
   __device__ __forceinline__ explicit Runs(Hist hist) : hist(hist) {}
   __device__ __forceinline__ void add(uint32_t next) {
     if (next != digit) {
-      hist.add(digit, length);  // of a thread's first run nothing, which is not worth asking for
+      hist.add(digit, length);  // adds 0 before a thread's first run, which is not worth a test
       length = 0;
     }
     digit = next;
@@ -562,14 +563,14 @@ struct Runs {
   }
 };
 
-// Into shared memory, after a barrier of the caller's that ordered *out = its start before.
+// Maximum over the block, in shared memory. The caller has initialised *out, with a barrier after that.
 __device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
   value = __reduce_max_sync(kAll, value);
   if (threadIdx.x % 32 == 0 && value) atomicMax(out, value);
 }
 
-// Into global memory, once a block: one address takes only so many at a time. With a barrier, and one more
-// before it is called again.
+// Maximum over all blocks, in global memory, with one atomic per block because atomics at one address queue up.
+// Contains a barrier; the caller needs another one before it calls this again.
 __device__ __forceinline__ void grid_max(uint32_t* out, uint32_t value) {
   __shared__ uint32_t of_warp[kWarps];
   value = __reduce_max_sync(kAll, value);
@@ -580,7 +581,7 @@ __device__ __forceinline__ void grid_max(uint32_t* out, uint32_t value) {
   if (threadIdx.x == 0 && value) atomicMax(out, value);
 }
 
-// Whether every other block of the tensor has arrived; what they wrote before is visible then.
+// Whether all other blocks of the tensor have arrived. If so, what they wrote before is visible.
 __device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks) {
   __shared__ uint32_t before;
   __threadfence();
@@ -598,7 +599,7 @@ struct Picked {
   uint32_t bin, next;             // the next bin that holds any; kAll: none
 };
 
-// The sum over the threads up to this one. All threads of the block; with a barrier.
+// The sum over the threads up to and including this one. Called by all threads of the block; contains a barrier.
 __device__ __forceinline__ unsigned long long sum_upto(unsigned long long sum) {
   __shared__ unsigned long long sums[kWarps];
   const int lane = threadIdx.x % 32;
@@ -614,7 +615,7 @@ __device__ __forceinline__ unsigned long long sum_upto(unsigned long long sum) {
   return sum;
 }
 
-// The bin that holds rank `rank`. All threads of the block; ends with a barrier.
+// The bin that holds rank `rank`. Called by all threads of the block; ends with a barrier.
 template <typename Hist>
 __device__ __forceinline__ Picked pick(const Hist& hist, int bins, unsigned long long rank) {
   __shared__ Picked picked;
@@ -642,7 +643,7 @@ __device__ __forceinline__ Picked pick(const Hist& hist, int bins, unsigned long
   return picked;
 }
 
-// What a block has listed in shared memory, behind what others have. All threads, behind a barrier.
+// Appends what a block has listed in shared memory to the tensor's list. Called by all threads, after a barrier.
 __device__ __forceinline__ void hand_over(const Row& row, const uint32_t* local, uint32_t count) {
   __shared__ uint32_t base;
   if (threadIdx.x == 0 && count) base = atomicAdd(&row.slot->state.listed, count);
@@ -661,7 +662,7 @@ __device__ __forceinline__ bool holds_nan(DType dtype, uint32_t greatest_key) {
   }
 }
 
-// From the last digit's bin; `above`: the least key above all of its histogram.
+// The threshold, from the last digit's bin. `above`: the least key above the whole histogram.
 __device__ __forceinline__ uint32_t find_threshold(const Row& row, double ratio,
                                                    const Picked& picked, uint32_t prefix,
                                                    uint32_t above) {

@@ -13,20 +13,20 @@ struct Range {
 
 struct Sampling {
   Chain table;
-  uint32_t ends[kChainRows][2];  // ranks in the sample, which the window is to hold
+  uint32_t ends[kChainRows][2];  // the window's ends, as ranks in the sample
 };
 static_assert(sizeof(Sampling) <= kParameters, "a kernel's parameters");
 
-// A chain's histograms, 16 bytes a thread: a memset's node lets no launch begin before it has ended.
+// Zeroes a chain's histograms, 16 bytes per thread. Not a memset: no launch could begin before that has ended.
 __global__ void __launch_bounds__(kThreads, kBlocksThatClear) zero_kernel(const Range range) {
   let_next_in();
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i < range.count) range.fours[i] = {0, 0, 0, 0};
 }
 
-// kSampleBlocks for every tensor. The window: six standard deviations of the sample's quantile, and a
-// fiftieth of a bin for keys that do not lie evenly in it; of 16-bit keys, whose bins are of four, whole
-// bins. Neighbours may be alike; a window that is too narrow is found out.
+// kSampleBlocks blocks per tensor. The window reaches six standard deviations of the sample's quantile to both
+// sides, plus a fiftieth of a bin because a bin's keys may not be spread evenly; for 16-bit keys, of which a bin
+// has four, it is whole bins. Neighbouring elements may be alike; window_kernel detects a window that is too narrow.
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 sample_kernel(const __grid_constant__ Sampling sampling) {
@@ -51,7 +51,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
 #pragma unroll
   for (int u = 0; u < kSampleStrips; ++u) {
     ids[u] = (int64_t(blockIdx.x % kSampleBlocks) * kSampleStrips + u) * kThreads + threadIdx.x;
-    // Somewhere in its share of the tensor: columns of a matrix are not always the same ones.
+    // Somewhere in its share of the tensor, so that the sample is not always of the same columns of a matrix.
     const uint32_t drawn = uint32_t(ids[u]) * 2654435761u >> 8;
     const int64_t first = strips < kMost ? ids[u] : ids[u] * strips / kMost;
     if (ids[u] < taken) sample[u].load(data + (first + drawn % share) * kN);
@@ -69,7 +69,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   whole.add_dense(hist, kBins);
   if (!is_last_block(&state.arrived, kSampleBlocks)) return;
 
-  // Both ends at once, of bins in registers.
+  // Finds both ends at once, with the bins in registers.
   uint4* const bins = reinterpret_cast<uint4*>(whole.words) + threadIdx.x * (kEach / 4);
   uint32_t count[kEach];
 #pragma unroll
@@ -84,14 +84,14 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
 #pragma unroll
   for (int end = 0; end < 2; ++end) {
     uint32_t left = ranks[end] - before, bin = 0, here = 0;
-    if (left >= sum) continue;  // another thread's: where rank < before it is huge
+    if (left >= sum) continue;  // another thread's bins; if rank < before, left has wrapped to a huge number
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (here) continue;
       if (left < count[i]) here = count[i], bin = i;
       else left -= count[i];
     }
-    // As if the bin's keys lay evenly in it.
+    // As if the bin's keys were spread evenly.
     const float part = kWhole ? float(end) : float(left + end) / float(here);
     ends[end] = ((threadIdx.x * kEach + bin) << kShift) + uint32_t(part * float(1 << kShift));
   }
@@ -102,31 +102,31 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   const uint32_t from = ends[0], to = ends[1];
   state.origin = ranks[0] ? max(from, kSlack) - kSlack : 0;
   state.width = to + kSlack - state.origin;
-  bool fails = sampling.table.ratio == 1;  // no neighbour above
+  bool fails = sampling.table.ratio == 1;  // the quantile has no neighbour above
   if constexpr (kWhole) {
     fails |= state.width > 1u << kWindowDigit;
   } else {
-    // So that the histogram's bins cover it, and are four at least where recount counts keys.
+    // So that the histogram's bins cover the window, and recount has at least four bins of single keys.
     state.shift = max(32 - __clz(state.width - 1) - kWindowDigit, 2);
-    // Too wide; zeros, of which the bin's keys are not spread.
+    // Too wide; or the window ends in the first bin, where zeros are: its keys are not spread evenly.
     fails |= state.shift > kMostShift || to <= 1u << kShift;
   }
   if (fails) state.width = 0;
 }
 
-// What a thread of window_kernel sees: the greatest key, or any key of a NaN, how many keys lie below the window,
-// and what lies in it.
+// What a thread of window_kernel sees: how many keys are below the window, and which are in it. `greatest` is above
+// infinity's key if and only if there is a NaN (with 32 bits it is the greatest key).
 template <typename Bits>
 struct Seen;
 
-// Of 32 bits these are listed, and counted by shares of the window.
+// 32 bits: keys in the window are listed, and counted in bins of 2^shift keys.
 template <>
 struct Seen<uint32_t> {
   SharedHist<false> hist;
   uint32_t* local;
   uint32_t* found;
   uint32_t origin, shift, wanted, greatest = 0, below = 0;
-  const uint32_t one = 1 + threadIdx.z;  // or nvcc gathers the lanes of a warp first: few are here at a time
+  const uint32_t one = 1 + threadIdx.z;  // 1, but nvcc would combine a warp's atomics if it knew: few lanes get here
 
   __device__ __forceinline__ Seen(const Row& row, SharedHist<false> hist, uint32_t* local, uint32_t* found)
       : hist(hist), local(local), found(found), origin(row.slot->state.origin), shift(row.slot->state.shift),
@@ -138,11 +138,11 @@ struct Seen<uint32_t> {
       if (i >= count) continue;
       const uint32_t key = strip.key(i);
       greatest = max(greatest, key);
-      below += (key - origin) >> 31;  // both are of 31 bits
+      below += (key - origin) >> 31;  // both have 31 bits
       if (key - origin >= wanted) continue;
       const uint32_t place = atomicAdd(found, one);
       if (place < kLocal) local[place] = key;
-      else wanted = 0;  // the window fails: equal elements need not all queue up
+      else wanted = 0;  // the window fails, so equal elements need not all queue up here
       hist.add((key - origin) >> shift, 1);
     }
   }
@@ -150,7 +150,7 @@ struct Seen<uint32_t> {
   __device__ __forceinline__ void finish() {}
 };
 
-// Of 16 bits they are counted, a key a bin.
+// 16 bits: keys in the window are counted, with a bin for each key.
 template <>
 struct Seen<uint16_t> {
   Runs<SharedHist<false>> runs;
@@ -172,7 +172,7 @@ struct Seen<uint16_t> {
     below += (key - origin) >> 31;
     if (key - origin < width) runs.add(key - origin);
   }
-  // The same for all of a strip, two keys at once; few are in the window.
+  // The same for a whole strip, two keys at a time. Few of them are in the window.
   __device__ __forceinline__ void add(const Strip<uint16_t>& strip) {
     uint32_t inside[2];
 #pragma unroll
@@ -186,7 +186,7 @@ struct Seen<uint16_t> {
       below = uint32_t(__dp4a(int(~not_below), -1, int(below)));
       nans |= at_least(first, past_infinity) | at_least(second, past_infinity);
     }
-    // Bit 8 e + f: of the strip's element e + 4 f.
+    // Bit 8 e + f is the strip's element e + 4 f.
     uint32_t hits = (inside[0] & 0x01010101u) | (inside[1] & 0x02020202u);
 #pragma unroll 1
     while (hits) {
@@ -195,7 +195,7 @@ struct Seen<uint16_t> {
       runs.add(key_of(strip, hit / 8 + hit % 8 * 4) - origin);
     }
   }
-  // By selects: registers have no index known only at run time.
+  // By selects, because registers cannot be indexed at run time.
   __device__ __forceinline__ static uint32_t key_of(const Strip<uint16_t>& strip, uint32_t i) {
     const uint32_t first = i & 2 ? strip.w[1] : strip.w[0], second = i & 2 ? strip.w[3] : strip.w[2];
     return magnitude_key(uint16_t((i & 4 ? second : first) >> i % 2 * 16));
@@ -220,8 +220,8 @@ window_kernel(const __grid_constant__ Chain table) {
   if (!row.sampled) return wait_for_previous();
   SharedHist<false> hist{counters(dynamic_shared)};
 
-  // The blocks side by side from the tensor's start to its end, which L2 then holds for the last pass: it
-  // is to forget the rest. The first loads are under way while the sample is not yet.
+  // The blocks go side by side from the tensor's start to its end. L2 keeps the end for the last pass; the rest is
+  // loaded to be evicted first. The first loads are in flight before the sample is finished.
   constexpr int kN = kPack<Bits>, kAhead = kThreads * kN;
   constexpr uint32_t kKeptSweeps = kKept / (int(sizeof(Bits)) * kSweep<Bits>);
   const Bits* const data = static_cast<const Bits*>(row.data);
@@ -253,7 +253,7 @@ window_kernel(const __grid_constant__ Chain table) {
       seen.add(strip);
     }
   }
-  if (part.block == sweeps % part.blocks)  // whose turn the rest would be
+  if (part.block == sweeps % part.blocks)  // the block whose turn it would be takes the rest
 #pragma unroll 1
     for (int64_t at = int64_t(sweeps) * kSweep<Bits> + threadIdx.x * kN; at < row.size; at += kAhead) {
       const int count = int(min(row.size - at, int64_t(kN)));
@@ -290,7 +290,7 @@ window_kernel(const __grid_constant__ Chain table) {
   if (threadIdx.x) return;
   state.settled = all || holds;
   state.finish = Source::whole;
-  state.threshold = kDropAll;  // with a NaN; else of 16 bits what follows, of 32 recount's
+  state.threshold = kDropAll;  // for a NaN; otherwise set below (16 bits) or by recount (32 bits)
   if constexpr (kLists) {
     state.source = all ? Source::nothing : Source::list;
     state.prefix = picked.bin;
@@ -301,7 +301,7 @@ window_kernel(const __grid_constant__ Chain table) {
   }
 }
 
-// The barriers of is_last_block() divide one part from the next.
+// The barriers of is_last_block() separate one part from the next.
 template <typename Bits>
 __device__ __forceinline__ void count_part(const Chain& table, const Part& part) {
   using F = Format<Bits>;
@@ -335,7 +335,7 @@ __device__ __forceinline__ void count_part(const Chain& table, const Part& part)
       state.threshold = all ? kDropAll : find_threshold(row, table.ratio, picked, 0, kAll);
       state.finish = Source::whole;
     } else {
-      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all lie below: partition zeroes them
+      state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all digits are below bins: partition zeroes them
       state.left = picked.left;
       state.origin = 0;
       state.shift = Format<uint32_t>::third;
@@ -347,7 +347,7 @@ __device__ __forceinline__ void count_part(const Chain& table, const Part& part)
   if constexpr (sizeof(Bits) == 4) whole.zero((1 << F::second) + (1 << F::third));
 }
 
-// Blocks may be fewer than the tensors' parts: where windows have settled these, more would only come and go.
+// There may be fewer blocks than parts of tensors: if windows have settled them, more blocks would only come and go.
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSM)
 count_kernel(const __grid_constant__ Chain table) {
@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __g
   const Row& row = part.row;
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold, listed = state.listed;
-  // From the end, which L2 may still hold of the pass before.
+  // From the end, which L2 may still hold from the pass before.
   if (state.finish == Source::whole)
 #pragma unroll 1
     for (int64_t end = part.end; end > part.begin;) {
@@ -504,10 +504,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) finish_kernel(const __g
                     });
 }
 
-// The same of one huge tensor, from its end: a strip a thread, so that what is under way at a time lies
-// together in memory. An in-place pass of 2.4 GB runs so at 4.21 TB/s on an H200, and at 3.9 in blocks that
-// stay and go through many (2026-11-27). What comes before the loads adds to every block's time: few
-// instructions, and the elements are asked for before it is known what to do with them.
+// The same for one huge tensor, from its end, with one strip per thread, so that what is in flight at a time is
+// contiguous in memory. On an H200 an in-place pass over 2.4 GB runs at 4.21 TB/s this way, and at 3.9 with
+// persistent blocks that go through many strips (2026-11-27). What precedes the loads adds to every block's time.
+// So only few instructions do, and elements are loaded before it is known what to do with them.
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const __grid_constant__ Row row) {
   constexpr int kN = kPack<Bits>;
@@ -522,7 +522,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
   }
   const State& state = row.slot->state;
   const uint32_t threshold = state.threshold;
-  const Source source = kN == 8 ? Source::whole : state.finish;  // of 16 bits nothing is listed
+  const Source source = kN == 8 ? Source::whole : state.finish;  // with 16 bits nothing is listed
   Bits* const partner = static_cast<Bits*>(row.partner) + int64_t(strip) * kN;
   const bool pair = row.partner_bytes == sizeof(Bits) && is_wide(row.partner);
   {

@@ -1,13 +1,13 @@
-// prune.cu's kernel for tensors that the shared memory of a cluster of blocks holds, or half of which it
-// does: of 32 bits, from sm_90 on. A tensor is read once and written once, its partner at most once; three
+// prune.cu's kernel for 32-bit tensors that the shared memory of a cluster of blocks holds, wholly or at least
+// by half; from sm_90 on. A tensor is read once and written once, its partner read at most once. The three
 // digits of the threshold are found on the way:
 //
 //   first    13 bits, counted as the elements arrive from memory
-//   second   10 bits of those whose first 13 are the quantile's; from shared memory
+//   second   10 bits, of the elements whose first 13 are the quantile's; from shared memory
 //   third     8 bits likewise, and the least key above them
 //
-// What is not held, up to as much again, is read three times more, from L2: all clusters' are 25 MB at most.
-// While one block of a multiprocessor waits for its cluster, another is at its memory.
+// What is not held, up to as much again, is read three times more, from L2: 25 MB at most for all clusters.
+// While one block of a multiprocessor waits for its cluster, another one uses memory.
 #pragma once
 
 #include "prune.cuh"
@@ -19,14 +19,14 @@
 namespace relora {
 namespace {
 
-constexpr uint32_t kHeldStrips = RELORA_HELD_SWEEPS * kUnroll * kThreads;  // of 16 bytes, of a block
+constexpr uint32_t kHeldStrips = RELORA_HELD_SWEEPS * kUnroll * kThreads;  // of 16 bytes, per block
 constexpr uint32_t kHeldShare = kHeldStrips * kPack<uint32_t>;            // elements that a block holds
-constexpr uint32_t kMostShare = 2 * kHeldShare;                           // and that it takes
+constexpr uint32_t kMostShare = 2 * kHeldShare;                           // elements that it takes at most
 constexpr int kLeastCluster = 8, kMostCluster = 16;
 constexpr int kHeldHist = Format<uint32_t>::bins / 2;  // words: two counters each
 constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
-// From this ratio on a partner is not fetched ahead, as much of it need not be read: where elements are dropped
-// at random, ratio^16 of its pieces of 64 bytes keep none: 0.44 at 0.95, 0.85 at 0.99.
+// From this ratio on a partner is not prefetched, because much of it need not be read: if elements are dropped at
+// random, a share of ratio^16 of its 64-byte pieces keeps none: 0.44 at 0.95, 0.85 at 0.99.
 constexpr double kSparse = 0.95;
 static_assert(kMostShare <= 65535, "16-bit counters");
 static_assert(kHeldHist <= kLeastCluster * kThreads, "a word a thread");
@@ -37,7 +37,7 @@ __global__ void held_kernel(const __grid_constant__ Table) {}  // never launched
 
 // ---- Other blocks' shared memory ----------------------------------------------------------------
 
-// What lies at `own` in the block `rank` of the cluster.
+// The counterpart of `own` in the shared memory of the cluster's block `rank`.
 template <typename T>
 __device__ __forceinline__ T& in_block(T* own, uint32_t rank) {
   return *static_cast<T*>(__cluster_map_shared_rank(own, rank));
@@ -53,8 +53,8 @@ struct Slice {
   uint32_t* data;
   uint32_t* partner;  // null: none
   uint32_t strips;    // whole ones
-  uint32_t rest;      // elements behind them
-  uint4* held;        // the first kHeldStrips, a thread's own for itself alone
+  uint32_t rest;      // elements after them
+  uint4* held;        // the first kHeldStrips; a thread accesses only its own
 
   __device__ __forceinline__ Slice(const Row& row, uint32_t rank, uint32_t blocks, uint4* held) : held(held) {
     constexpr uint32_t kLine = 32;  // elements
@@ -72,7 +72,7 @@ struct Slice {
     return strip;
   }
 
-  // visit(key) for every element; the first time, what can be held is.
+  // Calls visit(key) for every element. The first time it also stores what can be held.
   template <bool kFirst, typename Visit>
   __device__ __forceinline__ void each(Visit&& visit) const {
     constexpr uint32_t kAhead = kUnroll * kThreads;
@@ -111,7 +111,8 @@ struct Slice {
     for (int i = 0; i < kPack<uint32_t>; ++i) visit(strip.key(i));
   }
 
-  // Into L2, while the block asks memory for nothing else; if L2 need not keep a part of the tensor.
+  // Prefetches the partner into L2 while the block has nothing else to load. Not if the tensor is held in part only:
+  // then L2 has to keep the rest of it.
   __device__ __forceinline__ void fetch_partner() const {
 #ifdef __CUDA_ARCH__
     if (threadIdx.x == 0 && 0 < strips && strips <= kHeldStrips)
@@ -119,8 +120,8 @@ struct Slice {
 #endif
   }
 
-  // Strips from the thread's `at` up to `end`, all held or none. Where they are held, it is known which strips
-  // the partner loses whole: those are not read.
+  // Clears strips from the thread's `at` up to `end`, all of which are held, or none. If they are held, it is known
+  // which strips the partner loses whole: those are not read.
   template <bool kPaired, bool kHeld>
   __device__ __forceinline__ void clear_strips(uint32_t at, uint32_t end, uint32_t threshold) const {
     constexpr int kN = kPack<uint32_t>, kStrips = kPaired && !kHeld ? kUnroll / 2 : kUnroll;
@@ -166,17 +167,17 @@ struct Digit {
   uint32_t bin, left;  // left: the rank within it
 };
 
-// The bin that holds rank `rank` of all blocks' histograms of `bins` bins together. All threads of all
-// blocks; the histograms may be written again behind it.
+// The bin that holds rank `rank` in the sum of all blocks' histograms of `bins` bins. Called by all threads of all
+// blocks. The histograms may be overwritten after it.
 template <bool kPacked>
 __device__ __forceinline__ Digit pick_in_cluster(const SharedHist<kPacked>& hist, uint32_t bins, uint32_t rank,
                                                  uint32_t own, uint32_t blocks) {
   __shared__ uint32_t sums[kMostCluster];
   __shared__ Digit digit;
   constexpr uint32_t kEach = kPacked ? 2 : 1;
-  const uint32_t words = bins / kEach / blocks;  // of which this block finds the sums
+  const uint32_t words = bins / kEach / blocks;  // whose sums this block computes
   const uint32_t word = own * words + threadIdx.x;
-  cluster_sync();  // all have counted
+  cluster_sync();  // all blocks have counted
   uint32_t low = 0, high = 0;
   if (threadIdx.x < words)
 #pragma unroll 8
@@ -188,10 +189,10 @@ __device__ __forceinline__ Digit pick_in_cluster(const SharedHist<kPacked>& hist
   const uint32_t upto = uint32_t(sum_upto(low + high));
   if (threadIdx.x == kThreads - 1)
     for (uint32_t other = 0; other < blocks; ++other) in_block(&sums[own], other) = upto;
-  cluster_sync();  // all have their sums, and have read
+  cluster_sync();  // all blocks have the sums, and have read the histograms
   uint32_t before = 0;
   for (uint32_t other = 0; other < own; ++other) before += sums[other];
-  const uint32_t left = rank - (before + upto - low - high);  // huge where rank is less
+  const uint32_t left = rank - (before + upto - low - high);  // wraps to a huge number if rank is less
   if (rank >= before + upto - low - high && left < low + high) {
     const bool second = left >= low;
     for (uint32_t other = 0; other < blocks; ++other)
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   third.zero(2 * kThird);
   __syncthreads();
   const uint32_t end = prefix + kThird;
-  uint32_t beyond = kAll;  // the least key from `end` on, less `end`; of keys before it 2^31 and more
+  uint32_t beyond = kAll;  // least key from `end` on, minus `end`; keys below `end` wrap to 2^31 or more
   {
     Runs<SharedHist<false>> runs(third);
     slice.each<false>([&](uint32_t key) {
@@ -259,8 +260,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
     runs.flush();
   }
   block_max(&extremes[1], beyond >> 31 ? 0 : ~(end + beyond));
-  cluster_sync();  // all have counted
-  // Every block for itself: few bins. A thread has one of them, of several blocks at a time.
+  cluster_sync();  // all blocks have counted
+  // There are few bins, so every block sums all of them. A thread has one bin, of several blocks at a time.
   constexpr int kEach = kThird * kMostCluster / kThreads;
   static_assert(kThreads % kThird == 0, "one bin a thread");
   uint32_t counts[kEach], count = 0;
@@ -276,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   if (count) whole.add(threadIdx.x % kThird, count);
   if (extreme) atomicMax(&whole_extremes[threadIdx.x % 2], extreme);
   __syncthreads();
-  __cluster_barrier_arrive();  // this block has read
+  __cluster_barrier_arrive();  // this block has read the others' shared memory
   const Picked picked = pick(whole, kThird, digit.left);
   if (threadIdx.x == 0)
     threshold = holds_nan(DType(row.dtype), whole_extremes[0])
@@ -285,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   __syncthreads();
   if (slice.partner) slice.clear_to<true>(threshold);
   else slice.clear_to<false>(threshold);
-  __cluster_barrier_wait();  // a block's shared memory is its own while others read it
+  __cluster_barrier_wait();  // a block must not end while others read its shared memory
 }
 #endif
 

@@ -1,7 +1,7 @@
-// PTX that the two-segment kernels and the merge of sm_90 need and C++ has no name for. Semantics: PTX
+// PTX instructions without a name in C++ that the two-segment kernels and sm_90's merge need. Semantics: PTX
 // ISA 8.x, chapters "mbarrier", "cp.async.bulk.tensor", "wgmma"; "cp.async", "ldmatrix", "mma" for sm_80.
-// Addresses of shared memory are 32-bit. (An include guard instead of #pragma once: the tests put a model
-// of these functions in their place.)
+// Addresses of shared memory are 32-bit. (An include guard instead of #pragma once, because the tests
+// replace these functions by a model.)
 #ifndef RELORA_PTX_CUH
 #define RELORA_PTX_CUH
 
@@ -13,13 +13,13 @@
 
 namespace relora::ptx {
 
-// The block's shared memory, aligned as the 128-byte swizzle wants it.
+// The block's shared memory, aligned as the 128-byte swizzle requires.
 __device__ __forceinline__ uint32_t shared_memory() {
   extern __shared__ __align__(1024) uint8_t memory[];
   return uint32_t(__cvta_generic_to_shared(memory));
 }
 
-// What lies at an address of it.
+// A pointer to what is at an address of shared memory.
 template <typename T>
 __device__ __forceinline__ T* shared_pointer(uint32_t address) {
   void* const p = __cvta_shared_to_generic(address);
@@ -29,7 +29,7 @@ __device__ __forceinline__ T* shared_pointer(uint32_t address) {
 
 // ---- Blocks and clusters -----------------------------------------------------------------------
 
-// Hand registers back to the pool, or take them from it; by a whole warpgroup.
+// Hands registers back to the pool, or takes them from it; called by a whole warpgroup.
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -50,7 +50,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster: before the first and after the last access to another block's memory.
+// A barrier of all threads of the cluster: needed before the first and after the last access to another
+// block's memory.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -76,7 +77,7 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the same barrier of the cluster's block `rank`.
+// Arrives at the same barrier of the cluster's block `rank`.
 __device__ __forceinline__ void arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -98,8 +99,8 @@ __device__ __forceinline__ bool try_wait(uint32_t barrier, uint32_t parity) {
   return done;
 }
 
-// Until the phase of this parity is over. Each try sleeps for a while by itself. A wait of some ten
-// seconds is a fault of the kernel, which then ends in an error rather than in a hung GPU.
+// Waits until the phase of this parity is over. Each try may sleep for a while. A wait of some ten
+// seconds is a bug in the kernel, which then traps instead of hanging the GPU.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   if (try_wait(barrier, parity)) return;
   const long long start = clock64();
@@ -109,7 +110,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 
 // ---- TMA: one thread moves a whole box; coordinates in elements, contiguous dimension first ----
 
-// Global to shared memory; the barrier gets the bytes of the whole box, zeros beyond the edge
+// Global to shared memory. The barrier counts the bytes of the whole box, zeros beyond the edge
 // included.
 __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32_t barrier, int c0,
                                      int c1) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32
       : "memory");
 }
 
-// The same to the same place, with the same barrier, in every block of `blocks` (a bit each).
+// The same, to the same address and with the same barrier in every block of `blocks` (one bit each).
 __device__ __forceinline__ void load_multicast(const CUtensorMap* map, uint32_t to,
                                                uint32_t barrier, int c0, int c1, uint16_t blocks) {
   asm volatile(
@@ -141,7 +142,7 @@ __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until all but the latest kPending of this thread's stores have read their shared memory.
+// Waits until all but the latest kPending of this thread's stores have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
@@ -154,7 +155,7 @@ __device__ __forceinline__ void fence_async_shared() {
 
 // ---- wgmma: a warpgroup multiplies 64 x 16 by 16 x N, asynchronously ----------------------------
 
-// Orders what was done with registers of sums and operands before the wgmmas that follow.
+// Orders earlier accesses to accumulator and operand registers before the wgmmas that follow.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -162,13 +163,13 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until all but the latest kPending groups are done.
+// Waits until all but the latest kPending groups are done.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler must not read accumulators before the wait above this line, of which it knows
+// Keeps the compiler from reading accumulators before a wgmma_wait, of whose effect on them it knows
 // nothing.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&d)[kCount]) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define RELORA_D32(i) RELORA_D8(i), RELORA_D8(i + 8), RELORA_D8(i + 16), RELORA_D8(i + 24)
 #define RELORA_D64(i) RELORA_D32(i), RELORA_D32(i + 32)
-// REGS: %0..; A, B, P, S, T: the operands after them: descriptors, whether to accumulate,
+// REGS: %0..; the operands after them: A, B: descriptors; P: whether to accumulate; S, T:
 // transpositions.
 #define RELORA_WGMMA(N, TYPE, REGS, A, B, P, S, T, ...)                                           \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                  \
@@ -235,8 +236,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kCount], uint64_t left, uint64_
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),              \
                  "r"(int(accumulate)), "n"(int(!kRightK)))
 
-// The same for N = 64 with `left` in registers, which stay as they are until the product is done: of
-// rows as d's, left[2 c + v] holds columns 8 c + 2 (t % 4) and the next of row v.
+// The same for N = 64 with `left` in registers, which must not change until the product is done.
+// left[2 c + v] holds columns 8 c + 2 (t % 4) and the next of row v of the thread's two, as in d.
 template <typename T, bool kRightK>
 __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&left)[4], uint64_t right,
                                       bool accumulate) {
@@ -246,8 +247,8 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&left)[4],
 
 // ---- sm_80: a warp copies, loads fragments and multiplies --------------------------------------
 
-// 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros. kWithNext: the
-// 256 bytes around them are soon wanted, too, and come into L2.
+// Writes 16 bytes to shared memory, asynchronously: `bytes` of them from `from`, then zeros. kWithNext:
+// also prefetches the 256 bytes around them into L2, because they are needed soon.
 template <bool kWithNext = false>
 __device__ __forceinline__ void copy_16(uint32_t to, const void* from, int bytes) {
   if constexpr (kWithNext)
@@ -262,14 +263,14 @@ __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until all but the latest kPending groups of this thread's copies are there.
+// Waits until all but the latest kPending groups of this thread's copies have arrived.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, rows addressed and held as in store_matrices; kTranspose:
-// lane l holds rows 2 (l % 4) and the next of column l / 4.
+// A warp loads four 8 x 8 matrices of 16-bit elements, addressed and held as in store_matrices.
+// kTranspose: lane l holds rows 2 (l % 4) and the next of column l / 4.
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
   if constexpr (kTranspose)
@@ -284,8 +285,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t row) {
                  : "memory");
 }
 
-// d (16, 8) += left (16, 16) @ right (16, 8). d as wgmma's; left in 8 x 8 parts (0, 0), (1, 0), (0,
-// 1), (1, 1) of (rows, k), right in parts 0 and 1 of k, each as load_matrices holds them with k
+// d (16, 8) += left (16, 16) @ right (16, 8). d is held as wgmma's, left in 8 x 8 parts (0, 0), (1, 0),
+// (0, 1), (1, 1) of (rows, k), right in parts 0 and 1 of k, each as load_matrices holds them with k
 // along a row.
 template <typename T>
 __device__ __forceinline__ void mma(float* d, const uint32_t (&left)[4], uint32_t right0,
@@ -364,7 +365,7 @@ __device__ __forceinline__ uint16_t load_shared_16(uint32_t address) {
   return bits;
 }
 
-// p + by, which the compiler then does not compute from where p began.
+// p + by, hidden from the compiler, which would otherwise compute it from p's first value.
 template <typename T>
 __device__ __forceinline__ const T* further(const T* p, int64_t by) {
   p += by;
@@ -373,21 +374,21 @@ __device__ __forceinline__ const T* further(const T* p, int64_t by) {
   return p;
 }
 
-// 32 bits of two words from `bits` on, bits < 32.
+// The 32 bits of two words from bit `bits` on, bits < 32.
 __device__ __forceinline__ uint32_t funnel(uint32_t low, uint32_t high, int bits) {
   uint32_t word;
   asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(bits));
   return word;
 }
 
-// p + rows * pitch bytes, in one instruction; the compiler would make four of it.
+// p + rows * pitch bytes, in one instruction instead of the compiler's four.
 __device__ __forceinline__ char* rows_further(char* p, int rows, int pitch) {
   asm("mad.wide.s32 %0, %1, %2, %0;" : "+l"(p) : "r"(rows), "r"(pitch));
   __builtin_assume(__isGlobal(p));
   return p;
 }
 
-// Which of the warp's lanes vote yes, a bit each.
+// Which of the warp's lanes vote yes, one bit each.
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xFFFFFFFFu, vote); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ uint32_t shuffle(uint32_t value, int lane) {

@@ -1,5 +1,5 @@
-// What the two-segment kernels of every architecture do to their accumulators, which lie alike in
-// wgmma and mma.sync: four neighbouring lanes hold eight columns of a row, two each.
+// What the two-segment kernels of all architectures do to their accumulators. Their layout is the same
+// for wgmma and mma.sync: four neighbouring lanes hold eight columns of a row, two each.
 #pragma once
 
 #include "launch.h"
@@ -22,7 +22,7 @@ __device__ __forceinline__ void transpose_four(uint32_t (&w)[4], int lane) {
 }
 
 // acc = kept ? acc * keep_scale : 0, for rows `row` and row + 8. One draw serves the eight columns
-// that four lanes hold, two each: every lane draws for one of four such blocks, then they exchange
+// that four lanes hold, two each: every lane draws for one of four such blocks, then the lanes exchange
 // words.
 template <int kCount>
 __device__ __forceinline__ void mask(float (&acc)[kCount], const Dropout& p, int row, int col,
@@ -50,8 +50,8 @@ __device__ __forceinline__ float bias_at(const Bias& bias, int col, int n) {
                                   : to_float(static_cast<const T*>(bias.data)[col]);
 }
 
-// acc = acc * scale + bias; the first of this lane's columns is `col`. Apart from the loop that
-// stores, which without a bias would go over a branch for every element.
+// acc = acc * scale + bias; the first of this lane's columns is `col`. Kept out of the loop that stores,
+// which without a bias would take a branch per element.
 template <typename T, int kCount>
 __device__ __forceinline__ void finish(float (&acc)[kCount], float scale, const Bias& bias, int col,
                                        int n) {

@@ -1,8 +1,7 @@
 // The two-segment product, out (M, N) = P (M, r) @ B + x (M, K) @ W: what can be decided without a
 // GPU. Which block computes which tile, which k-step reads which operand where, the ring's stages
-// and phases, where things lie in shared memory, what the tensor maps and the wgmma descriptors
-// say. No CUDA header, so the tests compile it for the host; kernels and launchers use these very
-// functions.
+// and phases, the layout of shared memory, the contents of tensor maps and wgmma descriptors. Needs no
+// CUDA header, so the tests compile it for the host; kernels and launchers use these same functions.
 #pragma once
 
 #include "numerics.cuh"
@@ -11,16 +10,16 @@ namespace relora::two_segment {
 
 constexpr int kBlockM = 128;           // rows of a tile: 64 for each consumer warpgroup
 constexpr int kBlockK = 64;  // k of a step: 128 bytes of a 16-bit operand, one swizzled row
-constexpr int kSpan = 64;              // columns of an operand that is not K-contiguous: the same
+constexpr int kSpan = 64;              // columns of a box of an operand that is not K-contiguous: likewise
 constexpr int kRowBytes = 128;         // a row of either in shared memory
 constexpr int kAtomBytes = 8 * kRowBytes;  // the swizzle repeats after eight rows
 constexpr int kConsumers = 2;              // warpgroups
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kGroupRows = 8;  // tiles of rows that share a pass over W, for L2
+constexpr int kGroupRows = 8;  // tiles of rows that share a pass over W, so that L2 holds it
 constexpr int kMostShared = 232448;  // bytes a block may use on sm_90
 
-// setmaxnreg: what the producer gives up the consumers take, out of 168 a thread at the launch. The
-// compiler spills a few with 40 for the producer, or without the exchange.
+// setmaxnreg: the consumers take the registers that the producer gives up, out of 168 per thread at the
+// launch. With 40 for the producer, or without the exchange, the compiler spills a few.
 constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * kLaunchRegisters);
@@ -29,13 +28,13 @@ RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) 
 
 // ---- Tiles -------------------------------------------------------------------------------------
 
-// What a block does at a time: a tile, by its first element, and the k-steps [from, to) of a slab.
+// What a block does at a time: a tile, given by its first element, and the k-steps [from, to) of a slab.
 struct Work { int row, col, slab, from, to; };
 
 // A cluster of `cluster` blocks takes as many neighbouring tiles of rows in one tile of columns, so
-// that one copy of W serves all; unit u of the schedule belongs to cluster u mod the number of
-// them. Units run down kGroupRows tiles of rows, then to the next columns: W and x both stay in L2.
-// Where the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
+// that one copy of W serves all of them. Unit u of the schedule belongs to cluster u mod the number of
+// clusters. Units run down kGroupRows tiles of rows, then to the next columns, so that W and x both stay
+// in L2. If the sum is cut into slabs of `slab_steps` k-steps, whole slabs come one after the other.
 struct Schedule {
   int row_units, col_units, block_n, cluster, group, steps, slab_steps;
 
@@ -51,7 +50,7 @@ struct Schedule {
   RELORA_HD int64_t tiles() const { return int64_t(row_units) * col_units; }
   RELORA_HD int64_t units() const { return tiles() * ((steps - 1) / slab_steps + 1); }
 
-  // For the block with rank `rank` in its cluster; the last tile may lie beyond M as a whole.
+  // For the block with rank `rank` in its cluster. The last tile may lie entirely beyond M.
   RELORA_HD Work work(int unit, int rank) const {
     const int tiles = row_units * col_units, slab = unit / tiles, from = slab * slab_steps;
     const int tile = unit % tiles, band = group * col_units;
@@ -62,9 +61,9 @@ struct Schedule {
   }
 };
 
-// Where a box that starts at `start`, a multiple of 64, is fetched from: no box starts outside its
-// operand, nor at other than a multiple of 16 bytes, at which TMA stops with an illegal instruction.
-// What a box beyond the end would hold is multiplied into rows or columns that are never stored.
+// Where to fetch a box that starts at `start`, a multiple of 64. No box may start outside its operand, or
+// off a 16-byte boundary, where TMA fails with an illegal instruction. The contents of a box beyond the
+// end only reach rows or columns that are never stored.
 RELORA_HD constexpr int box_start(int start, int extent) {
   return start < extent ? start : (extent - 1) / 8 * 8;
 }
@@ -85,18 +84,19 @@ struct Steps {
 
 // ---- Pairs -------------------------------------------------------------------------------------
 
-// x W (m, n) and x^T P (k, n) in one launch, slab by slab of x's rows: the tiles of x W in a slab,
-// then the sums over it. Neither needs the other.
+// x W (m, n) and x^T P (k, n) in one launch, slab by slab of x's rows: first the tiles of x W in a slab,
+// then the sums over the slab. They are independent of each other.
 //
-// Q and dB of 16384 x 4096, r = 128, on an H200, estimated and not measured: in a launch each, dy's
-// 134 MB come twice from HBM, 63 us at 4.3 TB/s; 34 GFLOP are 44 us; 32 KB a step of a 128 x 128
-// tile make 537 MB through L2, 70 us at some 7.5 TB/s, but 54 us where two blocks share a tile of W
-// or P. So a pair in clusters of two may gain 16 us, 2 % of the backward, another none.
-// A tile of x W takes all columns: with k / 64 steps for units of either kind, that is slabs of k
-// rows, 132 blocks pass through 132 x 128 k bytes of dy, 69 MB, rows across columns, so that on
-// average a third of it lies between two readings, in an L2 of 50 MB, or 25 where both its halves
-// hold a line. Smaller slabs change nothing. Two launches a slab of 16 MB leave 16 tiles of Q to
-// 132 blocks; cut over k, these write and read float32 sums of half of dy's bytes.
+// Q and dB of 16384 x 4096, r = 128, on an H200, estimated and not measured: with a launch each, dy's
+// 134 MB come from HBM twice, 63 us at 4.3 TB/s. 34 GFLOP take 44 us. 32 KB per step of a 128 x 128 tile
+// are 537 MB through L2, 70 us at some 7.5 TB/s, but 54 us if two blocks share a tile of W or P. So a
+// pair in clusters of two may gain 16 us, 2 % of the backward; without clusters it gains nothing.
+//
+// A tile of x W takes all columns. With k / 64 steps for units of either kind, that is, slabs of k rows,
+// 132 blocks go through 132 x 128 k bytes of dy, 69 MB, some by rows and others by columns. So on average
+// a third of that lies between two reads of an element, in an L2 of 50 MB, or 25 if both of its halves
+// hold a line. Smaller slabs change nothing. Two launches per slab of 16 MB would leave 16 tiles of Q for
+// 132 blocks; cut over k, these would write and read float32 sums of half of dy's bytes.
 struct Pair {
   Schedule across, down;  // of x W, of x^T P
   int per_slab;           // units of x W in a slab
@@ -125,7 +125,7 @@ struct Pair {
 // ---- The ring ----------------------------------------------------------------------------------
 
 // A position in the ring. Consumers wait for the stage's "full" barrier to leave phase `phase`, the
-// producer for its "empty" barrier to leave the phase before: in the first round that is past.
+// producer for its "empty" barrier to leave the phase before, which in the first round is already over.
 template <int kStages>
 struct Ring {
   int stage = 0;
@@ -142,7 +142,7 @@ struct Layout {
   static constexpr int right_bytes = kBlockN * kRowBytes;  // K- or N-contiguous: 64 x kBlockN x 2
   static constexpr int stage_bytes = left_bytes + right_bytes;
   static constexpr int buffer_bytes = kBlockM / kConsumers * kRowBytes;  // 64 x 64 of the output
-  // As many output buffers a warpgroup as fit, up to the whole tile.
+  // As many output buffers per warpgroup as fit, up to the whole tile.
   static constexpr int room =
       (kMostShared - kStages * stage_bytes - 16 * kStages) / (kConsumers * buffer_bytes);
   static constexpr int buffers = room < kBlockN / kSpan ? room : kBlockN / kSpan;
@@ -154,9 +154,9 @@ struct Layout {
   static_assert(buffers >= 1 && bytes <= kMostShared);
 };
 
-// 128-byte swizzle: the 16-byte chunk's number is xored with the row's number mod 8, that is
-// address bits 4-6 with bits 7-9. TMA writes and reads so, wgmma reads so, the epilogue has to
-// write so.
+// 128-byte swizzle: the 16-byte chunk's number is xored with the row's number mod 8, that is, address
+// bits 4-6 with bits 7-9. TMA writes and reads this layout, wgmma reads it, and the epilogue has to
+// write it.
 RELORA_HD constexpr int swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
 }
@@ -171,8 +171,8 @@ RELORA_HD constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leadin
          uint64_t(stride >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// K-contiguous: 64 k to a row, the stride goes to the next eight rows, there is nothing to lead to,
-// and 16 k further are 32 bytes. Else blocks of 64 columns, 64 k high: the stride goes to the next
+// K-contiguous: a row has 64 k, the stride leads to the next eight rows, the leading offset is unused,
+// and 16 k further are 32 bytes. Otherwise blocks of 64 columns, 64 k high: the stride leads to the next
 // eight k, the leading offset to the next block, and 16 k further are 16 rows.
 template <bool kContiguousK>
 RELORA_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
@@ -182,7 +182,7 @@ RELORA_HD constexpr uint64_t operand_descriptor(uint32_t address, int k) {
 
 // ---- Tensor maps -------------------------------------------------------------------------------
 
-// What cuTensorMapEncodeTiled is told about a matrix of 16-bit elements; dimension 0 is contiguous.
+// cuTensorMapEncodeTiled's arguments for a matrix of 16-bit elements; dimension 0 is contiguous.
 struct MapSpec {
   void* data;
   uint64_t extent[2];
@@ -194,7 +194,7 @@ inline MapSpec map_spec(void* data, int64_t rows, int64_t cols, int64_t pitch, i
   return {data, {uint64_t(cols), uint64_t(rows)}, uint64_t(pitch) * 2, {kSpan, uint32_t(box_rows)}};
 }
 
-// TMA asks for 16-byte multiples and at most 256 box rows; null, empty and overlapping operands
+// TMA requires multiples of 16 bytes and at most 256 box rows. Null, empty and overlapping operands
 // have no map either.
 inline bool has_map(const MapSpec& s) {
   return s.data && reinterpret_cast<uintptr_t>(s.data) % 16 == 0 && s.pitch % 16 == 0 &&

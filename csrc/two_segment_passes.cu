@@ -4,8 +4,8 @@
 //   mask_rows   out (m, k) = x where kept, else 0. The factor 1 / keep is the products' scale.
 //   sum_slabs   out (m, n) = scale * sum over slabs of in (slabs, m, n), float32, first slab first
 //
-// Bytes: 4 m k, and 4 m n (slabs + 1) at most. A thread has eight neighbouring columns, which share
-// a draw.
+// Bytes: 4 m k, and 4 m n (slabs + 1) at most. A thread of mask_rows has eight neighbouring columns,
+// which share a draw.
 #include "launch.h"
 #include "numerics.cuh"
 

@@ -1,13 +1,12 @@
 // The two-segment product of launch.h on sm_80 and newer, by cp.async, ldmatrix and mma.sync:
-// Ampere, Ada, consumer Blackwell, and whatever has no kernel of its own.
+// Ampere, Ada, consumer Blackwell, and any GPU without a kernel of its own.
 //
-// A block of eight warps computes a 128 x 128 tile, a warp 64 x 32 of it. Copies of the next
-// k-steps run while one is multiplied, first those of (P, B), then those of (x, W): the
-// accumulators do not change hands. The tile leaves through shared memory in rows of 16 bytes a
-// thread.
+// A block of eight warps computes a 128 x 128 tile, a warp 64 x 32 of it. While one k-step is
+// multiplied, the next ones are copied, first those of (P, B), then those of (x, W), for the same
+// accumulators. The tile is stored through shared memory, 16 bytes of a row per thread.
 //
-// Q and dB are a launch each: of 16384 x 4096, r = 128, an A100 reads dy in 67 us at 2 TB/s, and
-// multiplies for as long at an estimated 250 TFLOP/s: one launch for both would gain nothing.
+// Q and dB take a launch each. For 16384 x 4096, r = 128, an A100 reads dy in 67 us at 2 TB/s and
+// multiplies for as long at an estimated 250 TFLOP/s, so one launch for both would gain nothing.
 #include <algorithm>
 
 #include "launch.h"
@@ -26,16 +25,16 @@ constexpr int kOutPitch = kTile * 2 + 16;  // bytes; + 16 spreads the banks
 constexpr int kShared = kStages80 * kStageBytes;
 static_assert(kTile == kBlockM && kTile * kOutPitch <= kShared);
 
-// Byte of the 16-byte chunk that holds (i, k .. k + 7), or (i .. i + 7, k), of a tile. Rows of 64
-// bytes, k along them, or of 256 bytes; chunks are xored so that eight rows of one column lie in
-// eight banks.
+// Byte offset of the 16-byte chunk that holds (i, k .. k + 7) of a tile, or, if not K-contiguous,
+// (i .. i + 7, k). Rows have 64 bytes along k, or 256 along i. Chunks are xored so that eight rows of
+// one column cover all banks.
 template <bool kContiguousK>
 __device__ __forceinline__ uint32_t chunk_at(int i, int k) {
   return kContiguousK ? i * 64 + (((k / 8) ^ (i / 2)) & 3) * 16
                       : k * 256 + ((i / 8) ^ (k & 7)) * 16;
 }
 
-// One tile of an operand, beyond its edges zeros: a thread copies two chunks.
+// Copies one tile of an operand, with zeros beyond its edges: two chunks per thread.
 template <bool kContiguousK>
 __device__ __forceinline__ void fetch(uint32_t to, const Matrix& t, int i0, int k0, int extent,
                                       int depth) {
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
   const int row = warp % 2 * 64, col = warp / 2 * 32;  // of the warp in the tile
   const int part = lane / 8, line = lane % 8;  // of the 8 x 8 matrix whose row this lane addresses
 
-  // Step s into its stage; past the end an empty group, so that groups count steps.
+  // Copies step s into its stage; past the end commits an empty group, so that groups count steps.
   const auto start = [&](int s) {
     if (s < work.to) {
       const Step step = steps.at(s);
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
   for (int s = work.from; s < work.from + kStages80 - 1; ++s) start(s);
   for (int s = work.from; s < work.to; ++s) {
     ptx::copy_wait<kStages80 - 2>();
-    __syncthreads();  // step s is there for all; step s - 1 has been read by all
+    __syncthreads();  // step s has arrived for all threads, and all have read step s - 1
     start(s + kStages80 - 1);
     if (kDropout && s == steps.low)
 #pragma unroll
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kThreads80, 2) two_segment_mma_kernel(const Tw
       }
     }
   }
-  // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
+  // Epilogue. Partial sums are stored as they are, in whole 32-byte sectors.
   const int my_row = row + lane / 4, my_col = col + lane % 4 * 2;
   if constexpr (kForm == Form::tn) {
     float* const out = static_cast<float*>(a.out.data) + int64_t(work.slab) * m * a.out.row;

@@ -1,15 +1,15 @@
 // out (M, N) = dropout'(P (M, r) @ B) + x (M, K) @ W + bias on Hopper: y and dx of lora_linear;
-// with r = 0 the skinny products P and Q; and, transposed and cut into slabs of float32, dA and dB;
-// or Q and dB in one launch, which takes turns between the two.
+// with r = 0 the skinny products P and Q; transposed and cut into slabs of float32, dA and dB;
+// or Q and dB in one launch, which alternates between the two.
 //
-// One persistent block an SM. One thread of the producer warpgroup keeps a ring of k-steps filled
-// by TMA: first those of (P, B), then those of (x, W); the second segment only switches two tensor
+// One persistent block per SM. One thread of the producer warpgroup keeps a ring of k-steps filled
+// by TMA: first those of (P, B), then those of (x, W). The second segment only switches two tensor
 // maps. Two consumer warpgroups multiply 64 rows each with wgmma into one float32 accumulator, add
 // the bias, round once, and hand the tile to TMA to store while they go on with the next one. In a
-// cluster of two the blocks share each tile of W: either fetches half of it, for both.
+// cluster of two the blocks share each tile of W: each fetches half of it, for both.
 //
-// FLOPs: 2 M N (K + r). Compiled for sm_90a alone. What decides indices, phases and descriptors is
-// in two_segment.h; what is an instruction in ptx.cuh.
+// FLOPs: 2 M N (K + r). Compiled for sm_90a only. Indices, phases and descriptors are computed in
+// two_segment.h; instructions are in ptx.cuh.
 #include <algorithm>
 
 #include "launch.h"
@@ -23,8 +23,8 @@ namespace {
 using namespace two_segment;
 
 struct Params {
-  CUtensorMap low_left, left, right, low_right, out;  // of a pair, p is in low_left
-  bool stores_by_tma;  // else `out_data` row by row: its pitch is no multiple of 16 bytes
+  CUtensorMap low_left, left, right, low_right, out;  // in a pair, p is in low_left
+  bool stores_by_tma;  // otherwise row by row to out_data: its start or pitch is no multiple of 16 bytes
   void* out_data;
   int64_t out_pitch;
   Matrix sums;  // of a pair
@@ -34,11 +34,11 @@ struct Params {
   Bias bias;
   Dropout dropout;
 };
-static_assert(sizeof(Params) <= 4096);  // what a kernel may be given before CUDA 12.1
+static_assert(sizeof(Params) <= 4096);  // limit of kernel parameters before CUDA 12.1
 
-// What a variant is: the tile's width, the ring's depth, the blocks of a cluster, how the operands
-// lie, whether the low-rank sum is masked, whether it is a half of a pair: the ring, of which both
-// fill every stage, goes on from units of one to units of the other.
+// A variant: the tile's width, the ring's depth, the blocks of a cluster, how the operands are stored,
+// whether the low-rank sum is masked, whether it is half of a pair. Both halves of a pair fill whole
+// stages of the same ring, which continues from units of one half to units of the other.
 template <typename T_, int kBlockN_, int kStages_, int kCluster_, Form kForm_,
           bool kDropout_ = false, bool kPair_ = false>
 struct Variant : Layout<kBlockN_, kStages_> {
@@ -47,8 +47,8 @@ struct Variant : Layout<kBlockN_, kStages_> {
   static constexpr Form kForm = kForm_;
   static constexpr bool kDropout = kDropout_, kPair = kPair_;
   static constexpr bool kLeftK = kForm != Form::tn, kRightK = kForm == Form::nt;  // K-contiguous
-  static constexpr int kLeftBox = kLeftK && !kPair ? kBlockM : kSpan;  // rows; a pair's is for both
-  static constexpr bool kDown = kPair && kForm == Form::tn;  // x^T p, where p is in low_left
+  static constexpr int kLeftBox = kLeftK && !kPair ? kBlockM : kSpan;  // rows; a pair's fits both halves
+  static constexpr bool kDown = kPair && kForm == Form::tn;  // x^T p, with p in low_left
   using Down = Variant<T, kBlockN, kStages, kCluster, Form::tn, false, true>;
 };
 
@@ -59,7 +59,7 @@ struct Barriers {
   __device__ uint32_t empty(int stage) const { return memory + V::empty + 8 * stage; }
 };
 
-// call(variant, work) for what this block computes, one after the other.
+// Calls call(variant, work) for each unit that this block computes, in order.
 template <typename V, typename Call>
 __device__ __forceinline__ void each_unit(const Params& p, int rank, Call&& call) {
   const int first = blockIdx.x / V::kCluster, stride = gridDim.x / V::kCluster;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void each_unit(const Params& p, int rank, Call&& call
 
 // ---- Producer ----------------------------------------------------------------------------------
 
-// For this block, or the same for each of a cluster.
+// Loads a box for this block, or the same box for all blocks of a cluster.
 template <int kBlocks>
 __device__ __forceinline__ void load(const CUtensorMap* map, uint32_t to, uint32_t full, int c0,
                                      int c1) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t memory, int ra
       ptx::hold(acc);
       release(before);
     };
-    const int& m = U::kDown ? p.k : p.m;  // read at each use: a register more, and wide tiles spill
+    const int& m = U::kDown ? p.k : p.m;  // read at each use: with one register more, wide tiles spill
     const int row = work.row + warpgroup * (kBlockM / kConsumers);
     if constexpr (V::kDropout) {
       multiply(0, steps.low, false);
@@ -187,7 +187,7 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t memory, int ra
       multiply(work.from, work.to, false);
     }
 
-    // Epilogue. Partial sums: as they are, whole 32-byte sectors at a time.
+    // Epilogue. Partial sums are stored as they are, in whole 32-byte sectors.
     const int my_col = work.col + lane % 4 * 2;
     if constexpr (U::kForm == Form::tn) {
       const int my_row = row + warp * 16 + lane / 4;
@@ -212,12 +212,12 @@ __device__ __forceinline__ void consume(const Params& p, uint32_t memory, int ra
       const uint32_t to = buffers + buffer.stage * V::buffer_bytes;
       buffer.advance();
       if (thread == 0) ptx::store_wait_read<V::buffers - 1>();
-      ptx::named_barrier(1 + warpgroup, 128);  // the buffer's earlier contents are gone
+      ptx::named_barrier(1 + warpgroup, 128);  // the buffer's earlier contents have been read
 #pragma unroll
       for (int sixteen = 0; sixteen < kSpan / 16; ++sixteen) {
         uint32_t packed[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // columns 8 (i / 2) on, rows 8 (i % 2) on
+        for (int i = 0; i < 4; ++i) {  // columns from 8 (i / 2) on, rows from 8 (i % 2) on
           const float* pair = acc + (chunk * kSpan + sixteen * 16) / 2 + i * 2;
           packed[i] = ptx::pack<T>(pair[0], pair[1]);
         }
@@ -285,8 +285,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver that is loaded: nothing links against it, so that the module imports without one.
-// Null where it has none.
+// Looked up in the loaded driver: nothing links against it, so that the module imports without a driver.
+// Null if the driver does not have it.
 Encode find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
@@ -380,7 +380,7 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
 
   static const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
-  cudaError_t error = cudaSuccess;  // the first
+  cudaError_t error = cudaSuccess;  // the first error
   const auto map = [&](CUtensorMap* to, const MapSpec& spec) {
     if (!error) error = make_map(encode, a.dtype, spec, to);
   };
@@ -393,7 +393,7 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
     return a.form == Form::nt ? map_spec(t.data, a.n, depth, t.row, e->block_n / e->cluster)
                               : map_spec(t.data, depth, a.n, t.row, kBlockK);
   };
-  // What x^T is multiplied by.
+  // The right operand of x^T.
   const Matrix& under = pair ? a.p : a.w;
   const MapSpec under_spec = map_spec(under.data, pair ? a.m : a.k, a.n, under.row, kBlockK);
   map(&p.left, left_spec(a.x, a.k));
@@ -416,7 +416,7 @@ cudaError_t two_segment_sm90(const TwoSegmentArgs& a, cudaStream_t stream) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {unsigned(e->cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  // A cluster of two is the two SMs of one TPC, so that as many fit as there are pairs of SMs.
+  // A cluster of two occupies the two SMs of a TPC, so as many fit as there are pairs of SMs.
   config.gridDim = dim3(unsigned(
       std::min<int64_t>(units, std::max(1, processors / e->cluster)) * e->cluster));
   config.blockDim = dim3(kThreads);
