@@ -280,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("merge_has_sm90") = bool(RELORA_SM90);
   m.def("merge", &merge, py::arg("layers"), py::arg("weight_dtype"), py::arg("factor_dtype"),
         py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
-        py::arg("stream"), py::arg("kind") = "streamed");
+        py::arg("stream"), py::arg("kind"));
   m.def("prune_workspace", &prune_workspace, py::arg("rows"), py::arg("device"));
   m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
         py::arg("bytes"), py::arg("device"), py::arg("stream"));

@@ -23,10 +23,10 @@
 //   5461 x 2048                          27 us                22 us
 //   2048 x 5461, an odd pitch            35 us                22 us
 //
-// Not measured yet: sm90's present unit sizes, and its prefetch of lora_A into L2, which are newer. In sm90 W is
-// in flight at all times, no phase waits for another one in the same thread, and accesses are of 16 bytes at any
-// pitch. Its predecessor took 3.09 ms and 43 us (2026-11-27): by ncu 42 % of the warps' time went by in waiting
-// in the sum, 20 % in the product and 16 % for lora_A, one after the other; an odd pitch was slowest.
+// Not measured yet: the present unit sizes of sm90, which are newer. In sm90 W is in flight at all times, no phase waits for
+// another one in the same thread, and accesses are of 16 bytes at any pitch. Its predecessor took 3.09 ms and 43 us
+// (2026-11-27): by ncu 42 % of the warps' time went by in waiting in the sum, 20 % in the product and 16 % for
+// lora_A, one after the other; an odd pitch was slowest.
 //
 // What bounds the sm90 kernel: passes over as much memory as the 168 weights and in the same pattern, without a
 // product (H200, 2026-11-27, CUDA events, medians of 20, by programs that are not kept here). One call copies
@@ -136,8 +136,6 @@ constexpr void (*kRestartKernels[3])(MergeTable) = {restart_kernel<float>, resta
 
 // ---- The launches -------------------------------------------------------------------------------
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename... Args>
 cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared,
                    cudaStream_t stream, Args... args) {
@@ -151,13 +149,13 @@ cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t 
 
 int64_t tiles_of(const MergeLayer& layer) {
   if (layer.r == 0) return 0;
-  return divide_up(layer.n, kRows) * divide_up(layer.k, kCols);
+  return ceil_div(layer.n, kRows) * ceil_div(layer.k, kCols);
 }
 
 // Tiles of a row that a block processes, with one read of its part of lora_B for all of them: few enough
 // that every multiprocessor gets its blocks and that all end at about the same time.
 int tiles_of_a_block(int64_t tiles, int multiprocessors) {
-  return int(std::clamp<int64_t>(divide_up(tiles, kBlocksAnSM * multiprocessors), 1, 8));
+  return int(std::clamp<int64_t>(ceil_div(tiles, kBlocksAnSM * multiprocessors), 1, 8));
 }
 
 }  // namespace
@@ -193,8 +191,8 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
       MergeLayer& layer = layers[i];
       layer.first_block = uint32_t(blocks);
       if (tiles_of(layer))
-        blocks += divide_up(layer.n, kRows) *
-                  divide_up(divide_up(layer.k, kCols), table.tiles_per_block);
+        blocks += ceil_div(layer.n, kRows) *
+                  ceil_div(ceil_div(layer.k, kCols), table.tiles_per_block);
       if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
     }
   }
@@ -202,9 +200,8 @@ cudaError_t merge(MergeLayer* layers, int count, DType weight_dtype, DType facto
     MergeLayer& layer = layers[i];
     layer.first_restart_block = uint32_t(restart_blocks);
     if (layer.restarts)
-      restart_blocks += divide_up(layer.restart_rows * divide_up(layer.k, 4) +
-                                      layer.n * divide_up(layer.r, 4),
-                                  kRestartThreads * kQuads);
+      restart_blocks += ceil_div(layer.restart_rows * ceil_div(layer.k, 4) + layer.n * ceil_div(layer.r, 4),
+                                 kRestartThreads * kQuads);
     if (restart_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   }
   if (blocks == 0 && restart_blocks == 0) return cudaSuccess;

@@ -34,7 +34,6 @@
 namespace relora {
 namespace {
 
-using two_segment::ceil_div;
 using two_segment::kRowBytes;
 using two_segment::operand_descriptor;
 using two_segment::Ring;

@@ -17,6 +17,8 @@
 
 namespace relora {
 
+RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Storage only: 16 bits, with types of their own for overloads.
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };

@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) counts_kernel(const __g
     }
   });
   runs.flush();
-  greatest = __reduce_max_sync(kAll, greatest);
-  not_above = __reduce_max_sync(kAll, not_above);
+  greatest = __reduce_max_sync(kAllLanes, greatest);
+  not_above = __reduce_max_sync(kAllLanes, not_above);
   if (threadIdx.x % 32 == 0) {
     atomicMax(reinterpret_cast<long long*>(&table.highest[row.index]), (long long)greatest);
     if (not_above)
@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) counts_kernel(const __g
 
 int bytes_of(int64_t dtype) { return DType(dtype) == DType::f32 ? 4 : 2; }
 int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-int64_t blocks_of(int64_t size, int64_t share) { return (size + share - 1) / share; }
 
 // Tensors of one element size that share a table. In the workspace a group's histograms come first, then its
 // lists.
@@ -198,8 +197,8 @@ enum class Which { small, held, large, huge, any };
 template <typename Bits>
 Which which(const PruneTensor& t, const Device& device) {
   if (t.size <= kSmall) return Which::small;
-  if (!is_wide(t.data)) return Which::large;
-  const bool pair = t.partner && bytes_of(t.partner_dtype) == 4 && is_wide(t.partner);
+  if (!is_aligned16(t.data)) return Which::large;
+  const bool pair = t.partner && bytes_of(t.partner_dtype) == 4 && is_aligned16(t.partner);
   if (sizeof(Bits) == 4 && t.size <= int64_t(device.cluster) * kMostShare && (pair || !t.partner))
     return Which::held;
   return t.size >= kSampledFrom && t.size < kWideFrom ? Which::huge : Which::large;
@@ -215,7 +214,7 @@ int64_t spans_a_block(const Table& table, int slots) {
   for (int64_t spans = 1; spans <= kMostSpans<Bits>; ++spans) {
     int64_t blocks = 0;
     for (uint32_t r = 0; r < table.count; ++r)
-      blocks += blocks_of(table.rows[r].size, spans * kSpan<Bits>);
+      blocks += ceil_div(table.rows[r].size, spans * kSpan<Bits>);
     const int64_t cost = (blocks + slots - 1) / slots * (spans + 1);
     if (cost < least) best = spans, least = cost;
   }
@@ -228,7 +227,7 @@ void lay_out(Table& table, int64_t share) {
   table.blocks = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
     table.rows[r].first_block = table.blocks;
-    table.blocks += uint32_t(blocks_of(table.rows[r].size, share));
+    table.blocks += uint32_t(ceil_div(table.rows[r].size, share));
   }
 }
 
@@ -250,16 +249,16 @@ void lay_out_waves(Chain& table, int slots) {
   constexpr int64_t kMost = kMostWindowSpans * kSpan<Bits>;
   int64_t least = 0, total = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
-    least += blocks_of(table.rows[r].size, kMost);
+    least += ceil_div(table.rows[r].size, kMost);
     total += table.rows[r].size;
   }
-  const double blocks = double(blocks_of(least, slots) * slots);
+  const double blocks = double(ceil_div(least, slots) * slots);
   table.blocks = 0;
   for (uint32_t r = 0; r < table.count; ++r) {
-    const int64_t size = table.rows[r].size, most = blocks_of(size, kSweep<Bits>);
+    const int64_t size = table.rows[r].size, most = ceil_div(size, kSweep<Bits>);
     const int64_t part = int64_t(blocks * (double(size) / double(total)));
     table.rows[r].first_block = table.blocks;
-    table.blocks += uint32_t(min(max(part, blocks_of(size, kMost)), most));
+    table.blocks += uint32_t(min(max(part, ceil_div(size, kMost)), most));
   }
 }
 
@@ -390,7 +389,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
       if (of != Which::any && of != which<Bits>(t, device)) continue;
       const int64_t its_blocks = of == Which::small  ? 1
                                  : of == Which::held ? device.cluster
-                                                     : blocks_of(t.size, kSpan<Bits>);
+                                                     : ceil_div(t.size, kSpan<Bits>);
       const bool wide = t.size >= kWideFrom;
       const int64_t hist_bytes =
           large ? rounded(sizeof(Slot) + (wide ? 8 : 4) * int64_t(Format<Bits>::bins)) : 0;
@@ -476,7 +475,7 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   }
   if constexpr (kHuge)
     for (uint32_t r = 0; r < table.count; ++r)
-      run(clear_kernel<Bits>, table.rows[r], uint32_t(blocks_of(table.rows[r].size, kSweep<Bits, 1>)));
+      run(clear_kernel<Bits>, table.rows[r], uint32_t(ceil_div(table.rows[r].size, kSweep<Bits, 1>)));
   else
     run(finish_kernel<Bits>, table, table.blocks);
   return failed;

@@ -31,7 +31,9 @@ constexpr int kRows = 400, kChainRows = 128, kParameters = 32764;
 constexpr int kRows = 48, kChainRows = 48, kParameters = 4096;
 #endif
 constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
-constexpr uint32_t kAll = 0xFFFFFFFFu;
+constexpr uint32_t kAll = 0xFFFFFFFFu;       // all bits
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;  // of a warp
+constexpr uint32_t kNone = 0xFFFFFFFFu;      // no index, no bin
 // From this size on counters take 64 bits. 32-bit indices do not suffice, so such a tensor has no list.
 constexpr int64_t kWideFrom = RELORA_WIDE_FROM;
 // From this size on a window is tried. For smaller tensors the sample would be too large a part.
@@ -331,7 +333,7 @@ struct Strip {
   }
 };
 
-__host__ __device__ __forceinline__ bool is_wide(const void* at) {
+__host__ __device__ __forceinline__ bool is_aligned16(const void* at) {
   return reinterpret_cast<uintptr_t>(at) % 16 == 0;
 }
 
@@ -343,7 +345,7 @@ __device__ __forceinline__ void read(const Row& row, int64_t begin, int64_t end,
   static_assert(kSpan<Bits> % kSweep<Bits> == 0, "whole sweeps");
   const Bits* data = static_cast<const Bits*>(row.data);
   Strip<Bits> strips[kUnroll];
-  if (is_wide(data) && begin + kSweep<Bits> <= end) {
+  if (is_aligned16(data) && begin + kSweep<Bits> <= end) {
     const int64_t mine = threadIdx.x * kN;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) strips[u].load(data + begin + mine + u * kThreads * kN);
@@ -423,9 +425,9 @@ template <typename Bits, int kStrips, typename Dropped>
 __device__ __forceinline__ void clear(const Row& row, int64_t begin, int64_t end,
                                       Dropped&& dropped) {
   Bits* data = static_cast<Bits*>(row.data);
-  if (is_wide(data) && row.partner_bytes == 0)
+  if (is_aligned16(data) && row.partner_bytes == 0)
     begin = clear_sweeps<Bits, kStrips, false>(row, begin, end, dropped);
-  if (is_wide(data) && is_wide(row.partner) && row.partner_bytes == sizeof(Bits))
+  if (is_aligned16(data) && is_aligned16(row.partner) && row.partner_bytes == sizeof(Bits))
     begin = clear_sweeps<Bits, kStrips / 2, true>(row, begin, end, dropped);
 #pragma unroll 1
   for (int64_t at = begin + threadIdx.x * kPack<Bits>; at < end; at += kThreads * kPack<Bits>)
@@ -458,13 +460,13 @@ __device__ __forceinline__ void each_listed(const Row& row, uint32_t listed, uin
     uint32_t at[4];
     Bits bits[4];
 #pragma unroll
-    for (int u = 0; u < 4; ++u) at[u] = i + u * int64_t(step) < listed ? row.list[i + u * step] : kAll;
+    for (int u = 0; u < 4; ++u) at[u] = i + u * int64_t(step) < listed ? row.list[i + u * step] : kNone;
 #pragma unroll
     for (int u = 0; u < 4; ++u)
-      if (at[u] != kAll) bits[u] = data[at[u]];
+      if (at[u] != kNone) bits[u] = data[at[u]];
 #pragma unroll
     for (int u = 0; u < 4; ++u)
-      if (at[u] != kAll) visit(at[u], bits[u]);
+      if (at[u] != kNone) visit(at[u], bits[u]);
   }
 }
 
@@ -565,7 +567,7 @@ struct Runs {
 
 // Maximum over the block, in shared memory. The caller has initialised *out, with a barrier after that.
 __device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
-  value = __reduce_max_sync(kAll, value);
+  value = __reduce_max_sync(kAllLanes, value);
   if (threadIdx.x % 32 == 0 && value) atomicMax(out, value);
 }
 
@@ -573,11 +575,11 @@ __device__ __forceinline__ void block_max(uint32_t* out, uint32_t value) {
 // Contains a barrier; the caller needs another one before it calls this again.
 __device__ __forceinline__ void grid_max(uint32_t* out, uint32_t value) {
   __shared__ uint32_t of_warp[kWarps];
-  value = __reduce_max_sync(kAll, value);
+  value = __reduce_max_sync(kAllLanes, value);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   if (threadIdx.x >= 32) return;
-  value = __reduce_max_sync(kAll, threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0);
+  value = __reduce_max_sync(kAllLanes, threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0);
   if (threadIdx.x == 0 && value) atomicMax(out, value);
 }
 
@@ -596,7 +598,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks
 
 struct Picked {
   unsigned long long left, here;  // rank within the bin, elements in it
-  uint32_t bin, next;             // the next bin that holds any; kAll: none
+  uint32_t bin, next;             // the next bin that holds any, or kNone
 };
 
 // The sum over the threads up to and including this one. Called by all threads of the block; contains a barrier.
@@ -605,7 +607,7 @@ __device__ __forceinline__ unsigned long long sum_upto(unsigned long long sum) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const unsigned long long other = __shfl_up_sync(kAll, sum, step);
+    const unsigned long long other = __shfl_up_sync(kAllLanes, sum, step);
     if (lane >= step) sum += other;
   }
   if (lane == 31) sums[threadIdx.x / 32] = sum;
@@ -624,7 +626,7 @@ __device__ __forceinline__ Picked pick(const Hist& hist, int bins, unsigned long
   unsigned long long sum = 0;
 #pragma unroll 8
   for (int bin = first; bin < last; ++bin) sum += hist(bin);
-  if (threadIdx.x == 0) picked.next = kAll;
+  if (threadIdx.x == 0) picked.next = kNone;
   const unsigned long long upto = sum_upto(sum);
   if (upto - sum <= rank && rank < upto) {
     picked.left = rank - (upto - sum);
@@ -667,7 +669,7 @@ __device__ __forceinline__ uint32_t find_threshold(const Row& row, double ratio,
                                                    const Picked& picked, uint32_t prefix,
                                                    uint32_t above) {
   const uint32_t low = prefix + picked.bin;
-  const uint32_t next = picked.next == kAll ? above : prefix + picked.next;
+  const uint32_t next = picked.next == kNone ? above : prefix + picked.next;
   const uint32_t high = picked.left + 1 < picked.here ? low : next;
   const float weight = quantile_rank(row.size, ratio).weight;
   switch (DType(row.dtype)) {

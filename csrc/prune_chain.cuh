@@ -524,7 +524,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksThatClear) clear_kernel(const
   const uint32_t threshold = state.threshold;
   const Source source = kN == 8 ? Source::whole : state.finish;  // with 16 bits nothing is listed
   Bits* const partner = static_cast<Bits*>(row.partner) + int64_t(strip) * kN;
-  const bool pair = row.partner_bytes == sizeof(Bits) && is_wide(row.partner);
+  const bool pair = row.partner_bytes == sizeof(Bits) && is_aligned16(row.partner);
   {
     const PerhapsUnused loads;
     if (full && pair) other.load(partner);

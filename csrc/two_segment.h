@@ -24,8 +24,6 @@ constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegister
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * kLaunchRegisters);
 
-RELORA_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- Tiles -------------------------------------------------------------------------------------
 
 // What a block does at a time: a tile, given by its first element, and the k-steps [from, to) of a slab.
