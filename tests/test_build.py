@@ -337,7 +337,7 @@ def test_the_module_builds_imports_without_a_gpu_and_names_a_failed_launch(tmp_p
         "assert len(layer) == _C.merge_layer_bytes\n"
         "def call(layers=bytearray(layer), **changes):\n"
         "    _C.merge(**{**dict(layers=layers, weight_dtype='bfloat16',\n"
-        "        factor_dtype='float32', restart_dtype='float32', rounding='nearest', table=0,\n"
+        "        factor_dtype='float32', restart_dtype='float32', rounding='nearest', table=0, kind='streamed',\n"
         "        device=0, stream=0), **changes})\n"
         "for changes in ({}, dict(kind='sm90', table=64), dict(kind='sm90'), dict(rounding='up'), dict(rounding='compensated'), dict(layers=bytearray(layer * 17)),\n"
         "                dict(layers=bytearray(9))):\n"
