@@ -146,6 +146,10 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"expected --jobs >= 1, got {options.jobs}")
     if options.minutes is not None and not options.minutes > 0:
         parser.error(f"expected --minutes > 0, got {options.minutes}")
+    if wrong := [seed for seed in options.seeds or () if not 0 <= seed < 2**32]:
+        parser.error(f"expected --seeds from 0 to 2^32 - 1, got {wrong[0]}")
+    if options.output and Path(options.output).exists() and not Path(options.output).is_dir():
+        parser.error(f"expected --output to be a folder, got the file {options.output}")
     options.grid = options.grid or (list(GRIDS) if options.report else ["core"])
     options.words = ["--preset", options.size, "--diagnostics", "true", *more]
     if options.steps is not None:

@@ -73,11 +73,14 @@ WORKER_ENVIRONMENT = {"RELORA_KERNELS_BACKEND": None}
 
 
 def main(arguments: list[str] | None = None, target: str = "common:run_case", cases=None) -> int:
-    """Exit status: 0 if what there was time for was measured, 2 if nothing can be measured here.
+    """Exit status: 0 if what there was time for was measured, 2 if nothing can be measured here, 130 if
+    interrupted.
 
     `target`, `cases`: the function that the workers call, and its arguments; for tests of this script.
     """
     args = _parser().parse_args(arguments)
+    if not 0 < args.minutes < float("inf"):
+        _parser().error(f"--minutes: expected a number above 0, got {args.minutes}")
     args.only = [subject for subject in SUBJECTS if subject in args.only]
     if args.ship and args.device == "cpu":
         _parser().error("--ship: expected --device cuda; `auto` never looks a CPU up")
@@ -124,7 +127,11 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
                     ):
                         write_json(file, results)
         wanted = list_cases(args.device, args.only) if cases is None else cases
-        left_out = measure(worker, wanted, results, file, deadline, write_json)
+        try:
+            left_out = measure(worker, wanted, results, file, deadline, write_json)
+        except KeyboardInterrupt:
+            print(f"\ngpu_check: interrupted; {file} holds what was measured", file=sys.stderr)
+            return 130
     finish(results, file, write_json, args, left_out)
     return 0
 

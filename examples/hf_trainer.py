@@ -24,7 +24,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
-    get_cosine_schedule_with_warmup,
+    get_scheduler,
     set_seed,
 )
 
@@ -102,17 +102,21 @@ def main() -> None:
     model = load_model(args, tokenizer)
 
     apply_relora(model, ReLoRaConfig(args.lora_r, lora_dropout=args.lora_dropout))  # [ReLoRA]
-    optimizer = torch.optim.AdamW(
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(training)
+    optimizer = optimizer_class(
         [p for p in model.parameters() if p.requires_grad],
-        training.learning_rate,
         weight_decay=training.weight_decay,
+        **settings,
     )
     steps, every = training.max_steps, args.restart_every
     if steps < 1:
         raise SystemExit(f"expected --max_steps >= 1, by which restarts are counted, got {steps}")
-    cosine = get_cosine_schedule_with_warmup(optimizer, training.get_warmup_steps(steps), steps)
+    base = get_scheduler(
+        training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps,
+        training.lr_scheduler_kwargs,
+    )  # fmt: skip
     schedule = ReLoRaSchedule(  # [ReLoRA]
-        model, optimizer, cosine, every, every // 5, total_steps=steps
+        model, optimizer, base, every, every // 5, total_steps=steps
     )
     trainer = Trainer(
         model=model,

@@ -121,7 +121,7 @@ class FusedReLoRaLinear(nn.Linear):
         clear it any more. `weight_dtype` stores W in another dtype, which `to_linear` undoes; if it is
         narrower and merges are compensated, what the cast drops becomes the first residual. The other
         arguments are the constructor's. Hooks stay with `linear` (apply_relora carries them over).
-        Raises TypeError for anything but a plain ``nn.Linear``.
+        Raises TypeError for anything but a plain ``nn.Linear`` with a plain weight.
         """
         if type(linear) is not nn.Linear or not isinstance(linear.weight, nn.Parameter):
             got = type(linear).__name__
@@ -131,6 +131,7 @@ class FusedReLoRaLinear(nn.Linear):
                 f"FusedReLoRaLinear.from_linear: expected a plain torch.nn.Linear, got {got}"
             )
         checks.plain_tensors("FusedReLoRaLinear.from_linear", weight=linear.weight)
+        checks.no_subclass("FusedReLoRaLinear.from_linear", weight=linear.weight)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, r, lora_alpha,
             lora_dropout, use_rslora, "meta", weight_dtype or linear.weight.dtype, lora_dtype,
@@ -406,6 +407,7 @@ class FusedReLoRaLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *rest):
         residual = state_dict.pop(prefix + "weight_residual", None)
+        self._warn_of_lost_merges(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if prefix + "weight" in state_dict:
             self.weight_residual = None
@@ -438,12 +440,23 @@ class FusedReLoRaLinear(nn.Linear):
         if self.weight.dtype not in _NARROW:
             self._keep_cast(self.weight.data)  # no cast, but adds the residual to W
 
+    def _warn_of_lost_merges(self, state_dict, prefix) -> None:
+        """Factors that come without the weight they belong to. Every layer has the same message, so that Python
+        shows it once."""
+        count = state_dict.get(prefix + "merge_count")
+        if prefix + "weight" in state_dict or not _is_count(count):
+            return
+        if _is_count(self.merge_count) and int(count) > int(self.merge_count):
+            warnings.warn(
+                "lora_A and lora_B of merged layers are loaded without the weights that they were merged into: "
+                "unless those are loaded otherwise, all merges are lost. Save frozen parameters, too",
+                UserWarning,
+                stacklevel=2,
+            )
+
     def _warn_of_lost_residual(self, weight, merge_count) -> None:
         """The message is the same for every layer, so that Python shows it once."""
-        counted = (
-            torch.is_tensor(merge_count) and merge_count.numel() == 1 and not merge_count.is_meta
-        )
-        if weight is None or not counted or not merge_count > 0:
+        if weight is None or not _is_count(merge_count) or not merge_count > 0:
             return
         if self._keeps_residual and weight.dtype in _NARROW:
             warnings.warn(
@@ -459,6 +472,10 @@ class FusedReLoRaLinear(nn.Linear):
             f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
             f"lora_dropout={self.lora_dropout}, merge_rounding={self.rounding}"
         )
+
+
+def _is_count(value) -> bool:
+    return torch.is_tensor(value) and value.numel() == 1 and not value.is_meta
 
 
 @torch.no_grad()

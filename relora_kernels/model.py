@@ -38,7 +38,7 @@ class ReLoRaConfig:
         r, lora_alpha, lora_dropout, use_rslora, lora_dtype, trainable_scaling: see FusedReLoRaLinear.
         target_modules: which nn.Linear modules to wrap: a list of names (a module matches if its path is
             the name or ends in "." + name), a regular expression (matched against the whole path),
-            "all-linear" (all but the output head), or None (attention and MLP projections).
+            "all-linear" (all but output heads), or None (attention and MLP projections).
         exclude_modules: a list of names or a regular expression of modules to leave alone.
         weight_dtype: dtype to store the frozen weights in, e.g. torch.bfloat16; None keeps their dtype.
         merge_rounding: "nearest", "stochastic", "compensated"; None: compensated for 16-bit weights.
@@ -79,7 +79,11 @@ def apply_relora(model: nn.Module, config: ReLoRaConfig | None = None) -> nn.Mod
     Raises ValueError, with nothing changed, if nothing is targeted (the message lists candidates), if
     the model already holds FusedReLoRaLinear modules, or if a target cannot be wrapped: its weight is
     shared with another module or computed (weight_norm, a parametrization), its forward is replaced or
-    bypassed (nn.TransformerEncoderLayer), or it is in DistributedDataParallel.
+    bypassed (nn.TransformerEncoderLayer), it has attributes of the user's under a name of FusedReLoRaLinear's, or
+    it is in DistributedDataParallel. TypeError if a weight is no ordinary floating-point tensor.
+
+    Functions that build a new nn.Linear from ``.weight`` (resize_token_embeddings if the output head is a
+    target, fuse_linear_bn_eval) drop the factors: call `merge_and_unload` before them.
     """
     config = ReLoRaConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, ReLoRaConfig):
@@ -226,6 +230,12 @@ def _own_names() -> frozenset[str]:
     return frozenset([*dir(layer), "parametrizations"])  # of factors: their result has been merged
 
 
+@functools.cache
+def _new_names() -> frozenset[str]:
+    """Names that FusedReLoRaLinear has and nn.Linear has not."""
+    return _own_names() - {*dir(nn.Linear(1, 1, device="meta")), "parametrizations"}
+
+
 def _targets(model: nn.Module, config: ReLoRaConfig) -> dict[str, nn.Linear]:
     linears = {path: m for path, m in model.named_modules() if _plain_class(m) is nn.Linear}
     heads = _output_heads(model)
@@ -322,9 +332,17 @@ def _check_pattern(name: str, pattern) -> None:
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
-    """The output heads of Hugging Face models; they stay at full rank."""
-    getters = (getattr(m, "get_output_embeddings", None) for m in model.modules())
-    return {head for getter in getters if callable(getter) and (head := getter()) is not None}
+    """The output heads of Hugging Face models, with what is in them (RoBERTa's classifier holds two linear
+    layers). They stay at full rank."""
+    heads = set()
+    for m in model.modules():
+        getter = getattr(m, "get_output_embeddings", None)
+        if callable(getter):
+            found = [getter(), *(getattr(m, name, None) for name in _HEADS)]
+            heads |= {
+                part for head in found if isinstance(head, nn.Module) for part in head.modules()
+            }
+    return heads
 
 
 def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
@@ -358,6 +376,12 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
                 f"{', '.join(names)}; leave it out with exclude_modules or untie it"
             )
         checks.plain_tensors("apply_relora", **{f"{path}.weight": linear.weight})
+        checks.no_subclass("apply_relora", **{f"{path}.weight": linear.weight})
+        if taken := sorted(vars(linear).keys() & _new_names()):
+            raise ValueError(
+                f"apply_relora: expected targets without attributes that FusedReLoRaLinear has, got {path} "
+                f"with {', '.join(taken)}; rename or delete them"
+            )
         if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise ValueError(
                 f"apply_relora: expected targets whose forward is called, got {path} of an "

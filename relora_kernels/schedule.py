@@ -120,7 +120,12 @@ class JaggedLR(LRScheduler):
         start = self.restarts_due(step) * self.restart_every
         since = step - start
         if start > 0 and since < self.restart_warmup_steps:
-            return since / self.restart_warmup_steps * base(start + self.restart_warmup_steps)
+            top = start + self.restart_warmup_steps
+            if self.end is not None:
+                top = min(
+                    top, self.end - 1
+                )  # behind its end a base schedule may be negative or undefined
+            return since / self.restart_warmup_steps * base(top)
         left = start + self.restart_every - step
         if left <= self.anneal_steps and self.restarts_due(step + left) > self.restarts_due(step):
             return base(step) * left / (self.anneal_steps + 1)
@@ -232,7 +237,11 @@ class ReLoRaSchedule:
 
     With torch.distributed, call it on every rank of the default group, all of which hold this model (DDP, or
     FSDP2's fully_shard). Each call sends a few integers, so that ranks that are at different steps, or whose
-    factors or residuals differ for the same rows, raise an error instead of producing a wrong model.
+    factors or residuals differ for the same rows, raise an error instead of producing a wrong model. Ranks
+    with fewer batches than others (DDP's Join) must call it as often as they.
+
+    Running averages of the parameters (EMA, SWA) average W, A and B apart, which after a restart is no average
+    of the models: begin them anew behind each restart, or average copies made by `merge_and_unload`.
 
     Args:
         model: holds FusedReLoRaLinear modules. optimizer: made after apply_relora.

@@ -193,6 +193,8 @@ def test_grid_is_run_once_and_reported(ablation, text, tmp_path, monkeypatch, ca
         (["--output_dir=x"], "got --output_dir=x"),
         (["--preset", "60m"], "got --preset"),
         (["--steps", "100", "--warm_start_steps", "200"], "warm_start_steps <= steps"),
+        (["--seeds", "0", "-1"], "expected --seeds from 0 to 2^32 - 1, got -1"),
+        (["--output", __file__], "expected --output to be a folder"),
     ],
 )
 def test_bad_options_are_told_before_any_run(ablation, monkeypatch, capsys, words, named):

@@ -283,6 +283,23 @@ class TestGpuCheck:
         printed = capsys.readouterr().out
         assert "[4/5] 3 hang: hung" in printed and "| bar | target |" in printed
 
+    def test_an_interrupted_run_keeps_what_was_measured(self, tmp_path, capsys):
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        assert check(tmp_path, fake_cases("fine"))[0] == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu_check, "measure", interrupt)
+            status, results = check(tmp_path, fake_cases("fine", "fine"))
+        assert status == 130 and results["machine"]["device"] == "Test device"
+        assert "interrupted; " in capsys.readouterr().err
+
+    @pytest.mark.parametrize("minutes", ["nan", "-1", "0", "inf"])
+    def test_a_time_that_is_none_is_refused(self, minutes, capsys):
+        with pytest.raises(SystemExit) as end:
+            gpu_check.main(["--device", "cpu", "--minutes", minutes])
+        assert end.value.code == 2 and "expected a number above 0" in capsys.readouterr().err
+
     def test_it_runs_the_files_that_only_a_gpu_can(self):
         listed = {f"test_{name}.py" for names, _ in gpu_check.TEST_STEPS.values() for name in names}
         files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
@@ -449,7 +466,7 @@ class TestGpuCheck:
         assert len(rest["cases"]) == done + 1
 
     def test_time_that_is_over_leaves_cases_out(self, tmp_path, capsys):
-        arguments = ["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)]
+        arguments = ["--device", "cpu", "--minutes", "1e-6", "--output", str(tmp_path)]
         assert gpu_check.main(arguments, "test_bench:fake_case", fake_cases("fine", "fine")) == 0
         assert "left out for lack of time: 2" in capsys.readouterr().out
 

@@ -309,6 +309,18 @@ def test_dropout_only_in_training(device):
     assert torch.equal(layer.eval()(x), plain)
 
 
+def test_factors_of_a_merged_layer_without_its_weight_are_told_of():
+    layer, other = (FusedReLoRaLinear(16, 8, r=4) for _ in range(2))
+    layer.merge()
+    trained = {key: value for key, value in layer.state_dict().items() if key != "weight"}
+    with pytest.warns(UserWarning, match="without the weights that they were merged into"):
+        other.load_state_dict(trained, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.load_state_dict(trained, strict=False)  # its own
+        other.load_state_dict(layer.state_dict())
+
+
 def test_a_state_dict_on_meta_loads_as_nn_linears_does():
     layer = FusedReLoRaLinear(16, 8, r=4, dtype=torch.bfloat16)
     layer.merge()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check_against_fp64, eager_lora_linear, operands, results
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from relora_kernels import FusedReLoRaLinear, lora_linear
 from relora_kernels.reference import lora_linear as reference
@@ -358,3 +359,19 @@ def test_compiled_under_autocast_has_eager_dtypes_inside(device):
     outside = torch.ops.relora_kernels._lora_linear_forward(*y[:4], 0.5, y[4], 0.0, None)
     assert inside[0].dtype == outside[0].dtype == torch.bfloat16
     assert torch.equal(inside[0], outside[0])
+
+
+def test_flops_are_counted():
+    """Twice the products' multiplications: W, A and B forward; dx, Q, dA and dB backward."""
+    M, K, N, r = 6, 16, 8, 4
+    x, weight, lora_A, lora_B, bias = operands(M, K, N, r, torch.float32)
+    with FlopCounterMode(display=False) as forward:
+        y = lora_linear(x, weight, lora_A, lora_B, 0.5, bias)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert forward.get_total_flops() == 2 * M * (N * K + r * K + N * r)
+    assert backward.get_total_flops() == 2 * M * (N * K + 2 * r * K + 2 * N * r)
+    with FlopCounterMode(display=False) as factors_only:
+        y = lora_linear(x.detach(), weight, lora_A, lora_B, 0.5)
+        y.sum().backward()
+    assert factors_only.get_total_flops() == 2 * M * (N * K + 2 * r * K + 3 * N * r)

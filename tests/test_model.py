@@ -372,6 +372,46 @@ def test_transformer_encoder_layers_are_refused_by_name():
         apply_relora(model, ReLoRaConfig(r=2, target_modules="all-linear"))
 
 
+def test_attributes_that_the_layer_has_itself_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].scaling, model[0].merge, model[0].other = 3.0, "now", 7
+    config = ReLoRaConfig(r=2, target_modules="all-linear")
+    with pytest.raises(ValueError, match="FusedReLoRaLinear has, got 0 with merge, scaling; rename"):
+        apply_relora(model, config)
+    del model[0].scaling, model[0].merge
+    assert apply_relora(model, config)[0].other == 7
+
+
+class Dequantizing(torch.Tensor):
+    """Integers with a scale that operations see as float32, as quantized weights mostly do."""
+
+    @staticmethod
+    def __new__(cls, integers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=torch.float32)
+
+    def __init__(self, integers, scale):
+        self.integers, self.scale = integers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].integers, args[0].scale)
+        plain = [a.integers * a.scale if isinstance(a, cls) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_weights_that_take_no_merge_are_refused_by_name():
+    """A merge would write to the temporary that such a weight is computed into."""
+    linear = nn.Linear(4, 4)
+    weight = Dequantizing(torch.ones(4, 4, dtype=torch.int8), 0.5)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(linear(torch.ones(4)), 2 + linear.bias)
+    with pytest.raises(TypeError, match="0.weight to be an ordinary tensor, got a Dequantizing"):
+        apply_relora(nn.Sequential(linear), ReLoRaConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(TypeError, match="dequantize it first"):
+        FusedReLoRaLinear.from_linear(linear, r=2)
+
+
 def test_targets_of_hugging_face_architectures():
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -394,6 +434,11 @@ def test_targets_of_hugging_face_architectures():
     ):
         found = wrapped(model, target_modules="all-linear")
         assert len(found) == 2 * 7 and not any("score" in p or "head" in p for p in found)
+    roberta = transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(vocab_size=50, intermediate_size=32, **small)
+    )
+    found = wrapped(nn.Sequential(roberta), target_modules="all-linear")
+    assert len(found) == 2 * 6 and not any("classifier" in path for path in found)
     gpt2 = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
     with pytest.raises(ValueError, match="4 Conv1D modules are no nn.Linear"):
         wrapped(transformers.GPT2LMHeadModel(gpt2))
@@ -618,7 +663,7 @@ def test_hooks_go_over_and_handles_still_remove_them(removed, monkeypatch):
 def test_what_users_put_on_a_linear_goes_over():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     linear = model[0]
-    linear.note, linear.name, linear.merge = "kept", "the layer's wins", "and so do its methods"
+    linear.note = "kept"
     linear.register_buffer("mask", torch.ones(4))
     linear.register_buffer("scratch", torch.ones(4), persistent=False)
     linear.gain, linear.child = nn.Parameter(torch.ones(4)), nn.Linear(2, 2)
@@ -626,7 +671,7 @@ def test_what_users_put_on_a_linear_goes_over():
     apply_relora(model, ReLoRaConfig(r=2, target_modules=["0"]))
     layer = model[0]
     assert layer.mask is linear.mask and layer.gain is linear.gain and layer.child is linear.child
-    assert layer.note == "kept" and layer.name == "0" and callable(layer.merge)
+    assert layer.note == "kept" and layer.name == "0"
     added = {f"0.{key}" for key in ("lora_A", "lora_B", "merge_count")}
     assert model.state_dict().keys() == before | added
     layer.later = "too"

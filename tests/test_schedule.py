@@ -196,6 +196,16 @@ def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():
     assert [ending.restarts_due(t) for t in (0, 9, 10, 29, 30, 31, 45)] == [0, 0, 1, 2, 2, 2, 2]
 
 
+def test_a_warm_up_that_the_run_ends_in_asks_for_no_rate_beyond_the_end():
+    table = [1 - t / 100 for t in range(100)]
+    schedule = JaggedLR(some_optimizer(), lambda t: table[t], 30, 20, total_steps=100)
+    assert schedule.multiplier(99) == pytest.approx(
+        9 / 20 * 0.01
+    )  # and not 9 / 20 * (1 - 110 / 100)
+    assert schedule.multiplier(45) == pytest.approx(15 / 20 * 0.5)
+    assert all(schedule.multiplier(t) >= 0 for t in range(100))
+
+
 def test_anneal_before_a_restart():
     schedule = JaggedLR(some_optimizer(), lambda t: 1.0, 10, 2, anneal_steps=3, total_steps=20)
     assert [schedule.multiplier(t) for t in range(5, 13)] == [1, 1, 0.75, 0.5, 0.25, 0, 0.5, 1]

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from torch._subclasses import FakeTensor
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +45,18 @@ def some(names, count: int = 4) -> str:
     """The first `count` of `names`, for a message."""
     names = list(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def no_subclass(op: str, **tensors) -> None:
+    """Raise TypeError for tensors of a class with operations of its own, such as quantized ones: what is written
+    to them in place may go to a temporary."""
+    for name, tensor in tensors.items():
+        own = type(tensor).__torch_dispatch__ != torch.Tensor.__torch_dispatch__
+        if own and not isinstance(tensor, FakeTensor):
+            raise TypeError(
+                f"{op}: expected {name} to be an ordinary tensor, got a {type(tensor).__name__}, which computes "
+                f"by operations of its own; dequantize it first, or leave it out"
+            )
 
 
 def plain_tensors(op: str, **tensors) -> None:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from relora_kernels import backend
 from relora_kernels.cuda import lora_linear as _cuda
@@ -86,6 +87,20 @@ def _backward_fake(
     )
 
 
+@register_flop_formula(torch.ops.relora_kernels._lora_linear_forward)
+def _forward_flops(x, weight, lora_A, *rest, out_shape=None, **kwargs) -> int:
+    (M, K), N, r = x, weight[0], lora_A[0]
+    return 2 * M * (N * K + r * K + N * r)
+
+
+@register_flop_formula(torch.ops.relora_kernels._lora_linear_backward)
+def _backward_flops(dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
+                    need_dx, need_dA, need_dB, need_dbias, out_shape=None, **kwargs) -> int:  # fmt: skip
+    (M, K), N, r = x, weight[0], lora_A[0]
+    low_rank = N * r * (need_dx or need_dA) + r * K * (need_dx + need_dA) + N * r * need_dB
+    return 2 * M * (N * K * need_dx + low_rank)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
@@ -151,7 +166,8 @@ def lora_linear(
     Returns: (..., out) in x's dtype.
 
     Under autocast x, weight and bias are cast to its dtype as by ``F.linear``. Differentiable once; does
-    not support torch.func's transforms (grad, vmap) or fx.symbolic_trace.
+    not support torch.func's transforms (grad, vmap) or fx.symbolic_trace. What torch.export exports is for
+    inference: the exported ops have no gradients.
 
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges, and `BackendUnavailable` if
     a named backend cannot serve the call.
