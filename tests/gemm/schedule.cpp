@@ -9,6 +9,7 @@
 #include "two_segment.h"
 
 using namespace relora::two_segment;
+using relora::ceil_div;
 
 static std::string message;
 
