@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import sass
@@ -26,6 +27,7 @@ import cuda_build  # noqa: E402
 
 # By default no build compiles all sources for these: they are assembled here from the module's PTX.
 FROM_PTX = ("86", "89")
+KINDS = ("LDG", "LDGSTS", "STG")  # load, copy to shared memory, store
 ARCHS = (*sorted({*cuda_build.DEFAULT_ARCHS, *FROM_PTX}, key=int), "90a")
 
 
@@ -84,7 +86,10 @@ def kernels(tools: Path, cubin: Path) -> list[dict]:
                 "tensor_core": sorted(set(re.findall(r"\b([HIQ]G?MMA\.\d[\w.]*)", body))),
                 # Whether it lets the next launch start early, and whether it waits for the one before.
                 "overlaps": ("PREEXIT" in body, "ACQBULK" in body),
-                "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", body))),
+                # {instruction: how often}
+                "global": dict(
+                    sorted(Counter(re.findall(rf"\b((?:{'|'.join(KINDS)})\.[\w.]*)", body)).items())
+                ),
             }
         )
     return rows
@@ -132,11 +137,14 @@ def all_kernels() -> list[dict]:
     return sorted(rows.values(), key=lambda row: (int(row["arch"].rstrip("af")), row["kernel"]))
 
 
-def widest(row: dict, kind: str) -> int:
-    """Bits of the widest global access that begins with `kind`; 0 for none."""
-    accesses = [name for name in row["global"] if name.startswith(kind)]
-    widths = [int(w) for name in accesses for w in re.findall(r"\.(64|128)\b", name)]
-    return max(widths, default=32 if accesses else 0)
+def accesses(row: dict, kind: str) -> dict[int, int]:
+    """{bits: how many} of a kernel's global accesses of one of KINDS, the widest first."""
+    found = Counter()
+    for name, times in row["global"].items():
+        if name.startswith(f"{kind}."):
+            bits = re.search(r"\.[US]?(8|16|64|128)\b", name)
+            found[int(bits[1]) if bits else 32] += times
+    return dict(sorted(found.items(), reverse=True))
 
 
 def print_table(rows) -> None:
@@ -150,7 +158,8 @@ def print_table(rows) -> None:
         "system's; the launchers ask for the dynamic part."
     )
     print(
-        "Load, copy, store: bits of the widest global access, copy being straight to shared memory; TMA,"
+        "Load, copy, store: bits of the widest global access and how many of them the code has, copy being\n"
+        "straight to shared memory; tails and unaligned tensors take narrower ones besides. TMA,"
     )
     print(
         "by which sm_90a's kernels move their tiles, is not counted. They have 229 440 or 229 472 bytes of"
@@ -165,7 +174,9 @@ def print_table(rows) -> None:
     for row in rows:
         cells = [row[key] for key in ("kernel", "arch", "registers", "spills", "shared")]
         cells.append(", ".join(row["tensor_core"]) or "-")
-        cells += [widest(row, kind) or "-" for kind in ("LDG.", "LDGSTS.", "STG.")]
+        for kind in KINDS:
+            widest = next(iter(accesses(row, kind).items()), None)
+            cells.append(f"{widest[0]} x {widest[1]}" if widest else "-")
         print("| " + " | ".join(map(str, cells)) + " |")
 
 

@@ -4,6 +4,8 @@ shim, on a GPU if there is one, and what nvcc makes of prune.cu."""
 import contextlib
 import ctypes
 import itertools
+import mmap
+import os
 import re
 import time
 import types
@@ -315,6 +317,54 @@ def test_every_kind_of_large_tensor_with_its_own_dtypes_partner(shim, kind, dtyp
         check_against_reference([t], ratio, [partner])
 
 
+def between_guards(values: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A copy of `values` that begins or ends where a page begins that must not be touched."""
+    page = mmap.PAGESIZE
+    pages = -(-values.nbytes // page)
+    memory = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (start, start + (pages + 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), page, 0) == 0
+    offset = page + at_end * (pages * page - values.nbytes)
+    return torch.frombuffer(memory, dtype=values.dtype, count=len(values), offset=offset).copy_(
+        values
+    )
+
+
+def assert_survives(work) -> None:
+    """In a child, since an access to a guard ends the process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # a fork has none of OpenMP's threads
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+GUARDED_SIZES = [1, 5003, SPAN + 1, 2 * SPAN + 4099, 3 * SPAN - 8000, 4 * SPAN]
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_nothing_outside_a_tensor_is_accessed(shim, dtype, at_end):
+    lists = [[torch.randn(n).to(dtype) for n in GUARDED_SIZES] for _ in range(2)]
+    tensors, partners = ([between_guards(t, at_end) for t in some] for some in lists)
+    prefixes, zeros = torch.zeros(len(tensors), dtype=torch.int64), [0] * len(tensors)
+
+    def work():
+        for shim.order in range(3):
+            launcher.prune_(tensors, 0.3, [])
+            launcher.prune_(tensors, 0.4, partners)
+            launcher.magnitude_counts(tensors, prefixes, 5, 10)
+        launcher.prune_random_(tensors, 0.5, partners, zeros, zeros)
+
+    assert_survives(work)
+
+
 def test_lists_of_many_small_tensors(shim):
     """More than the 400 that one table holds: none is left out."""
     generator = torch.Generator().manual_seed(4)
@@ -425,6 +475,18 @@ def sampled(sampled_library, monkeypatch):
     shim = Shim(sampled_library)
     put_in_place(monkeypatch, launcher, shim)
     return shim
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_window_accesses_nothing_outside_a_tensor(sampled, dtype, at_end):
+    t, partner = (between_guards(torch.randn(2**20).to(dtype), at_end) for _ in range(2))
+
+    def work():
+        launcher.prune_([t], 0.9, [partner])
+        assert sampled.settled
+
+    assert_survives(work)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -644,6 +706,13 @@ def held_sizes(cluster):
     """About one sweep per block; as many elements as a cluster takes, and one more, for a chain."""
     sweep, most = cluster * SWEEP, 2 * cluster * SWEEP
     return [SPAN + 1, max(sweep - 3, SPAN + 2), sweep, sweep + 5, most - 130, most, most + 1]
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_a_cluster_accesses_nothing_outside_a_tensor(held, at_end):
+    lists = [[torch.randn(n) for n in held_sizes(held.cluster)] for _ in range(2)]
+    tensors, partners = ([between_guards(t, at_end) for t in some] for some in lists)
+    assert_survives(lambda: launcher.prune_(tensors, 0.5, partners))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -417,6 +417,16 @@ def test_memory_that_two_elements_share_is_refused():
     with pytest.raises(ValueError, match="memory of their own"):
         merge_(weight, *args, "compensated", weight)
     assert torch.equal(weight, before)
+    wide = torch.randn(3, 7).half()
+    before = wide.clone()
+    for residual in (wide[:, 1:4], wide[:, 2:5]):
+        with pytest.raises(ValueError, match="two that overlap"):
+            merge_(wide[:, :3], *args, "compensated", residual)
+    with pytest.raises(ValueError, match="two that overlap"):
+        merge_(wide[:, :3], wide[:2, 1:4], torch.ones(3, 2).half(), 1.0)
+    assert torch.equal(wide, before)
+    merge_(wide[:, :3], *args, "compensated", wide[:, 3:6])
+    assert torch.equal(wide[:, 6], before[:, 6]) and not torch.equal(wide[:, :3], before[:, :3])
 
 
 def test_tensors_that_share_memory_are_refused_and_neighbours_are_not():

@@ -376,7 +376,9 @@ def test_attributes_that_the_layer_has_itself_are_refused_by_name():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].scaling, model[0].merge, model[0].other = 3.0, "now", 7
     config = ReLoRaConfig(r=2, target_modules="all-linear")
-    with pytest.raises(ValueError, match="FusedReLoRaLinear has, got 0 with merge, scaling; rename"):
+    with pytest.raises(
+        ValueError, match="FusedReLoRaLinear has, got 0 with merge, scaling; rename"
+    ):
         apply_relora(model, config)
     del model[0].scaling, model[0].merge
     assert apply_relora(model, config)[0].other == 7

@@ -364,10 +364,12 @@ def test_spans_of_memory_are_apart_where_no_element_is_written_that_another_hold
         sizes = torch.randint(
             0, 12 if case % 2 else 5, (len(starts),), generator=generator
         ).tolist()
-        spans = [memory[a : a + n] for a, n in zip(starts, sizes)]
+        steps = torch.randint(1, 2 + case % 3, (len(starts),), generator=generator).tolist()
+        slices = [slice(a, a + n * s, s) for a, n, s in zip(starts, sizes, steps)]
+        spans = [memory[each] for each in slices]
         held = torch.zeros(len(spans), 60)
-        for row, a, n in zip(held, starts, sizes):
-            row[a : a + n] = 1
+        for row, each in zip(held, slices):
+            row[each] = 1
         one, two = len(spans) // 3, len(spans) // 2 + 1  # [:one] and [one:two] are written
         shared = (held[:two].sum(0) > 0) & (held.sum(0) > 1)
         found.append(bool(shared.any()))
@@ -424,3 +426,60 @@ def test_random_partners_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"shape \(40, 3\), got \(4, 1\)"):
         op.prune_random_([torch.ones(40, 3)], 0.5, [base[:4].view(4, 1)], [1], [0])
     assert base.all()
+
+
+def column_ranges(base):
+    return [base[:, :40], base[:, 20:]]
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        column_ranges,
+        lambda base: [base[:, :30], base[:, 1:31]],
+        lambda base: [base[:40, :50], base[10:14, 5:55]],
+        lambda base: [base.T[:30], base[::7, 20:22]],
+        lambda base: [base.view(-1)[::3], base.view(-1)[1::2]],
+    ],
+)
+def test_views_that_overlap_are_refused_however_they_lie(views):
+    base = torch.randn(50, 60)
+    before = base.clone()
+    tensors = views(base)
+    assert len({t.data_ptr() for t in tensors}) == 2 and not any(
+        map(torch.Tensor.is_contiguous, tensors)
+    )
+    with pytest.raises(ValueError, match="two that overlap"):
+        prune_(tensors, 0.5)
+    if tensors[0].shape == tensors[1].shape:
+        with pytest.raises(ValueError, match="two that overlap"):
+            prune_(tensors[:1], 0.5, tensors[1:])
+    assert torch.equal(base, before)
+
+
+def test_views_that_interleave_are_pruned_apart():
+    for apart in (
+        lambda base: [base[:, :20], base[:, 20:]],
+        lambda base: [base[:, 40:], base[:, :20], base[:, 20:40]],
+        lambda base: [base[::2], base[1::2, ::2].T],
+        lambda base: [base.view(-1)[::3], base.view(-1)[1::3]],
+        lambda base: list(base.view(50, 20, 3).permute(2, 0, 1)),
+    ):
+        base = torch.randn(50, 60)
+        expected = [t.clone() for t in apart(base)]
+        prune_(apart(base), 0.5)
+        prune_(expected, 0.5)
+        assert all(map(torch.equal, apart(base), expected))
+
+
+def test_the_ops_behind_refuse_arguments_of_other_lengths_and_dtypes():
+    count, t = torch.ops.relora_kernels._magnitude_counts, [torch.randn(9)]
+    for prefixes in (torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="an int64 prefix for each of 1 tensors"):
+            count(t, prefixes, 20, 11)
+    with pytest.raises(ValueError, match="0 <= ratio <= 1, got -0.5"):
+        op.prune_random_(t, -0.5, [], [1], [0])
+    with pytest.raises(ValueError, match="as many seeds as tensors, 1, got 2"):
+        op.prune_random_(t, 0.5, [], [1, 2], [0])
+    with pytest.raises(ValueError, match="as many first_elements as tensors, 1, got 0"):
+        op.prune_random_(t, 0.5, [], [1], [])

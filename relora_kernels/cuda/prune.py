@@ -11,6 +11,7 @@ from relora_kernels.ops.checks import Tensors
 from relora_kernels.reference.prune import NONE_ABOVE, drop_below
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DType
+MOST_BITS = 13  # of a digit, by csrc/prune.cu
 
 
 def why_not(tensors, ratio, paired_with) -> str | None:
@@ -26,6 +27,8 @@ def why_not_random(tensors, ratio, paired_with, seeds, first_elements) -> str | 
 
 
 def why_not_counts(tensors, prefixes, shift, bits) -> str | None:
+    if bits > MOST_BITS:
+        return f"digits of {bits} bits; the kernel counts up to {MOST_BITS}"
     return why_not(tensors, None, [])
 
 
@@ -46,11 +49,13 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
 
 
 def magnitude_counts(tensors, prefixes, shift, bits):
-    """Arguments and results as in reference/prune.py; bits <= 13."""
-    device = tensors[0].device
+    """Arguments and results as in reference/prune.py; bits <= MOST_BITS."""
+    device = prefixes.device
     counts = torch.zeros(len(tensors), 2**bits, dtype=torch.int64, device=device)
     lowest = torch.full((len(tensors),), NONE_ABOVE, dtype=torch.int64, device=device)
     highest = torch.full((len(tensors),), -1, dtype=torch.int64, device=device)
+    if not tensors:
+        return counts, lowest, highest
     prefixes = prefixes.contiguous()
     pointers = [t.data_ptr() for t in (counts, lowest, highest)]
     flat = _Flat(tensors)

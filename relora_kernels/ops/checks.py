@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import numbers
 import operator
+import types
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensor
 
@@ -136,34 +138,63 @@ def no_overlap(op: str, name: str, tensor: torch.Tensor) -> None:
 def apart(op: str, *lists, read=()) -> None:
     """No tensor of `lists`, which are written, may share memory with another one of them or of `read`.
 
-    Interleaved views, such as two column ranges of one matrix, are allowed. So a non-contiguous tensor is
-    checked by its first element only.
+    Interleaved views, such as two column ranges of one matrix, are allowed.
     """
     # Fast path: take each tensor as one span. If no span, in order, begins before the last one ended, done.
-    starts = [at for some in (*lists, read) for at in Tensors.of(some).pointers]
-    sizes = [t.nbytes for some in (*lists, read) for t in some]
+    lists, read = [Tensors.of(some) for some in lists], Tensors.of(read)
+    starts = [at for some in (*lists, read) for at in some.pointers]
+    sizes = [t.nbytes if some.contiguous else _extent(t) for some in (*lists, read) for t in some]
     ends = sorted(map(operator.add, starts, sizes))
     starts.sort()
     if all(map(operator.le, ends, starts[1:])):
         return
     written = [t for some in lists for t in some]
+    every = [*written, *read]
     spans = sorted(
-        (t.data_ptr(), t.nbytes if t.is_contiguous() else t.itemsize, i)
-        for i, t in enumerate((*written, *read))
+        (t.data_ptr(), t.data_ptr() + _extent(t), i)
+        for i, t in enumerate(every)
         if t.numel() > 0 and t.data_ptr() != 0  # 0: on meta, or FSDP has freed it
     )
-    end, end_written = (0, None), (0, None)  # the furthest end so far, and whose
-    for start, size, i in spans:
-        before, other = end if i < len(written) else end_written
-        if start < before:
-            got = " and ".join(describe((*written, *read)[k]) for k in sorted((i, other)))
-            raise ValueError(
-                f"{op}: expected tensors in memory of their own, got two that overlap, {got}; pass "
-                f"each tensor once, or clone() one"
-            )
-        end = max(end, (start + size, i))
-        if i < len(written):
-            end_written = max(end_written, (start + size, i))
+    open_spans: list[tuple[int, int]] = []  # end and index of spans that may reach beyond `start`
+    for start, end, i in spans:
+        open_spans = [span for span in open_spans if span[0] > start]
+        for _, other in open_spans:
+            if min(i, other) < len(written) and _share_memory(every[i], every[other]):
+                got = " and ".join(describe(every[k]) for k in sorted((i, other)))
+                raise ValueError(
+                    f"{op}: expected tensors in memory of their own, got two that overlap, {got}; pass "
+                    f"each tensor once, or clone() one"
+                )
+        open_spans.append((end, i))
+
+
+def _extent(t: torch.Tensor) -> int:
+    """Bytes from the first element to behind the last one."""
+    if t.numel() == 0:
+        return 0
+    return t.itemsize * (1 + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape)))
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Of tensors whose spans overlap."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    try:
+        return np.shares_memory(_as_numpy(a), _as_numpy(b), max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _as_numpy(t: torch.Tensor) -> np.ndarray:
+    """An array of `t`'s addresses, on a GPU too. Its elements must not be touched."""
+    layout = {
+        "version": 3,
+        "data": (t.data_ptr(), True),
+        "shape": tuple(t.shape),
+        "strides": tuple(s * t.itemsize for s in t.stride()),
+        "typestr": f"|V{t.itemsize}",
+    }
+    return np.asarray(types.SimpleNamespace(__array_interface__=layout))
 
 
 def finite_number(op: str, name: str, value) -> float:

@@ -61,6 +61,12 @@ def _check_memory(op: str, tensors: Tensors, paired_with: Tensors) -> None:
 
 
 def _magnitude_counts(*args):
+    tensors, prefixes, *_ = args
+    if prefixes.dtype != torch.int64 or prefixes.shape != (len(tensors),):
+        raise ValueError(
+            f"_magnitude_counts: expected an int64 prefix for each of {len(tensors)} tensors, got "
+            f"{checks.describe(prefixes)}"
+        )
     module = backend.resolve("magnitude_counts", COUNTS_IMPLEMENTATIONS, "why_not_counts", *args)
     return module.magnitude_counts(*args)
 
@@ -96,8 +102,9 @@ def prune_(
     """Zero, in place, the elements of each tensor with |t| <= quantile(|t|, ratio).
 
     Equivalent, for each tensor of at most 2^24 elements, to
-    ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``. Thresholds
-    are exactly torch.quantile's (linear interpolation), at any size. ReLoRA (arXiv 2307.05695) prunes
+    ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``, and for float64
+    to the same without ``.float()``. Thresholds are exactly torch.quantile's (linear interpolation), at any
+    size. ReLoRA (arXiv 2307.05695) prunes
     Adam's moments this way at a restart.
 
     Args:
@@ -129,8 +136,14 @@ def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:
     """Drop each element with probability `ratio`, drawn from (seed of its tensor, flat index) alone.
 
     `paired_with`: empty, or as long as `tensors`; zeroed by the same masks. `first_elements`: each tensor's
-    first flat index, 0 except for a shard.
+    first flat index, 0 except for a shard. Raises ValueError for a ratio outside [0, 1] and lists of other lengths.
     """
+    ratio = checks.fraction("prune_random_", "ratio", ratio)
+    for name, keys in (("seeds", seeds), ("first_elements", first_elements)):
+        if len(keys) != len(tensors):
+            raise ValueError(
+                f"prune_random_: expected as many {name} as tensors, {len(tensors)}, got {len(keys)}"
+            )
     if paired_with:
         _check_shapes("prune_random_", tensors, paired_with)
     columns = tensors, paired_with, seeds, first_elements
