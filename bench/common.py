@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 MAIN_LOOP, PAIR = "main loop", "backward by PAIR"
 KEY_SHAPES = [(4096, 4096), (2048, 5461), (1024, 1024)]
-# Every (in, out) of the paper's models and of a 7B model; The odd 5461 is compared with 5464.
+# Every (in, out) of the paper's models and of a 7B model. The odd 5461 is compared with 5464.
 SHAPES = list(
     dict.fromkeys(
         [

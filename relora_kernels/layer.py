@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from relora_kernels import sharding
 from relora_kernels.ops import checks
@@ -408,7 +409,11 @@ class FusedReLoRaLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *rest):
         residual = state_dict.pop(prefix + "weight_residual", None)
         self._warn_of_lost_merges(state_dict, prefix)
+        error_messages = rest[-1]
+        before = len(error_messages)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        if any(prefix + "weight" in message for message in error_messages[before:]):
+            return  # W is as it was, and so its residual
         if prefix + "weight" in state_dict:
             self.weight_residual = None
         if (
@@ -425,7 +430,6 @@ class FusedReLoRaLinear(nn.Linear):
             )
             return
         if residual.shape != self.weight.shape:
-            error_messages = rest[-1]
             error_messages.append(
                 f"{prefix}weight_residual: expected shape {tuple(self.weight.shape)}, "
                 f"got {tuple(residual.shape)}"
@@ -449,7 +453,7 @@ class FusedReLoRaLinear(nn.Linear):
         if _is_count(self.merge_count) and int(count) > int(self.merge_count):
             warnings.warn(
                 "lora_A and lora_B of merged layers are loaded without the weights that they were merged into: "
-                "unless those are loaded otherwise, all merges are lost. Save frozen parameters, too",
+                "unless those have been or will be loaded, too, all merges are lost. Save frozen parameters, too",
                 UserWarning,
                 stacklevel=2,
             )
@@ -475,7 +479,8 @@ class FusedReLoRaLinear(nn.Linear):
 
 
 def _is_count(value) -> bool:
-    return torch.is_tensor(value) and value.numel() == 1 and not value.is_meta
+    is_tensor = torch.is_tensor(value) and not isinstance(value, FakeTensor)
+    return is_tensor and value.numel() == 1 and not value.is_meta
 
 
 @torch.no_grad()

@@ -377,7 +377,10 @@ def _refuse_unfit(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
             )
         checks.plain_tensors("apply_relora", **{f"{path}.weight": linear.weight})
         checks.no_subclass("apply_relora", **{f"{path}.weight": linear.weight})
-        if taken := sorted(vars(linear).keys() & _new_names()):
+        has = {*vars(linear), *linear._parameters, *linear._buffers, *linear._modules}
+        if vars(linear).get("name") == plain_path(path):  # as the layer's own will be
+            has.remove("name")
+        if taken := sorted(has & _new_names()):
             raise ValueError(
                 f"apply_relora: expected targets without attributes that FusedReLoRaLinear has, got {path} "
                 f"with {', '.join(taken)}; rename or delete them"

@@ -374,11 +374,7 @@ def _refuse(folder: Path, expected: str, got) -> None:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `folder`, which is renamed to it when complete and on disk."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}.unfinished-"
-    for path in folder.parent.iterdir():
-        if path.name.startswith(prefix):
-            shutil.rmtree(path)  # left by a process that was killed
-    temporary = folder.with_name(prefix + uuid.uuid4().hex[:8])
+    temporary = folder.with_name(f".{folder.name}.unfinished-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
         with files.disk_errors():

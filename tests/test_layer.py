@@ -326,6 +326,10 @@ def test_a_state_dict_on_meta_loads_as_nn_linears_does():
     layer.merge()
     state = {key: value.to("meta") for key, value in layer.state_dict().items()}
     assert "weight_residual" in state
+    before = layer.weight_residual.clone()
+    with pytest.raises(RuntimeError, match="meta"):
+        layer.load_state_dict(state)
+    assert not layer.weight.is_meta and torch.equal(layer.weight_residual, before)
     layer.load_state_dict(state, assign=True)
     assert layer.weight.is_meta and layer.weight_residual is None
 

@@ -381,6 +381,16 @@ def test_attributes_that_the_layer_has_itself_are_refused_by_name():
     ):
         apply_relora(model, config)
     del model[0].scaling, model[0].merge
+    for key, value in (
+        ("merge_count", nn.Buffer(torch.tensor(7))),
+        ("lora_scaling", nn.Parameter(torch.ones(1))),
+        ("lora_A", nn.Linear(2, 2)),
+    ):
+        setattr(model[0], key, value)
+        with pytest.raises(ValueError, match=f"got 0 with {key}; rename"):
+            apply_relora(model, config)
+        delattr(model[0], key)
+    model[0].name = "0"  # a label as many put on modules, and what the layer's own will be
     assert apply_relora(model, config)[0].other == 7
 
 

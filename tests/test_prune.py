@@ -477,6 +477,11 @@ def test_the_ops_behind_refuse_arguments_of_other_lengths_and_dtypes():
     for prefixes in (torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
         with pytest.raises(ValueError, match="an int64 prefix for each of 1 tensors"):
             count(t, prefixes, 20, 11)
+    assert [tuple(x.shape) for x in count([], torch.zeros(0, dtype=torch.int64), 20, 3)] == [
+        (0, 8),
+        (0,),
+        (0,),
+    ]
     with pytest.raises(ValueError, match="0 <= ratio <= 1, got -0.5"):
         op.prune_random_(t, -0.5, [], [1], [0])
     with pytest.raises(ValueError, match="as many seeds as tensors, 1, got 2"):

@@ -54,8 +54,6 @@ def magnitude_counts(tensors, prefixes, shift, bits):
     counts = torch.zeros(len(tensors), 2**bits, dtype=torch.int64, device=device)
     lowest = torch.full((len(tensors),), NONE_ABOVE, dtype=torch.int64, device=device)
     highest = torch.full((len(tensors),), -1, dtype=torch.int64, device=device)
-    if not tensors:
-        return counts, lowest, highest
     prefixes = prefixes.contiguous()
     pointers = [t.data_ptr() for t in (counts, lowest, highest)]
     flat = _Flat(tensors)
