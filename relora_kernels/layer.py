@@ -416,9 +416,7 @@ class FusedReLoRaLinear(nn.Linear):
             return  # W is as it was, and so its residual
         if prefix + "weight" in state_dict:
             self.weight_residual = None
-        if (
-            residual is not None and residual.is_meta
-        ):  # of a model on meta: there is nothing to load
+        if residual is not None and residual.is_meta:  # nothing to load
             self.residual_loaded = False
             return
         self.residual_loaded = residual is not None and (

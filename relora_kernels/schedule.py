@@ -121,10 +121,8 @@ class JaggedLR(LRScheduler):
         since = step - start
         if start > 0 and since < self.restart_warmup_steps:
             top = start + self.restart_warmup_steps
-            if self.end is not None:
-                top = min(
-                    top, self.end - 1
-                )  # behind its end a base schedule may be negative or undefined
+            if self.end is not None:  # beyond its end a base schedule may be negative or undefined
+                top = min(top, self.end - 1)
             return since / self.restart_warmup_steps * base(top)
         left = start + self.restart_every - step
         if left <= self.anneal_steps and self.restarts_due(step + left) > self.restarts_due(step):
