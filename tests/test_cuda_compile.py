@@ -33,10 +33,8 @@ EXPECTED = {
         for kind in ("int", "short")
     },
 }
-RESTARTS_OF_16_BITS = (
-    "restart_kernel<bf16>",
-    "restart_kernel<fp16>",
-)  # store 8 bytes, four numbers, at a time
+# These store 8 bytes, four numbers, at a time.
+RESTARTS_OF_16_BITS = ("restart_kernel<bf16>", "restart_kernel<fp16>")
 EXPECTED_FROM_SM90 = {"held_kernel": (60, 0, 20, None)}  # empty before: it needs clusters
 
 # sm_90a alone. lora_A may have any strides and is loaded by elements, lora_B by pairs; W is what counts.

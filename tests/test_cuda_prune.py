@@ -581,10 +581,8 @@ def test_both_neighbours_have_to_be_in_the_window(sampled):
     begin, width = sampled.window
     keys = t[seen].view(torch.int32)
     below, inside = (keys < begin).sum().item(), (keys < begin + width).sum().item()
-    first, last = (
-        low - below,
-        low + 1 - inside,
-    )  # numbers of small elements with which the rank is the window's first, its last
+    # Numbers of small elements with which the rank is the window's first, its last.
+    first, last = low - below, low + 1 - inside
     assert settled(first) and not settled(first + 1)
     assert settled(last + 1) and not settled(last)
 
@@ -987,9 +985,8 @@ def test_every_pass_moves_16_bytes_at_a_time(tmp_path):
     for name, body in kernels.items():
         reads = not name.startswith("zero")
         assert bool(re.search(r"ld\.global(\.cs)?\.v4\.\w+", body)) == reads, name
-        writes = not name.startswith(
-            ("count", "recount", "window")
-        )  # sample writes its histogram's zeros
+        # sample writes its histogram's zeros.
+        writes = not name.startswith(("count", "recount", "window"))
         assert bool(re.search(r"st\.global(\.cs)?\.v4\.\w+", body)) == writes, name
 
 

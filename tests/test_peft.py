@@ -390,9 +390,7 @@ def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path, monkeypatch)
             save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     left = set(tmp_path.iterdir())
     assert len(left) == 2 and all(path.name.startswith((".adapter.", ".base.")) for path in left)
-    save_adapter(
-        model, tmp_path / "adapter", tmp_path / "base"
-    )  # also if it is the same process number
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")  # by a process of the same number
     assert set(tmp_path.iterdir()) - left == {tmp_path / "adapter", tmp_path / "base"}
 
 

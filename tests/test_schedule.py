@@ -199,9 +199,8 @@ def test_no_warmup_means_no_dip_and_total_steps_ends_the_restarts():
 def test_a_warm_up_that_the_run_ends_in_asks_for_no_rate_beyond_the_end():
     table = [1 - t / 100 for t in range(100)]
     schedule = JaggedLR(some_optimizer(), lambda t: table[t], 30, 20, total_steps=100)
-    assert schedule.multiplier(99) == pytest.approx(
-        9 / 20 * 0.01
-    )  # and not 9 / 20 * (1 - 110 / 100)
+    # And not 9 / 20 * (1 - 110 / 100).
+    assert schedule.multiplier(99) == pytest.approx(9 / 20 * 0.01)
     assert schedule.multiplier(45) == pytest.approx(15 / 20 * 0.5)
     assert all(schedule.multiplier(t) >= 0 for t in range(100))
 

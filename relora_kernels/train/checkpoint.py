@@ -68,9 +68,8 @@ def write(folder: Path, fill: Callable[[Path], None], facts: dict) -> None:
         if folder.exists():  # of the same step: damaged, or from an earlier run
             os.rename(folder, old)
         os.rename(temporary, folder)
-        files.sync(
-            folder.parent, folder.parent.parent
-        )  # the first checkpoint has created folder.parent
+        # The second, because the first checkpoint has created folder.parent.
+        files.sync(folder.parent, folder.parent.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not folder.exists():
