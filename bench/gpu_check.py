@@ -115,19 +115,19 @@ def main(arguments: list[str] | None = None, target: str = "common:run_case", ca
         results["only"] = args.only
         results["steps"].update(steps)
         write_json(file, results)
-        if args.device == "cuda":
-            # The tests run on the GPU in processes of their own: free the worker's memory for them.
-            worker.close()
-            found_at = {"PYTHONPATH": os.pathsep.join(map(str, path))}
-            for kind, (share, commands, environment) in CHECKS.items():
-                if kind not in args.skip:
-                    limit = share * (deadline - time.monotonic())
-                    for _ in run_steps(
-                        commands(args.only), results["steps"], limit, **environment, **found_at
-                    ):
-                        write_json(file, results)
-        wanted = list_cases(args.device, args.only) if cases is None else cases
         try:
+            if args.device == "cuda":
+                # The tests run on the GPU in processes of their own: free the worker's memory for them.
+                worker.close()
+                found_at = {"PYTHONPATH": os.pathsep.join(map(str, path))}
+                for kind, (share, commands, environment) in CHECKS.items():
+                    if kind not in args.skip:
+                        limit = share * (deadline - time.monotonic())
+                        for _ in run_steps(
+                            commands(args.only), results["steps"], limit, **environment, **found_at
+                        ):
+                            write_json(file, results)
+            wanted = list_cases(args.device, args.only) if cases is None else cases
             left_out = measure(worker, wanted, results, file, deadline, write_json)
         except KeyboardInterrupt:
             print(f"\ngpu_check: interrupted; {file} holds what was measured", file=sys.stderr)

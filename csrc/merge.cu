@@ -23,10 +23,10 @@
 //   5461 x 2048                          27 us                22 us
 //   2048 x 5461, an odd pitch            35 us                22 us
 //
-// Not measured yet: the present unit sizes of sm90, which are newer. In sm90 W is in flight at all times, no phase waits for
-// another one in the same thread, and accesses are of 16 bytes at any pitch. Its predecessor took 3.09 ms and 43 us
-// (2026-11-27): by ncu 42 % of the warps' time went by in waiting in the sum, 20 % in the product and 16 % for
-// lora_A, one after the other; an odd pitch was slowest.
+// Not measured yet: the present unit sizes of sm90, which are newer. In sm90 W is in flight at all times, no
+// phase waits for another one in the same thread, and accesses are of 16 bytes at any pitch. Its predecessor took
+// 3.09 ms and 43 us (2026-11-27): by ncu 42 % of the warps' time went by in waiting in the sum, 20 % in the
+// product and 16 % for lora_A, one after the other; an odd pitch was slowest.
 //
 // What bounds the sm90 kernel: passes over as much memory as the 168 weights and in the same pattern, without a
 // product (H200, 2026-11-27, CUDA events, medians of 20, by programs that are not kept here). One call copies

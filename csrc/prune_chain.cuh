@@ -154,7 +154,8 @@ struct Seen<uint32_t> {
 template <>
 struct Seen<uint16_t> {
   Runs<SharedHist<false>> runs;
-  uint32_t origin, width, from, to, past_infinity, nans = 0, greatest = 0, below = 0;  // these three: twice
+  // from, to, past_infinity: in both halves of a word.
+  uint32_t origin, width, from, to, past_infinity, nans = 0, greatest = 0, below = 0;
 
   __device__ __forceinline__ Seen(const Row& row, SharedHist<false> hist, uint32_t*, uint32_t*)
       : runs(hist), origin(row.slot->state.origin), width(row.slot->state.width), from(twice(origin)),

@@ -61,7 +61,8 @@ class JaggedLR(LRScheduler):
             `optimizer` and not stepped yet.
         restart_every, restart_warmup_steps, anneal_steps: steps; restart_warmup_steps + anneal_steps
             <= restart_every.
-        total_steps: length of the run, if known. No restart happens at or after it.
+        total_steps: length of the run, if known. No restart happens at or after it, and a warm-up that it
+            cuts off rises towards f of the last step instead of f(k P + w).
 
     Raises ValueError for other values, TypeError if `optimizer` is not an optimizer.
     """
