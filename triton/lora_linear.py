@@ -272,22 +272,9 @@ def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, two_se
 
 
 def backward(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-    *,
-    two_segment=None,
-):
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias, *, two_segment=None,
+):  # fmt: skip
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32.
 
     A gradient that is not needed comes back with 0 elements.

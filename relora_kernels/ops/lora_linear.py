@@ -62,20 +62,9 @@ def _forward_fake(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed):
 
 @torch.library.register_fake("relora_kernels::_lora_linear_backward", lib=LIBRARY)
 def _backward_fake(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-):
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias,
+):  # fmt: skip
     return (
         x.new_empty(x.shape if need_dx else 0),
         lora_A.new_empty(lora_A.shape if need_dA else 0),

@@ -43,22 +43,9 @@ def forward(x, weight, lora_A, lora_B, scaling, bias, dropout_p, seed, *, drop=N
 
 
 def backward(
-    dy,
-    x,
-    weight,
-    lora_A,
-    lora_B,
-    p,
-    scaling,
-    dropout_p,
-    seed,
-    need_dx,
-    need_dA,
-    need_dB,
-    need_dbias,
-    *,
-    drop=None,
-):
+    dy, x, weight, lora_A, lora_B, p, scaling, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias, *, drop=None,
+):  # fmt: skip
     """dy (M, out) -> dx (M, in), dA (r, in), dB (out, r), dbias (out,) in float32 (float64 for float64).
 
     A gradient that is not needed is returned with 0 elements.
