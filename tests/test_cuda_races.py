@@ -3,19 +3,21 @@ accesses (tests/simt/races.h). The first race aborts the process, and pytest -n 
 merge_sm90.cu is tested on a model of its own, without this detector."""
 
 import pytest
-import test_cuda_prune as of_prune
 import test_cuda_source as of_merge
 import torch
-from simt_build import put_in_place, races_library
-from test_cuda_prune import (
+from prune_cases import (
+    DTYPES,
     SPAN,
     Guarded,
+    Shim,
     check_against_reference,
     drawn_list,
+    held_sizes,
     insert,
     seen_by_the_sample,
     values_of,
 )
+from simt_build import put_in_place, races_library
 
 from relora_kernels.cuda import merge, prune
 
@@ -30,7 +32,7 @@ def prune_library(tmp_path_factory):
 
 @pytest.fixture(params=ORDERS)
 def shim(request, prune_library, monkeypatch):
-    shim = of_prune.Shim(prune_library)
+    shim = Shim(prune_library)
     shim.order = request.param
     put_in_place(monkeypatch, prune, shim)
     return shim
@@ -41,7 +43,7 @@ def test_prune_of_small_tensors_and_chains_without_a_window(shim):
     check_against_reference(*insert(drawn_list(12 + shim.order, sizes), 0.9))
 
 
-@pytest.mark.parametrize("dtype", of_prune.DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("kind", ["normal", "with inf"])
 def test_prune_by_windows(shim, kind, dtype):
     """Windows that hold, and that fail: at 0.9 the quantile is in the gap between numbers and infinities."""
@@ -78,7 +80,7 @@ def test_prune_of_more_keys_than_a_block_lists(shim):
 def test_prune_of_what_a_cluster_holds(shim, paired):
     shim.cluster = 8
     generator = torch.Generator().manual_seed(1)
-    sizes = of_prune.held_sizes(8)[:-1]
+    sizes = held_sizes(8)[:-1]
     tensors = [Guarded(torch.randn(n, generator=generator), 0) for n in sizes]
     partners = [Guarded(torch.ones(n), 0) for n in sizes if paired]
     check_against_reference(tensors, 0.9, partners)
