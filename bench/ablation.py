@@ -91,9 +91,11 @@ OWN = ("--config", "--output_dir", "--overwrite", "--preset", "--resume", "--see
        "--warm_start_from")  # fmt: skip
 FREE = ("micro_batch_size", "seed", "sharding", "warm_start_from")
 TRAIN = [sys.executable, "-m", "relora_kernels.train"]
-# If this process is killed, its runs get SIGTERM, at which they save and end.
+# If this process is killed, its runs get SIGTERM, at which they save and end. They drop the current folder, which
+# Python puts first in sys.path: it may hold the sources instead of what is installed.
 if sys.platform == "linux":
     TRAIN = [sys.executable, "-c", "import os, runpy, signal, sys\n"
+             "if not sys.path[0]: del sys.path[0]\n"
              "from relora_kernels.worker import die_with_the_parent\n"
              "die_with_the_parent(int(sys.argv.pop(1)), signal.SIGTERM)\n"
              "runpy.run_module('relora_kernels.train', run_name='__main__', alter_sys=True)",

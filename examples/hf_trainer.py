@@ -1,6 +1,6 @@
 """A causal language model trained with Hugging Face's Trainer; ReLoRA is three statements, marked [ReLoRA].
 
-    python examples/hf_trainer.py --train_file notes.txt --output_dir run --max_steps 400
+    python examples/hf_trainer.py --train_file notes.txt --output_dir run --max_steps 400 --save_steps 200
 
 Everything else is what such a script has anyway, except that the Trainer gets the schedule's
 learning rate instead of its own. Nothing is downloaded: a byte-level tokenizer is trained on the text,

@@ -45,13 +45,15 @@ class FusedReLoRaLinear(nn.Linear):
         merge_rounding: how a merge rounds W: "nearest", "stochastic" or "compensated" (see `merge_`).
             Default: compensated for a 16-bit W, nearest otherwise.
         seed, name: A is drawn from (seed, name, merge_count) alone. Without a name the first draw is
-            from torch's generator, and later ones use the module path that `merge_and_reinit` fills in.
+            from torch's generator, and later ones use the module path that `merge_and_reinit` fills in;
+            `merge()` alone uses "", so that unnamed layers of one shape draw the same A.
 
     Parameters: ``weight`` (out, in), frozen; ``bias`` (out,), trained; ``lora_A`` (r, in), starts as
     U(-1/sqrt(in), 1/sqrt(in)); ``lora_B`` (out, r), starts as 0. Buffer: ``merge_count`` (int64).
     ``weight_residual`` (out, in): what compensated merges could not store in a 16-bit W. It is kept in
     host memory and is part of the state_dict; None until a merge or a state_dict needs it. Casts
-    (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops. After
+    (``.half()``, ``.to(dtype)``) round W and its residual together and keep what the new W drops, if there is
+    or was a residual; without one they round as those of ``nn.Linear`` (see `weight_dtype`). After
     ``to_empty`` call ``reset_parameters``, because a state_dict of the base model does not set the factors
     and the count.
 
@@ -200,13 +202,13 @@ class FusedReLoRaLinear(nn.Linear):
         if self.lora_scaling is not None:
             self.lora_scaling.fill_(1.0)
 
-    def update_to_check(self) -> tuple:
-        """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them.
+    def update_to_check(self, dtype: torch.dtype | None = None) -> tuple:
+        """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them, W in `dtype`.
 
         The tensors are whole, so that all ranks of a sharded model reach the same verdict. The weight is
         gathered only in float16: in other dtypes its values do not matter.
         """
-        weight, residual = self.weight.detach(), self.weight_residual
+        weight, residual = self.weight.detach().to(dtype), self.weight_residual
         if sharding.is_sharded(weight):
             residual = None  # each rank's own; less than one rounding step at float16's maximum
             if weight.dtype == torch.float16:

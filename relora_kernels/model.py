@@ -186,7 +186,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     for path, layer in layers:
         layer.check_unload()
         _refuse_replaced("merge_and_unload", path, layer)
-    check_finite([layer.update_to_check() for _, layer in layers])
+    recast = [layer for _, layer in layers if layer.unloaded_dtype != layer.weight.dtype]
+    check_finite([layer.update_to_check() for _, layer in layers if layer not in recast])
+    for layer in recast:  # one at a time, because each takes a copy of W
+        check_finite([layer.update_to_check(layer.unloaded_dtype)])
     # A layer may be a child of several modules, or of one module under several names.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for _, layer in layers}
     for parent in model.modules():

@@ -47,7 +47,8 @@ def reset_optimizer(
         ratio: share to drop, 0 <= ratio <= 1; not used by "zero".
         paired: one mask for both moments, drawn from |exp_avg|. False prunes each moment by its own
             mask, as the ReLoRA authors' code does. Where that keeps m and drops v, the next updates are
-            about ten times too large, which only a long learning-rate warm-up hides; a warning says so.
+            up to thousands of times the learning rate, which only a long learning-rate warm-up hides; a
+            warning says so.
         reset_step: also set Adam's step count (and NAdam's mu_product) back to the start. Otherwise the
             first updates from zeroed moments are about three times the learning rate
             (0.1 / sqrt(0.001)).
@@ -182,8 +183,8 @@ def _warn_independent(ratio: float) -> None:
     if 0.0 < ratio < 1.0:
         warnings.warn(
             "reset_optimizer(paired=False) prunes exp_avg and exp_avg_sq by independent masks: "
-            "where exp_avg is kept and exp_avg_sq dropped the next updates are some ten times too "
-            "large. Warm the learning rate up over 100 steps or more after it, or use paired=True",
+            "where exp_avg is kept and exp_avg_sq dropped the next updates are up to thousands of times the "
+            "learning rate. Warm the learning rate up over 100 steps or more after it, or use paired=True",
             UserWarning,
             stacklevel=3,
         )

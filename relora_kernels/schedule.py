@@ -144,7 +144,8 @@ class JaggedLR(LRScheduler):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from `state_dict`. The optimizer's own may be loaded before or after this, even before the
-        schedules are made. Raises ValueError if the restarts were configured differently."""
+        schedules are made. Raises ValueError for another restart_every, restart_warmup_steps or
+        anneal_steps; total_steps and the base schedule are not compared."""
         for key in ("restart_every", "restart_warmup_steps", "anneal_steps"):
             saved = state_dict.get(key)
             _require("JaggedLR.load_state_dict", saved == getattr(self, key),

@@ -2,7 +2,7 @@
 
 This is the radix selection of csrc/prune.cu over all ranks: each rank counts the digits of its own elements,
 the counts are added up, and all ranks pick the same bin. Collectives are batched over all tensors of a dtype:
-one all_reduce of a few KB per tensor for each digit (two for 16 bits, three for 32, six for 64), and one for
+one all_reduce of 1 to 64 KB per tensor for each digit (two for 16 bits, three for 32, six for 64), and one for
 the next key.
 """
 

@@ -24,7 +24,12 @@ from pathlib import Path
 START_LIMIT_S = 120.0  # importing torch from a cold disk takes most of a minute
 _PR_SET_PDEATHSIG = 1
 # Drops the current directory, which Python puts first in sys.path: it may hold a copy of the sources.
-_START = "import sys; del sys.path[0]; from relora_kernels.worker import serve; serve()"
+_START = (
+    "import sys\n"
+    "if not sys.path[0]: del sys.path[0]\n"
+    "from relora_kernels.worker import serve\n"
+    "serve()"
+)
 
 
 class Worker:

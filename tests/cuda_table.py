@@ -149,25 +149,19 @@ def accesses(row: dict, kind: str) -> dict[int, int]:
 
 def print_table(rows) -> None:
     nvcc = cuda_build.nvcc_version(cuda_build.find_nvcc())
-    print("# What nvcc makes of the CUDA kernels\n")
     print(
-        f"nvcc {nvcc}, by `python tests/cuda_table.py --table`; no GPU is needed. Spills: bytes of"
-    )
-    print(
-        "local memory. Shared: bytes of static shared memory, from sm_90 on with the 1024 that are the\n"
-        "system's; the launchers ask for the dynamic part."
-    )
-    print(
-        "Load, copy, store: bits of the widest global access and how many of them the code has, copy being\n"
-        "straight to shared memory; tails and unaligned tensors take narrower ones besides. TMA,"
-    )
-    print(
-        "by which sm_90a's kernels move their tiles, is not counted. They have 229 440 or 229 472 bytes of"
-    )
-    print(
-        "dynamic shared memory, sm_90's merge 220 944, sm_80's products 65 536. Form 0, 1, 2: nt, nn, tn of\n"
-        "csrc/launch.h; behind it whether there is dropout, and whether it is Q and dB in one launch. Rounding\n"
-        "0, 1, 2: nearest, stochastic, compensated. held_kernel below sm_90 is empty: it needs clusters.\n"
+        f"# What nvcc makes of the CUDA kernels\n\n"
+        f"nvcc {nvcc}, by `python tests/cuda_table.py --table`; no GPU is needed. Rows of sm_86 and sm_89 are\n"
+        f"assembled from sm_80's PTX; by default these GPUs run sm_80's code for merge and prune, and sm_89\n"
+        f"sm_86's for the products. Spills: bytes of local memory. Shared: bytes of static shared memory, in\n"
+        f"kernels that use any from sm_90 on with the 1024 that are the system's; the launchers ask for the\n"
+        f"dynamic part.\n"
+        f"Load, copy, store: bits of the widest global access and how many of them the code has, copy being\n"
+        f"straight to shared memory; tails and unaligned tensors take narrower ones besides. TMA, by which\n"
+        f"sm_90a's kernels move their tiles, is not counted. They have 229 440 or 229 472 bytes of dynamic\n"
+        f"shared memory, sm_90's merge 220 944, sm_80's products 65 536. Form 0, 1, 2: nt, nn, tn of\n"
+        f"csrc/launch.h; behind it whether there is dropout, and whether it is Q and dB in one launch. Rounding\n"
+        f"0, 1, 2: nearest, stochastic, compensated. held_kernel below sm_90 is empty: it needs clusters.\n"
     )
     print("| kernel | sm | registers | spills | shared | tensor cores | load | copy | store |")
     print("|---|---|---|---|---|---|---|---|---|")

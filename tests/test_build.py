@@ -394,10 +394,14 @@ def test_the_backend_says_why_it_has_no_kernels(monkeypatch, tmp_path):
     def broken(name):
         raise ImportError("_C.so: undefined symbol: cudaLaunchKernelExC")
 
-    monkeypatch.setattr(cuda, "__file__", str(tmp_path / "cuda" / "__init__.py"))
+    package = tmp_path / "relora_kernels"
+    (package / "cuda").mkdir(parents=True)
+    monkeypatch.setattr(cuda, "__file__", str(package / "cuda" / "__init__.py"))
     monkeypatch.setattr(cuda.importlib, "import_module", missing)
     assert "not built: no build was run; reinstall" in cuda.extension.__wrapped__()[1]
-    (tmp_path / "_C.missing.txt").write_text("no nvcc found\n")
+    (tmp_path / "csrc").mkdir()
+    assert f"not built: {tmp_path} holds the sources" in cuda.extension.__wrapped__()[1]
+    (package / "_C.missing.txt").write_text("no nvcc found\n")
     assert "not built: no nvcc found; reinstall" in cuda.extension.__wrapped__()[1]
     monkeypatch.setattr(cuda.importlib, "import_module", broken)
     assert "does not load: _C.so: undefined symbol" in cuda.extension.__wrapped__()[1]

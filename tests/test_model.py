@@ -731,6 +731,20 @@ def test_a_layer_that_cannot_be_unloaded_refuses_all(spoil, error, says):
     assert len(relora_layers(model)) == 2
 
 
+def test_an_update_too_large_for_the_dtype_to_go_back_to_refuses_all():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    config = ReLoRaConfig(r=2, target_modules="all-linear", weight_dtype=torch.float32)
+    apply_relora(model, config)
+    nn.init.constant_(model[1].lora_B, 1e5)
+    nn.init.ones_(model[1].lora_A)
+    with pytest.raises(FloatingPointError, match="1: expected a finite update .* in float16's"):
+        merge_and_unload(model)
+    assert len(relora_layers(model)) == 2
+    nn.init.constant_(model[1].lora_B, 1e-2)
+    merge_and_unload(model)
+    assert {type(m) for m in model} == {nn.Linear} and model[1].weight.dtype == torch.float16
+
+
 def test_accelerates_hooks_are_refused_until_they_are_removed():
     hooks = pytest.importorskip("accelerate.hooks")
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

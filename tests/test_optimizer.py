@@ -129,15 +129,15 @@ def test_first_update_after_a_reset():
     for _ in range(1500):
         p.grad = torch.randn(48, 48)
         trained.step()
-    _, independent_max = update_after_reset(trained, mode="magnitude", ratio=0.99, paired=False)
-    paired_rms, paired_max = update_after_reset(trained, mode="magnitude", ratio=0.99)
+    _, independent_max = update_after_reset(trained, mode="magnitude", paired=False)
+    paired_rms, paired_max = update_after_reset(trained, mode="magnitude")
     zero_rms, zero_max = update_after_reset(trained, mode="zero")
     # 0.1 g / sqrt(0.001 g^2): 3.16 x lr where a long-run step count is kept, here step 1501.
     assert zero_max == pytest.approx(0.1 / 0.001**0.5 * (1 - 0.999**1501) ** 0.5, rel=1e-3)
     fresh_rms, fresh_max = update_after_reset(trained, mode="zero", reset_step=True)
     assert fresh_max == pytest.approx(1.0, rel=1e-3) and fresh_rms == pytest.approx(1.0, rel=1e-3)
     assert paired_max < 1.5 * zero_max and paired_rms < 1.1 * zero_rms
-    assert independent_max > 10 * paired_max
+    assert independent_max > 1000
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])

@@ -110,10 +110,10 @@ def merge_(
         seed: int64, used by ``"stochastic"``.
 
     Raises ValueError or TypeError for other shapes, dtypes, devices or ranges and for tensors that
-    share memory with weight or residual. Raises FloatingPointError if the update cannot be computed in
-    finite numbers: NaN, a factor's element of 2^120 or more, B @ A or the update beyond float32's range, a
-    sum beyond float16's for a float16 weight. Raises BackendUnavailable if a named backend cannot serve the
-    call. W is untouched then.
+    share memory with weight or residual. Raises FloatingPointError if the update is not sure to be finite:
+    NaN; except for a float64 weight, a factor's element of 2^120 or more, or products whose magnitudes sum
+    up to half of float32's range; a sum beyond float16's range for a float16 weight. Raises
+    BackendUnavailable if a named backend cannot serve the call. W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)

@@ -104,7 +104,8 @@ class DataArgs:
         "Your own UTF-8 text: files, folders (all files below but output_dir's) or quoted glob patterns.",
     )
     validation_files: list[str] | None = _option(
-        None, "Held-out text. Unset: five per cent of the documents, chosen by their hash."
+        None,
+        "Held-out text. Unset: five per cent of the text, in whole documents chosen by their hash.",
     )
     dataset: str | None = _option(
         None, "A text data set for `datasets`, streamed: name or name:config, e.g. allenai/c4:en."
