@@ -41,16 +41,14 @@ TESTS = [
     "no:cacheprovider",
 ]  # fmt: skip
 SUBJECTS = ("linear", "merge", "prune", "train")
-# Step -> files, and pytest's -k: a file's other tests are for machines without a GPU. Tests that could
-# hang have a step of their own, last; the others share steps, since each start of pytest takes seconds.
+# Step -> test files. Tests that could hang have a step of their own, last; the others share steps, since each
+# start of pytest takes seconds.
 TEST_STEPS = {
-    "cuda_merge": (["cuda_merge"], None),
-    "cuda_prune": (["cuda_prune"], "gpu"),
-    "ops": (
-        ["lora_linear", "merge", "prune", "layer", "optimizer", "triton", "triton_mask"], None
-    ),
-    "cuda_gemm": (["cuda_gemm_gpu"], None),
-}  # fmt: skip
+    "cuda_merge": ["cuda_merge"],
+    "cuda_prune": ["cuda_prune_gpu"],
+    "ops": ["lora_linear", "merge", "prune", "layer", "optimizer", "triton", "triton_mask"],
+    "cuda_gemm": ["cuda_gemm_gpu"],
+}
 # Steps of one subject; the others belong to all.
 STEP_SUBJECTS = {"cuda_merge": "merge", "cuda_prune": "prune", "cuda_gemm": "linear"}
 SANITIZER_PARTS = {  # of tests/sanitizer_program.py
@@ -164,13 +162,10 @@ def _parser() -> argparse.ArgumentParser:
 def tests(only: list[str]) -> dict[str, list[str]]:
     """Step -> command."""
     return {
-        f"tests {step}": [
-            *TESTS, *(str(ROOT / "tests" / f"test_{name}.py") for name in files),
-            *(["-k", chosen] if chosen else []),
-        ]
-        for step, (files, chosen) in TEST_STEPS.items()
+        f"tests {step}": [*TESTS, *(str(ROOT / "tests" / f"test_{name}.py") for name in files)]
+        for step, files in TEST_STEPS.items()
         if not only or STEP_SUBJECTS.get(step, only[0]) in only
-    }  # fmt: skip
+    }
 
 
 def sanitizer(only: list[str]) -> dict[str, list[str] | str]:

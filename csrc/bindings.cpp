@@ -112,12 +112,12 @@ int64_t prune_workspace(const py::buffer& rows, int device) {
   return bytes;
 }
 
-void prune(const py::buffer& rows, double ratio, uintptr_t workspace, int64_t bytes, int device,
-           uintptr_t stream) {
+void prune(const py::buffer& rows, double ratio, int64_t float_ranks, uintptr_t workspace, int64_t bytes,
+           int device, uintptr_t stream) {
   const py::buffer_info info = rows.request();
   const auto [tensors, count] = prune_tensors(info);
   on_device("prune", device, [&, tensors = tensors, count = count] {
-    return relora::prune(tensors, count, ratio, reinterpret_cast<void*>(workspace), bytes,
+    return relora::prune(tensors, count, ratio, float_ranks, reinterpret_cast<void*>(workspace), bytes,
                          reinterpret_cast<cudaStream_t>(stream));
   });
 }
@@ -282,7 +282,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("restart_dtype"), py::arg("rounding"), py::arg("table"), py::arg("device"),
         py::arg("stream"), py::arg("kind"));
   m.def("prune_workspace", &prune_workspace, py::arg("rows"), py::arg("device"));
-  m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("workspace"),
+  m.def("prune", &prune, py::arg("rows"), py::arg("ratio"), py::arg("float_ranks"), py::arg("workspace"),
         py::arg("bytes"), py::arg("device"), py::arg("stream"));
   m.def("prune_random", &prune_random, py::arg("rows"), py::arg("threshold"), py::arg("device"),
         py::arg("stream"));

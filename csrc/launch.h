@@ -78,9 +78,10 @@ static_assert(sizeof(PruneTensor) == 7 * sizeof(int64_t), "built as an array of 
 // Bytes that prune() needs at `workspace` on the current device, 16-byte aligned, uninitialised.
 cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* bytes);
 
-// In each tensor, zeroes the elements whose magnitude is at most the `ratio`-quantile of its magnitudes.
-// cudaErrorInvalidValue if `bytes`, the size of `workspace`, is less than prune() needs.
-cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
+// In each tensor, zeroes the elements whose magnitude is at most the `ratio`-quantile of its magnitudes. Ranks are
+// computed in float32 in tensors of up to `float_ranks` elements, in float64 in larger ones. cudaErrorInvalidValue if
+// `bytes`, the size of `workspace`, is less than prune() needs.
+cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, int64_t float_ranks, void* workspace,
                   int64_t bytes, cudaStream_t stream);
 
 // Zero the elements whose 32 random bits are below `threshold`, in [0, 2^32].

@@ -23,10 +23,10 @@
 //   5461 x 2048                          27 us                22 us
 //   2048 x 5461, an odd pitch            35 us                22 us
 //
-// Not measured yet: the present unit sizes of sm90, which are newer. In sm90 W is in flight at all times, no
-// phase waits for another one in the same thread, and accesses are of 16 bytes at any pitch. Its predecessor took
-// 3.09 ms and 43 us (2026-11-27): by ncu 42 % of the warps' time went by in waiting in the sum, 20 % in the
-// product and 16 % for lora_A, one after the other; an odd pitch was slowest.
+// Not measured yet: the present unit sizes of sm90, which are newer. In sm90 W is in flight at all times, only
+// lora_A, once a unit, is waited for by the threads that multiply and sum, and accesses are of 16 bytes at any pitch.
+// Its predecessor took 3.09 ms and 43 us (2026-11-27): by ncu 42 % of the warps' time went by in waiting in the sum,
+// 20 % in the product and 16 % for lora_A, one after the other; an odd pitch was slowest.
 //
 // What bounds the sm90 kernel: passes over as much memory as the 168 weights and in the same pattern, without a
 // product (H200, 2026-11-27, CUDA events, medians of 20, by programs that are not kept here). One call copies
@@ -61,7 +61,7 @@ namespace {
 
 // ---- The table ----------------------------------------------------------------------------------
 
-// Layers that one launch writes to device memory: as many as its parameters hold. Those may be 32,764
+// Layers that one launch writes to device memory: no more than its parameters hold. Those may be 32,764
 // bytes from CUDA 12.1 and driver 530 on; CUDA 13 requires a newer driver than that.
 #if CUDART_VERSION >= 13000
 constexpr int kPiece = 128;
@@ -152,7 +152,7 @@ int64_t tiles_of(const MergeLayer& layer) {
   return ceil_div(layer.n, kRows) * ceil_div(layer.k, kCols);
 }
 
-// Tiles of a row that a block processes, with one read of its part of lora_B for all of them: few enough
+// Tiles of a row that a block processes, with one read of its part of lora_B for all of them if r <= 128: few enough
 // that every multiprocessor gets its blocks and that all end at about the same time.
 int tiles_of_a_block(int64_t tiles, int multiprocessors) {
   return int(std::clamp<int64_t>(ceil_div(tiles, kBlocksAnSM * multiprocessors), 1, 8));

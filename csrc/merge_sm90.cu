@@ -17,7 +17,8 @@
 // bf16 factors are used as they are. fp32 factors keep 11 bits: they become fp16, which has tf32's mantissa
 // and twice its speed, scaled by a power of two per row of lora_B and per column of lora_A. Elements of at
 // least 2^-28 of the largest in their row or column keep 11 bits; smaller ones have an error of up to 2^-39 of
-// the largest (numerics.cuh). Rows below 2^-90 keep less, because float32's own range ends.
+// the largest (numerics.cuh). In rows of lora_B below 2^-81 products of small elements keep less, because float32's
+// own range ends and a row's unit carries 1 / kShift.
 //
 // A row that is not 16-byte aligned lies in shared memory as it does in W, starting at the 16-byte boundary
 // before its first element. So all accesses to W are of 16 bytes, except for up to seven elements at both ends
@@ -39,7 +40,7 @@ using two_segment::operand_descriptor;
 using two_segment::Ring;
 using two_segment::swizzled;
 
-// Units undo the power-of-two scales. A sum of products is below kMostRank * 2^30, and lora_B below 2^120
+// Units undo the power-of-two scales. A sum of products is at most kMostRank * 2^30, and lora_B below 2^120
 // (launch.h), so the sum times its row's unit may reach 2^142, which float32 does not hold. Therefore a row's
 // unit is divided by kShift and a column's multiplied by it. The columns' units include the scaling as well: at
 // most 2^105 * 2^15 * 2^7 = 2^127, which float32 holds; at least 2^-126 * 2^15 * 2^-16 = 2^-127, a subnormal

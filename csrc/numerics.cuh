@@ -342,14 +342,19 @@ RELORA_HD double product(double a, double b) {
 #endif
 }
 
-// torch.quantile's rank: in float32 up to 2^24 elements, in float64 above.
-RELORA_HD Rank quantile_rank(int64_t n, double ratio) {
-  if (n > int64_t(1) << 24) {
-    const double rank = product(ratio, double(n - 1));
+// Which quantile. The ranks of tensors of up to `float_ranks` elements are computed in float32, others in float64.
+struct Quantile {
+  double ratio;
+  int64_t float_ranks;
+};
+
+RELORA_HD Rank quantile_rank(int64_t n, const Quantile& quantile) {
+  if (n > quantile.float_ranks) {
+    const double rank = product(quantile.ratio, double(n - 1));
     const int64_t low = int64_t(rank) < n - 1 ? int64_t(rank) : n - 1;
     return {low, low < n - 1 ? float(rank - double(low)) : 0.f};
   }
-  const float rank = product(float(ratio), float(n - 1));
+  const float rank = product(float(quantile.ratio), float(n - 1));
   const int64_t low = int64_t(rank) < n - 1 ? int64_t(rank) : n - 1;
   return {low, low < n - 1 ? rank - float(low) : 0.f};
 }

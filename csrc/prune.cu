@@ -30,12 +30,12 @@
 // the threshold to an element above the bin, recount and finish go over the whole tensor. The device decides
 // that; the launches are always the same. A NaN makes `partition`, `finish` or `clear` zero everything.
 //
-// Bytes read and written per element: 12 with 32 bits, 8 if held, 6 with 16 bits, plus 8 or 4 for the partner.
-// From ratio 0.95 on a held tensor's partner takes less: what keeps no element is not read. Without a window,
-// listed elements are fetched twice more, by sectors of 32 bytes: for 10^8 elements that took 65 us of 412 on an
-// H200 (ncu, 2026-11-27). A window that fails (ties, few distinct values; with 16 bits a gap around the quantile)
-// costs one read more. If the digits then end with a list, `clear` costs another one, because it loads elements
-// before it knows whether they are needed.
+// Bytes read and written per element: 12 with 32 bits, 8 if held, 6 with 16 bits, plus 8 or 4 for the partner. From
+// ratio 0.95 on the partner of a tensor held whole takes less: what keeps no element is not read. Without a window,
+// listed elements are fetched twice more, by sectors of 32 bytes: for 10^8 elements that took 65 us of 412 on an H200
+// (ncu, 2026-11-27). A window that fails (ties, few distinct values; with 16 bits a gap around the quantile) costs
+// one read more. If the digits then end with a list, `clear` costs another one, because it loads elements before it
+// knows whether they are needed.
 //
 // The list: 13 bits are 8 of exponent and 5 of mantissa, so the bin at x is at most x/32 wide and holds at
 // most x p(x) / 32 of the elements. For a normal tensor x p(x) is largest at one standard deviation: 1.51 %,
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
   const Part part = find_part(table);
   const Row& row = part.row;
 
-  unsigned long long left = quantile_rank(row.size, table.ratio).low;
+  unsigned long long left = quantile_rank(row.size, table.quantile).low;
   uint32_t prefix = 0, threshold = kDropAll;
   for (int shift = kKeyBits; shift > 0;) {
     int bits = F::first;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) small_kernel(const __gr
     if (holds_nan(DType(row.dtype), extremes[0])) break;  // in the first round; all threads agree
     const Picked picked = pick(hist, bins, left);
     prefix <<= bits;
-    if (shift == 0) threshold = find_threshold(row, table.ratio, picked, prefix, ~extremes[1]);
+    if (shift == 0) threshold = find_threshold(row, table.quantile, picked, prefix, ~extremes[1]);
     prefix |= picked.bin;
     left = picked.left;
     __syncthreads();  // all loads from what the next round overwrites come first, even those not used
@@ -233,10 +233,10 @@ void lay_out(Table& table, int64_t share) {
 
 // The window's ends, as ranks in the sample.
 template <typename Bits>
-void find_ends(const Row& row, double ratio, uint32_t ends[2]) {
+void find_ends(const Row& row, const Quantile& quantile, uint32_t ends[2]) {
   constexpr int kN = kPack<Bits>;
   const double last = double(kN * min(row.size / kN, int64_t(kSampleBlocks) * kThreads * kSampleStrips) - 1);
-  const double below = double(quantile_rank(row.size, ratio).low) / double(row.size - 1);
+  const double below = double(quantile_rank(row.size, quantile).low) / double(row.size - 1);
   const double middle = below * last, margin = 6 * std::sqrt(below * (1 - below) * last) + 1;
   ends[0] = uint32_t(max(middle - margin, 0.));
   ends[1] = uint32_t(min(middle + margin, last));
@@ -417,7 +417,7 @@ cudaError_t for_each_group(const PruneTensor* tensors, int64_t count, Which of, 
       group.bytes += its_bytes;
     }
     if (table.count == 0) {
-      if (i < count) return cudaErrorInvalidConfiguration;  // one tensor of over 10^13 elements
+      if (i < count) return cudaErrorInvalidConfiguration;  // one tensor of over 5 * 10^13 elements
       break;
     }
     char* list = workspace + group.hist_bytes;
@@ -443,7 +443,7 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   table.count = group.table.count;
   table.blocks = group.table.blocks;
   table.share = group.table.share;
-  table.ratio = group.table.ratio;
+  table.quantile = group.table.quantile;
   bool follow = false, follows = false;  // the first launch does not
   cudaError_t failed = cudaSuccess;
   if constexpr (kHuge) {
@@ -461,7 +461,7 @@ cudaError_t run_chain(const Group& group, const Device& device, const Workspace&
   };
   if constexpr (kHuge) {
     Sampling sampling{table, {}};
-    for (uint32_t r = 0; r < table.count; ++r) find_ends<Bits>(table.rows[r], table.ratio, sampling.ends[r]);
+    for (uint32_t r = 0; r < table.count; ++r) find_ends<Bits>(table.rows[r], table.quantile, sampling.ends[r]);
     Chain waves = table;
     lay_out_waves<Bits>(waves, device.slots);
     run(sample_kernel<Bits>, sampling, table.count * kSampleBlocks, 4 << kSampleDigit);
@@ -522,11 +522,11 @@ cudaError_t run_held(Table& table, const Device& device, cudaStream_t stream) {
 }
 
 template <typename Bits>
-cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, double ratio, const Device& device,
+cudaError_t prune_sized(const PruneTensor* tensors, int64_t count, const Quantile& quantile, const Device& device,
                         const Workspace& workspace, cudaStream_t stream) {
   const auto each = [&](Which of, auto&& run) {
     return for_each_group<Bits>(tensors, count, of, device, workspace.at, [&](Group& group) {
-      group.table.ratio = ratio;
+      group.table.quantile = quantile;
       return run(group);
     });
   };
@@ -583,13 +583,14 @@ cudaError_t prune_workspace(const PruneTensor* tensors, int64_t count, int64_t* 
   return error;
 }
 
-cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, void* workspace,
+cudaError_t prune(const PruneTensor* tensors, int64_t count, double ratio, int64_t float_ranks, void* workspace,
                   int64_t bytes, cudaStream_t stream) {
+  const Quantile quantile{ratio, float_ranks};
   const Workspace space{static_cast<char*>(workspace), bytes};
   Device device{};
   cudaError_t error = find_device(tensors, count, &device);
-  if (!error) error = prune_sized<uint32_t>(tensors, count, ratio, device, space, stream);
-  if (!error) error = prune_sized<uint16_t>(tensors, count, ratio, device, space, stream);
+  if (!error) error = prune_sized<uint32_t>(tensors, count, quantile, device, space, stream);
+  if (!error) error = prune_sized<uint16_t>(tensors, count, quantile, device, space, stream);
   return error;
 }
 

@@ -22,7 +22,7 @@ constexpr int kRoomShare = 64;  // one element in so many may be listed
 constexpr int kLocal = 8192;    // listed elements that a block collects before it asks for room
 constexpr int kBlocksAnSM = 2;  // limited by registers: 512 threads of 64
 constexpr int kBlocksThatClear = 3;  // limited by the 1536 threads of sm_86 and sm_120; elsewhere 4, of 32 registers
-// Tensors of a launch, 72 bytes each: as many as a kernel's parameters hold. Those may be 32,764 bytes from
+// Tensors of a launch, 72 bytes each: no more than a kernel's parameters hold. Those may be 32,764 bytes from
 // CUDA 12.1 and driver 530 on; CUDA 13 requires a newer driver than that. A chain takes fewer, kChainRows:
 // its tensors need memory for lists and histograms, and each of its launches pays for the table.
 #if CUDART_VERSION >= 13000
@@ -30,7 +30,7 @@ constexpr int kRows = 400, kChainRows = 128, kParameters = 32764;
 #else
 constexpr int kRows = 48, kChainRows = 48, kParameters = 4096;
 #endif
-constexpr int kMemoryShare = 52;  // a launch's workspace: one byte in so many of the memory pruned
+constexpr int kMemoryShare = 52;  // a chain's workspace: one byte in so many of the memory pruned
 constexpr uint32_t kAll = 0xFFFFFFFFu;       // all bits
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;  // of a warp
 constexpr uint32_t kNone = 0xFFFFFFFFu;      // no index, no bin
@@ -112,7 +112,7 @@ struct TableOf {
   Row rows[kMost];
   uint32_t count, blocks;
   int64_t share;  // elements of a block
-  double ratio;
+  Quantile quantile;
   uint64_t random_threshold;
   const int64_t* prefixes;  // magnitude_counts
   int64_t *counts, *lowest, *highest;
@@ -533,7 +533,7 @@ struct GlobalHist {
       }
     }
   }
-  // The same, with neighbouring bins added by neighbouring threads: for histograms with few empty bins.
+  // The same, with neighbouring bins added by neighbouring threads: for a window's few empty bins, and the sample.
   __device__ __forceinline__ void add_dense(const SharedHist<false>& counts, int bins) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < bins; i += kThreads) add(i, counts.words[i]);
@@ -665,13 +665,13 @@ __device__ __forceinline__ bool holds_nan(DType dtype, uint32_t greatest_key) {
 }
 
 // The threshold, from the last digit's bin. `above`: the least key above the whole histogram.
-__device__ __forceinline__ uint32_t find_threshold(const Row& row, double ratio,
+__device__ __forceinline__ uint32_t find_threshold(const Row& row, const Quantile& quantile,
                                                    const Picked& picked, uint32_t prefix,
                                                    uint32_t above) {
   const uint32_t low = prefix + picked.bin;
   const uint32_t next = picked.next == kNone ? above : prefix + picked.next;
   const uint32_t high = picked.left + 1 < picked.here ? low : next;
-  const float weight = quantile_rank(row.size, ratio).weight;
+  const float weight = quantile_rank(row.size, quantile).weight;
   switch (DType(row.dtype)) {
     case DType::f32: return threshold_key<float>(low, high, weight);
     case DType::bf16: return threshold_key<bf16>(low, high, weight);

@@ -102,7 +102,7 @@ sample_kernel(const __grid_constant__ Sampling sampling) {
   const uint32_t from = ends[0], to = ends[1];
   state.origin = ranks[0] ? max(from, kSlack) - kSlack : 0;
   state.width = to + kSlack - state.origin;
-  bool fails = sampling.table.ratio == 1;  // the quantile has no neighbour above
+  bool fails = sampling.table.quantile.ratio == 1;  // the quantile has no neighbour above
   if constexpr (kWhole) {
     fails |= state.width > 1u << kWindowDigit;
   } else {
@@ -273,7 +273,7 @@ window_kernel(const __grid_constant__ Chain table) {
   if constexpr (kLists) hand_over(row, local, found > kLocal ? 0 : found);
   if (!is_last_block(&state.arrived, part.blocks)) return;
 
-  const unsigned long long rank = quantile_rank(row.size, table.ratio).low, first = state.below;
+  const unsigned long long rank = quantile_rank(row.size, table.quantile).low, first = state.below;
   const bool all = holds_nan(DType(row.dtype), state.greatest);
   if constexpr (!kLists) {
     static_assert(kBins == 2 * kThreads, "two bins a thread");
@@ -298,7 +298,7 @@ window_kernel(const __grid_constant__ Chain table) {
     state.left = picked.left;
     if (!state.settled) state.listed = 0;
   } else if (holds && !all) {
-    state.threshold = find_threshold(row, table.ratio, picked, state.origin, kAll);
+    state.threshold = find_threshold(row, table.quantile, picked, state.origin, kAll);
   }
 }
 
@@ -329,11 +329,11 @@ __device__ __forceinline__ void count_part(const Chain& table, const Part& part)
   whole.add(hist, F::bins);
   if (!is_last_block(&state.arrived, part.blocks)) return;
 
-  const Picked picked = pick(whole, F::bins, quantile_rank(row.size, table.ratio).low);
+  const Picked picked = pick(whole, F::bins, quantile_rank(row.size, table.quantile).low);
   if (threadIdx.x == 0) {
     const bool all = holds_nan(DType(row.dtype), state.greatest);
     if (kShift == 0) {
-      state.threshold = all ? kDropAll : find_threshold(row, table.ratio, picked, 0, kAll);
+      state.threshold = all ? kDropAll : find_threshold(row, table.quantile, picked, 0, kAll);
       state.finish = Source::whole;
     } else {
       state.prefix = all ? uint32_t(F::bins) : picked.bin;  // all digits are below bins: partition zeroes them
@@ -476,7 +476,7 @@ recount_kernel(const __grid_constant__ Chain table) {
   const uint32_t above = min(~state.not_above, ~state.not_above_bin);
   const Picked picked = pick(whole, int(bins), state.left);
   if (threadIdx.x == 0) {
-    state.threshold = find_threshold(row, table.ratio, picked, origin + (prefix << shift), above);
+    state.threshold = find_threshold(row, table.quantile, picked, origin + (prefix << shift), above);
     if (state.threshold >= ~state.not_above_bin) state.finish = Source::whole;
   }
 }

@@ -227,9 +227,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
     });
     runs.flush();
   }
-  if (slice.partner && table.ratio < kSparse) slice.fetch_partner();
+  if (slice.partner && table.quantile.ratio < kSparse) slice.fetch_partner();
   block_max(&extremes[0], greatest);
-  const uint32_t rank = uint32_t(quantile_rank(row.size, table.ratio).low);
+  const uint32_t rank = uint32_t(quantile_rank(row.size, table.quantile).low);
   Digit digit = pick_in_cluster(first, F::bins, rank, own, blocks);
 
   uint32_t prefix = digit.bin << (F::second + F::third);  // the threshold's bits so far
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
   if (threadIdx.x == 0)
     threshold = holds_nan(DType(row.dtype), whole_extremes[0])
                     ? kDropAll
-                    : find_threshold(row, table.ratio, picked, prefix, ~whole_extremes[1]);
+                    : find_threshold(row, table.quantile, picked, prefix, ~whole_extremes[1]);
   __syncthreads();
   if (slice.partner) slice.clear_to<true>(threshold);
   else slice.clear_to<false>(threshold);

@@ -19,7 +19,7 @@ constexpr int kGroupRows = 8;  // tiles of rows that share a pass over W, so tha
 constexpr int kMostShared = 232448;  // bytes a block may use on sm_90
 
 // setmaxnreg: the consumers take the registers that the producer gives up, out of 168 per thread at the
-// launch. With 40 for the producer, or without the exchange, the compiler spills a few.
+// launch. Without the exchange nvcc 13.0 spills a few in the masked 128 x 256 tile.
 constexpr int kLaunchRegisters = 168, kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               (1 + kConsumers) * kLaunchRegisters);

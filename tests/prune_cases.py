@@ -40,11 +40,12 @@ class Shim:
         self.bytes = self.library.simt_prune_workspace(*self._list(rows))
         return self.bytes + 256
 
-    def prune(self, rows, ratio, workspace, bytes_, device, stream):
+    def prune(self, rows, ratio, float_ranks, workspace, bytes_, device, stream):
         assert bytes_ == self.bytes + 256
         ctypes.memset(workspace, GARBAGE, bytes_)
+        rank_rule = ctypes.c_double(ratio), ctypes.c_int64(float_ranks)
         needed = ctypes.c_int64(self.bytes)
-        self._call("prune", rows, ctypes.c_double(ratio), ctypes.c_void_p(workspace), needed)
+        self._call("prune", rows, *rank_rule, ctypes.c_void_p(workspace), needed)
         self.window = (ctypes.c_uint32 * 2)()
         self.settled = self.bytes > 0 and self.library.simt_prune_settled(
             ctypes.c_void_p(workspace), self.window

@@ -166,11 +166,24 @@ def test_wide_counters_and_tensors_without_a_list(tmp_path_factory, monkeypatch)
         check_against_reference(*insert(drawn_list(200 + number, [*EDGES, 900]), 0.9))
 
 
+@pytest.mark.parametrize("float64_ranks", [False, True])
+def test_ranks_of_older_and_newer_versions_of_torch(shim, monkeypatch, float64_ranks):
+    """11 and 51 elements at 0.9 and 0.3: of two neighbours, float32 ranks take one and float64 ranks the other."""
+    monkeypatch.setattr(reference, "_FLOAT64_RANKS", float64_ranks)
+    for ratio in (0.9, 0.3):
+        sizes = [11, 51, 1001, SPAN + 2, 100_001]
+        tensors = [torch.arange(n).flip(0).float() + 1 for n in sizes]
+        low, _ = reference.quantile_rank(11, 0.9)
+        assert low == (8 if float64_ranks else 9)
+        check_against_reference([Guarded(t, 0) for t in tensors], ratio)
+
+
 def test_a_workspace_that_is_too_small_is_refused(shim):
     t = torch.randn(10**6)
     before, rows = t.clone(), launcher._Flat([t]).rows
     workspace = torch.empty(shim.prune_workspace(rows), dtype=torch.uint8)
-    call = "prune", rows, ctypes.c_double(0.9), ctypes.c_void_p(workspace.data_ptr())
+    quantile = ctypes.c_double(0.9), ctypes.c_int64(2**24)
+    call = "prune", rows, *quantile, ctypes.c_void_p(workspace.data_ptr())
     with pytest.raises(RuntimeError, match="cudaError 1"):
         shim._call(*call, ctypes.c_int64(shim.bytes - 1))
     assert torch.equal(t, before)

@@ -62,11 +62,16 @@ def test_keys_of_float32_order_as_magnitudes_and_come_back(numerics):
     assert ((keys > numerics.infinity_key(0)) == ~number).all()
 
 
+def rank_rule(ratio):
+    ratio, float_ranks = reference.rank_rule(ratio)
+    return ctypes.c_double(ratio), ctypes.c_int64(float_ranks)
+
+
 def threshold(numerics, code, magnitude, ratio):
     """The threshold's key, from the sorted magnitudes."""
     weight = ctypes.c_float()
     n = len(magnitude)
-    low = numerics.rank_of(ctypes.c_int64(n), ctypes.c_double(ratio), ctypes.byref(weight))
+    low = numerics.rank_of(ctypes.c_int64(n), *rank_rule(ratio), ctypes.byref(weight))
     keys = reference.magnitude_keys(magnitude[low : low + 2]).tolist()
     return numerics.threshold_of(code, keys[0], keys[-1], weight)
 
@@ -97,12 +102,14 @@ def test_interpolation_with_infinities(numerics):
                 assert key == reference.magnitude_keys(expected).item()
 
 
-def test_ranks_at_any_size(numerics):
+@pytest.mark.parametrize("float64_ranks", [False, True])
+def test_ranks_at_any_size(numerics, monkeypatch, float64_ranks):
+    monkeypatch.setattr(reference, "_FLOAT64_RANKS", float64_ranks)
     rng = np.random.default_rng(3)
     for case in range(4000):
         n = int(2 ** rng.uniform(0, 41)) if case % 2 else 2**24 + case // 2 - 1000
         ratio = RATIOS[case // 2 % 6] if case % 4 < 2 else float(rng.random())
         weight = ctypes.c_float()
-        low = numerics.rank_of(ctypes.c_int64(n), ctypes.c_double(ratio), ctypes.byref(weight))
+        low = numerics.rank_of(ctypes.c_int64(n), *rank_rule(ratio), ctypes.byref(weight))
         expected_low, expected_weight = reference.quantile_rank(n, ratio)
         assert (low, weight.value) == (expected_low, np.float32(expected_weight))

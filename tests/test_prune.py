@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,12 +158,31 @@ def test_threshold_matches_torch_quantile_bit_for_bit():
         )
 
 
+@pytest.mark.parametrize("float64_ranks", [False, True])
+def test_both_rules_for_ranks(monkeypatch, float64_ranks):
+    """The other version's rule, too: before 2.14 torch.quantile multiplies in float32, since in float64."""
+    monkeypatch.setattr(reference, "_FLOAT64_RANKS", float64_ranks)
+    wide, differ = np.float64 if float64_ranks else np.float32, 0
+    for n in (11, 101, 3000):
+        t = torch.randn(n).abs().sort().values
+        for ratio in np.linspace(0.001, 0.999, 200):
+            rank = wide(np.float32(ratio)) * wide(n - 1)
+            low = int(np.floor(rank))
+            expected = torch.lerp(t[low], t[low + 1], float(np.float32(rank - wide(low))))
+            assert torch.equal(reference.magnitude_quantile(t, float(ratio)), expected)
+            differ += not torch.equal(expected, torch.quantile(t, float(ratio)))
+    assert (differ == 0) == (float64_ranks == (torch.__version__ >= (2, 14)))
+
+
 def test_more_than_two_to_the_24_elements_case49():
-    """torch.quantile refuses this size; the threshold has to be an order statistic all the same."""
+    """torch.quantile refuses this size before 2.14; the threshold has to be an order statistic all the same."""
     n = 2**24 + 3
     t = torch.randn(n)
     got = t.clone()
     prune_(got, 0.99)
+    if torch.__version__ >= (2, 14):
+        assert torch.equal(got, expected(t, 0.99))
+        return
     ordered = t.abs().sort().values
     rank = 0.99 * (n - 1)
     low, high = ordered[int(rank)], ordered[int(rank) + 1]

@@ -44,8 +44,8 @@ TWO_SEGMENT_FEW_ROWS = {
     2: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     4: {"BLOCK_M": FEW_ROWS, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
 }
-# Overrides for operands that cannot be loaded 16 bytes at a time: a pointer for each element fills the
-# registers, and the loads are not pipelined. 128 x 256 would spill up to 426 registers.
+# Overrides for operands that cannot be loaded 16 bytes at a time: a pointer for each element fills the registers, and
+# the loads are not pipelined. 128 x 256 would take hundreds of spill instructions, and thousands on sm_80.
 TWO_SEGMENT_ODD = {2: {"BLOCK_N": 128, "BLOCK_K": 32}, 4: {"BLOCK_N": 64}}
 MULTIPLE = 16  # elements; the only divisibility of sizes and pitches that Triton specialises on
 SPLIT = {

@@ -8,7 +8,7 @@ import torch
 
 from relora_kernels.cuda import extension, why_no_device
 from relora_kernels.ops.checks import Tensors
-from relora_kernels.reference.prune import NONE_ABOVE, drop_below
+from relora_kernels.reference.prune import NONE_ABOVE, drop_below, rank_rule
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # launch.h's DType
 MOST_BITS = 13  # of a digit, by csrc/prune.cu
@@ -39,7 +39,7 @@ def prune_(tensors, ratio, paired_with) -> None:
     with torch.cuda.device(device):
         needed = module.prune_workspace(flat.rows, device.index)
     workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-    flat.run("prune_", module.prune, ratio, workspace.data_ptr(), needed)
+    flat.run("prune_", module.prune, *rank_rule(ratio), workspace.data_ptr(), needed)
 
 
 def prune_random_(tensors, ratio, paired_with, seeds, first_elements) -> None:

@@ -105,8 +105,8 @@ def prune_(
 
     Equivalent, for each tensor of at most 2^24 elements, to
     ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``, and for float64
-    to the same without ``.float()``. Thresholds are exactly torch.quantile's (linear interpolation), at any
-    size. ReLoRA (arXiv 2307.05695) prunes
+    to the same without ``.float()``. Thresholds are exactly the installed torch.quantile's (linear
+    interpolation), at any size; torch 2.14 changed their last bits. ReLoRA (arXiv 2307.05695) prunes
     Adam's moments this way at a restart.
 
     Args:

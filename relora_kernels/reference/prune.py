@@ -10,6 +10,7 @@ it was: no mask is multiplied, so a dropped inf or NaN does not become NaN.
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
@@ -17,7 +18,9 @@ import torch
 from relora_kernels.reference import philox
 
 NONE_ABOVE = 2**63 - 1  # magnitude_counts: no key is that large
-_TORCH_F32_RANK_LIMIT = 2**24  # torch.quantile computes the rank in float32 up to this size
+# torch.quantile computes the ranks of float32 tensors in float32 and takes at most 2^24 elements; from torch 2.14 on
+# (pytorch/pytorch#187574) in float64, of the ratio in float32, at any size. The installed torch is followed.
+_FLOAT64_RANKS = torch.__version__ >= (2, 14)
 
 
 def why_not(tensors, ratio, paired_with) -> str | None:
@@ -135,14 +138,20 @@ def _order_statistic(flat: torch.Tensor, k: int) -> torch.Tensor:
 def quantile_rank(n: int, ratio: float, work: torch.dtype = torch.float32) -> tuple[int, float]:
     """(k, w): the quantile lies between order statistics k and k + 1 (from 0), at fraction w.
 
-    rank = fl(ratio) * fl(n - 1) in float32 as in torch.quantile; in float64 above 2^24 elements, for
-    which float32 cannot represent every rank.
+    rank = ratio * (n - 1), rounded as by the installed torch.quantile (see rank_rule).
     """
-    if n > _TORCH_F32_RANK_LIMIT:
-        work = torch.float64
+    if work == torch.float32:
+        ratio, float_ranks = rank_rule(ratio)
+        work = torch.float32 if n <= float_ranks else torch.float64
     rank = (torch.tensor(ratio, dtype=work) * torch.tensor(n - 1, dtype=work)).item()
     low = min(math.floor(rank), n - 1)
     return low, rank - low if low < n - 1 else 0.0
+
+
+def rank_rule(ratio: float) -> tuple[float, int]:
+    """(ratio, float_ranks): multiply this ratio in float32 for tensors of up to `float_ranks` elements, in float64
+    for larger ones, whose ranks float32 cannot represent."""
+    return (ctypes.c_float(ratio).value, 0) if _FLOAT64_RANKS else (ratio, 2**24)
 
 
 def lerp(a: torch.Tensor, b: torch.Tensor, weight: float) -> torch.Tensor:

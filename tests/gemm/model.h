@@ -1,13 +1,13 @@
 // A host model of everything that csrc/ptx.cuh declares. The kernels' own source runs on it, block by
 // block and thread by thread.
 //
-// Threads are fibers that run until they wait. Asynchronous operations take effect as late or as oddly
-// as the hardware allows: a TMA load or store at a random time after its issue; a wgmma or cp.async
-// usually only when its group is waited for, but sometimes at once. Warps advance at random speeds. A
-// stage that is overwritten or read too early then holds the wrong numbers. A barrier that never
-// completes is reported as a deadlock. Shared memory starts out as NaN, or as large numbers. Swizzle and
-// descriptors are decoded as the PTX ISA describes them ("Tensor swizzling modes", "Matrix descriptor
-// format", canonical layouts), not by the kernel's own functions.
+// Threads are fibers that run until they wait. Asynchronous operations take effect as late or as oddly as the
+// hardware allows: a TMA load or store at a random time after its issue; a wgmma usually only when its group is
+// waited for, a cp.async half of the time, otherwise at once. Warps advance at random speeds. A stage that is
+// overwritten or read too early then holds the wrong numbers. A barrier that never completes is reported as a
+// deadlock. Shared memory starts out as NaN, or as large numbers. Swizzle and descriptors are decoded as the PTX ISA
+// describes them ("Tensor swizzling modes", "Matrix descriptor format", canonical layouts), not by the kernel's own
+// functions.
 #define RELORA_PTX_CUH
 #pragma once
 

@@ -8,21 +8,21 @@
 // simt::order sets the order of blocks, warps and lanes: 0 ascending, 1 descending, otherwise shuffled
 // with that seed.
 //
-// In a shuffled launch, threads also switch at some atomics, and three blocks are in flight at once,
-// taking turns after any warp. Once per launch, one block passes some barrier with its first warp alone;
-// its other warps follow after all other blocks have ended. If a block announces results before all of
-// its threads have written them, the other blocks then miss the late writes. (Every write is visible at
-// once, so only races.h can show a missing __threadfence().)
+// In a shuffled launch, threads also switch at some atomics, and three blocks are in flight at once, taking turns
+// after any warp. At most once per launch without clusters, one block passes barrier order % 6 with its first warp
+// alone; its other warps follow after all other blocks have ended. If a block announces results before all of its
+// threads have written them, the other blocks then miss the late writes. (Every write is visible at once, so only
+// races.h can show a missing __threadfence().)
 //
 // The blocks of a cluster are in flight together, and only they may access each other's shared memory.
 // In a shuffled launch, one of them gets its turn only when no other can go on, and a thread that arrives
 // at the cluster's barrier waits for its block's next turn.
 //
-// Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic shared
-// memory must still hold NaN afterwards. The shim aborts with a message on a write behind it, on a
-// barrier that not all threads reach, and on a vote with lanes that have left. A launch with more dynamic
-// shared memory than was requested, or than any GPU has, returns an error. Compile with
-// -fsanitize=undefined to find misaligned vector accesses and indices outside shared arrays.
+// Shared memory is filled with NaN before every block, and what lies behind a launch's dynamic shared memory must
+// still hold NaN afterwards. The shim aborts with a message on a write behind it, on threads that wait at different
+// barriers (those that have exited do not count), and on a vote with lanes that have left. A launch with more dynamic
+// shared memory than was requested, or than any GPU has, returns an error. Compile with -fsanitize=undefined to find
+// misaligned vector accesses and indices outside shared arrays.
 #pragma once
 
 #define CUDART_VERSION 13000

@@ -79,8 +79,8 @@ uint32_t infinity_key(int dtype) {
 }
 uint32_t key_of_32(uint32_t bits) { return magnitude_key(bits); }
 uint32_t key_of_16(uint16_t bits) { return magnitude_key(bits); }
-int64_t rank_of(int64_t n, double ratio, float* weight) {
-  const Rank rank = quantile_rank(n, ratio);
+int64_t rank_of(int64_t n, double ratio, int64_t float_ranks, float* weight) {
+  const Rank rank = quantile_rank(n, {ratio, float_ranks});
   *weight = rank.weight;
   return rank.low;
 }

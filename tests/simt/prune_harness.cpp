@@ -23,8 +23,9 @@ static int in_order(unsigned order, long* blocks, Run&& run) {
 
 extern "C" {
 
-// For a list's first tensor, after a prune of large tensors: returns whether a window held the quantile. `window`
-// receives the window's first key and the number of its keys, 0 if there was no window.
+// For a list's first tensor, after a prune of large tensors: returns whether a window held the quantile or a NaN was
+// found. `window` receives the window's first key (if it held, or with 16 bits) and the number of its keys, 0 if there
+// was no window.
 bool simt_prune_settled(const void* workspace, uint32_t window[2]) {
   const auto& state = static_cast<const relora::Slot*>(workspace)->state;
   static_assert(offsetof(relora::State, settled) == 4 * 12);  // where the GPU tests read it
@@ -44,10 +45,11 @@ int64_t simt_prune_workspace(const relora::PruneTensor* tensors, int64_t count) 
   int64_t bytes;
   return relora::prune_workspace(tensors, count, &bytes) ? -1 : bytes;
 }
-int simt_prune(const relora::PruneTensor* tensors, int64_t count, double ratio, void* workspace,
-               int64_t bytes, unsigned order, long* blocks) {
-  return in_order(order, blocks,
-                  [&] { return relora::prune(tensors, count, ratio, workspace, bytes, nullptr); });
+int simt_prune(const relora::PruneTensor* tensors, int64_t count, double ratio, int64_t float_ranks,
+               void* workspace, int64_t bytes, unsigned order, long* blocks) {
+  return in_order(order, blocks, [&] {
+    return relora::prune(tensors, count, ratio, float_ranks, workspace, bytes, nullptr);
+  });
 }
 int simt_prune_random(const relora::PruneTensor* tensors, int64_t count, uint64_t threshold,
                       unsigned order, long* blocks) {
