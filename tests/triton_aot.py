@@ -186,10 +186,17 @@ def inspect(cubin: bytes, code: str, tools: Path) -> dict:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "tensor_core": sorted(set(re.findall(r"\b([A-Z]*MMA\.[\w.]*|[A-Z]+HMMA)\b", code))),
         "tma": sorted(set(re.findall(r"\b(UTMA\w+)", code))),
-        "fma": len(re.findall(r"\bFFMA2?\b", code)),
-        "adds": len(re.findall(r"\bFADD2?\b", code)),
+        "fma": times(code, "FFMA"),
+        "adds": times(code, "FADD"),
         "global": sorted(set(re.findall(r"\b((?:LDG|STG|LDGSTS)\.[\w.]*)", code))),
     }
+
+
+def times(code: str, operation: str) -> int:
+    """How often a thread executes a float32 operation, which sm_100 and newer also have in pairs."""
+    return len(re.findall(rf"\b{operation}\b", code)) + 2 * len(
+        re.findall(rf"\b{operation}2\b", code)
+    )
 
 
 def rows(archs):
