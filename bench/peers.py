@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from relora_kernels.measure import Row
 from relora_kernels.problems import Linear, Merge, Prune
 
-QUANTILE_LIMIT = 2**24  # the most elements that torch.quantile takes
+QUANTILE_LIMIT = 2**24  # the most elements that torch.quantile takes before torch 2.14
 
 
 def eager_lora(o):
