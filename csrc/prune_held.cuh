@@ -27,7 +27,7 @@ constexpr int kHeldHist = Format<uint32_t>::bins / 2;  // words: two counters ea
 constexpr int kHeldShared = 16 * int(kHeldStrips) + 4 * kHeldHist;
 // From this ratio on a partner is not prefetched, because much of it need not be read: if elements are dropped at
 // random, a share of ratio^16 of its 64-byte pieces keeps none: 0.44 at 0.95, 0.85 at 0.99.
-constexpr double kSparse = 0.95;
+constexpr float kSparse = 0.95f;
 static_assert(kMostShare <= 65535, "16-bit counters");
 static_assert(kHeldHist <= kLeastCluster * kThreads, "a word a thread");
 
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSM) held_kernel(const __gri
     });
     runs.flush();
   }
-  if (slice.partner && table.quantile.ratio < kSparse) slice.fetch_partner();
+  if (slice.partner && float(table.quantile.ratio) < kSparse) slice.fetch_partner();
   block_max(&extremes[0], greatest);
   const uint32_t rank = uint32_t(quantile_rank(row.size, table.quantile).low);
   Digit digit = pick_in_cluster(first, F::bins, rank, own, blocks);

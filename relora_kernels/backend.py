@@ -74,9 +74,9 @@ def use_backend(name: str):
     Compiled functions see it too: an op chooses its backend when it runs. If blocks of several threads
     overlap, the one entered last wins.
 
-    Enter it around compiled functions: inside one it breaks the graph, which ``fullgraph=True`` makes an error.
-    Raises ValueError for any other name, and RuntimeError if a graph would leave the block out. An op that `name` cannot serve raises
-    BackendUnavailable when it is called; there is no fallback.
+    Enter it around compiled functions: inside one it breaks the graph, which is an error with
+    ``fullgraph=True``. Raises ValueError for any other name, and RuntimeError inside what torch.export
+    traces. An op that `name` cannot serve raises BackendUnavailable when it is called; there is no fallback.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(

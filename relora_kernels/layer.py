@@ -202,13 +202,13 @@ class FusedReLoRaLinear(nn.Linear):
         if self.lora_scaling is not None:
             self.lora_scaling.fill_(1.0)
 
-    def update_to_check(self, dtype: torch.dtype | None = None) -> tuple:
-        """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them, W in `dtype`.
+    def update_to_check(self) -> tuple:
+        """(weight, lora_A, lora_B, scaling, residual, name) as `check_finite` takes them.
 
         The tensors are whole, so that all ranks of a sharded model reach the same verdict. The weight is
         gathered only in float16: in other dtypes its values do not matter.
         """
-        weight, residual = self.weight.detach().to(dtype), self.weight_residual
+        weight, residual = self.weight.detach(), self.weight_residual
         if sharding.is_sharded(weight):
             residual = None  # each rank's own; less than one rounding step at float16's maximum
             if weight.dtype == torch.float16:
@@ -277,7 +277,7 @@ class FusedReLoRaLinear(nn.Linear):
                 f"load the full state_dict into an unsharded model and merge that"
             )
         if not self.weight.is_meta:
-            merged = self.weight.new_empty((0, 0), dtype=self.unloaded_dtype)  # a stand-in
+            merged = self.weight.new_empty((0, 0), dtype=self._merging_dtype)  # a stand-in
             check_backend(merged, self.lora_A.detach(), self.lora_B.detach(), "nearest")
 
     @torch.no_grad()
@@ -285,11 +285,11 @@ class FusedReLoRaLinear(nn.Linear):
         """A plain trainable nn.Linear holding round(W + residual + s B A); this layer is left alone.
 
         Its dtype is that of the weight which the layer was made from or last cast to. Raises
-        FloatingPointError if the update is not finite, TypeError for sharded parameters, BackendUnavailable
-        if a named backend cannot merge.
+        FloatingPointError if the update is not finite or the result leaves that dtype's range, TypeError for
+        sharded parameters, BackendUnavailable if a named backend cannot merge.
         """
         self.check_unload()
-        merged = self.weight.detach().to(self.unloaded_dtype, copy=True)
+        merged = self.weight.detach().to(self._merging_dtype, copy=True)
         residual = self.weight_residual
         residual = None if residual is None else residual.to(merged.device, merged.dtype, copy=True)
         if residual is not None and merged.dtype not in _NARROW:
@@ -299,11 +299,23 @@ class FusedReLoRaLinear(nn.Linear):
         factors = self.lora_A.detach(), self.lora_B.detach()
         check_finite([(merged, *factors, self.scaling, residual, self.name or "FusedReLoRaLinear")])
         merge_checked(merged, *factors, self.scaling, rounding, residual, 0)
+        result = merged.to(self.unloaded_dtype)
+        if merged.dtype != result.dtype and (result.isinf() & merged.isfinite()).any():
+            raise FloatingPointError(
+                f"{self.name or 'FusedReLoRaLinear'}: expected the merged weight in the range of "
+                f"{result.dtype}, which it goes back to, got up to {merged.abs().amax():.4g}; cast the model "
+                f"to a wider dtype first, e.g. model.float()"
+            )
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
-        linear.weight, linear.bias = nn.Parameter(merged), self.bias
+        linear.weight, linear.bias = nn.Parameter(result), self.bias
         return linear.train(self.training)
+
+    @property
+    def _merging_dtype(self) -> torch.dtype:
+        """Of the sum in to_linear: it is rounded once if W is stored in a narrower dtype than it goes back to."""
+        return torch.promote_types(self.weight.dtype, self.unloaded_dtype)
 
     def _restart(self) -> tuple[Restart, torch.Tensor | None]:
         """This rank's part of the merge, and the residual in host memory that will receive the new values.
@@ -365,10 +377,10 @@ class FusedReLoRaLinear(nn.Linear):
             )
 
     def _apply(self, fn, recurse=True):
-        weight, lora_dtype = self.weight.data, self.lora_A.dtype
+        weight = self.weight.data
+        stand_in = torch.empty(0, dtype=self.unloaded_dtype, device=weight.device)
         super()._apply(fn, recurse)
-        if (self.weight.dtype, self.lora_A.dtype) != (weight.dtype, lora_dtype):
-            self.unloaded_dtype = self.weight.dtype
+        self.unloaded_dtype = fn(stand_in).dtype
         if self.weight.dtype != weight.dtype:
             self._keep_cast(weight, self.residual_folded)
         return self

@@ -178,7 +178,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     In place; returns `model` (the new nn.Linear, if `model` is itself a layer). W, residual included, is
     rounded to nearest. What users have put on the layers moves as in apply_relora. Raises, with nothing
-    changed, FloatingPointError if an update is not finite, TypeError for a sharded model, ValueError for a
+    changed, FloatingPointError if an update is not finite or a sum leaves its dtype's range (float16, or
+    what `weight_dtype` had replaced), TypeError for a sharded model, ValueError for a
     layer whose forward is replaced and BackendUnavailable if a named backend cannot merge a layer.
     """
     sharding.reshard(model)
@@ -188,8 +189,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         _refuse_replaced("merge_and_unload", path, layer)
     recast = [layer for _, layer in layers if layer.unloaded_dtype != layer.weight.dtype]
     check_finite([layer.update_to_check() for _, layer in layers if layer not in recast])
-    for layer in recast:  # one at a time, because each takes a copy of W
-        check_finite([layer.update_to_check(layer.unloaded_dtype)])
+    for layer in recast:
+        layer.to_linear()  # tried one by one and dropped: all results at once may be more than there is memory for
     # A layer may be a child of several modules, or of one module under several names.
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for _, layer in layers}
     for parent in model.modules():

@@ -220,9 +220,15 @@ def _save_base(model, layers, folder: Path) -> None:
     for path, layer in layers.items():
         weight = layer.weight.detach()
         if layer.unloaded_dtype != weight.dtype:
-            weight = weight.to(layer.unloaded_dtype)
+            exact = weight.to(torch.promote_types(weight.dtype, layer.unloaded_dtype), copy=True)
             if layer.weight_residual is not None:
-                weight += layer.weight_residual.to(weight)
+                exact += layer.weight_residual.to(exact)
+            weight = exact.to(layer.unloaded_dtype)
+            if (weight.isinf() & exact.isfinite()).any():
+                raise FloatingPointError(
+                    f"save_adapter: expected {path}.weight in the range of {weight.dtype}, which it goes back to, "
+                    f"got up to {exact.abs().amax():.4g}; cast the model to a wider dtype first, e.g. model.float()"
+                )
         state[f"{path}.weight"] = weight
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=state)

@@ -158,9 +158,6 @@ def check_against_reference(tensors, ratio, partners=(), run=None):
     assert_equal_lists(partners, expected[1])
 
 
-SMALL = [1, 2, 31, 33, 1000, 4096, 8193]
-
-
 def insert(lists, ratio):
     return lists[0], ratio, lists[1]
 

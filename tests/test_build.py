@@ -400,7 +400,7 @@ def test_the_backend_says_why_it_has_no_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda.importlib, "import_module", missing)
     assert "not built: no build was run; reinstall" in cuda.extension.__wrapped__()[1]
     (tmp_path / "csrc").mkdir()
-    assert f"not built: {tmp_path} holds the sources" in cuda.extension.__wrapped__()[1]
+    assert f"not built in {tmp_path}, which holds the sources" in cuda.extension.__wrapped__()[1]
     (package / "_C.missing.txt").write_text("no nvcc found\n")
     assert "not built: no nvcc found; reinstall" in cuda.extension.__wrapped__()[1]
     monkeypatch.setattr(cuda.importlib, "import_module", broken)

@@ -737,12 +737,25 @@ def test_an_update_too_large_for_the_dtype_to_go_back_to_refuses_all():
     apply_relora(model, config)
     nn.init.constant_(model[1].lora_B, 1e5)
     nn.init.ones_(model[1].lora_A)
-    with pytest.raises(FloatingPointError, match="1: expected a finite update .* in float16's"):
-        merge_and_unload(model)
-    assert len(relora_layers(model)) == 2
-    nn.init.constant_(model[1].lora_B, 1e-2)
+    for _ in range(2):  # by the update, then by W itself
+        with pytest.raises(
+            FloatingPointError, match=r"1: expected .* torch.float16, .* got up to 3.2e\+06"
+        ):
+            merge_and_unload(model)
+        assert len(relora_layers(model)) == 2
+        merge_and_reinit(model)
+    nn.init.constant_(model[1].lora_B, -1e5)  # W goes back into the range
+    nn.init.ones_(model[1].lora_A)
     merge_and_unload(model)
     assert {type(m) for m in model} == {nn.Linear} and model[1].weight.dtype == torch.float16
+    assert model[1].weight.isfinite().all()
+
+
+def test_a_cast_of_the_model_sets_the_dtype_to_go_back_to():
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    config = ReLoRaConfig(r=2, target_modules="all-linear", weight_dtype=torch.float32)
+    merge_and_unload(apply_relora(model, config).float())  # W is float32 before and after
+    assert model[0].weight.dtype == model[0].bias.dtype == torch.float32
 
 
 def test_accelerates_hooks_are_refused_until_they_are_removed():

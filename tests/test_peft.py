@@ -444,3 +444,17 @@ def test_a_layers_state_dict_is_a_linears_but_for_its_own_keys():
     assert not missing and set(unexpected) == {"lora_A", "lora_B", "merge_count"}
     x = torch.randn(3, 8)
     assert torch.equal(linear(x), layer(x))
+
+
+def test_a_base_too_large_for_the_dtype_to_go_back_to_is_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    config = ReLoRaConfig(r=2, target_modules="all-linear", weight_dtype=torch.float32)
+    apply_relora(model, config)
+    with torch.no_grad():
+        model[0].weight[1, 2] = 7e4
+    with pytest.raises(
+        FloatingPointError, match=r"0.weight in the range of torch.float16, .* 7e\+04"
+    ):
+        save_adapter(model, tmp_path / "adapter", base_folder=tmp_path / "base")
+    assert not list(tmp_path.iterdir())
+    save_adapter(model.float(), tmp_path / "adapter", base_folder=tmp_path / "base")

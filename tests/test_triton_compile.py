@@ -38,7 +38,7 @@ def test_compiles_for_every_target(tmp_path, archs):
     for row in rows:
         odd = " odd" in row["kernel"]
         # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours, and
-        # that of Triton 3.8 also in one for sm_80.
+        # that of Triton 3.8 also for sm_80.
         few_spills = row["arch"] in (100, 120) or (row["arch"] == 80 and (odd or newer_ptxas))
         assert row["spills"] <= (4 if few_spills else 0), row
         assert row["shared"] <= row["most_shared"], row

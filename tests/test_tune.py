@@ -486,6 +486,11 @@ class TestWorker:
             assert answer["status"] == "crashed" and "ended with 3" in answer["reason"], answer
             assert worker.call("after", 60)["value"]["got"] == "after"
 
+    def test_it_imports_as_well_where_python_leaves_out_the_current_folder(self):
+        path = [Path(__file__).parent]
+        with Worker(self.TARGET, path=path, environment={"PYTHONSAFEPATH": "1"}) as worker:
+            assert worker.call("fine", 60)["status"] == "ok"
+
     def test_one_that_cannot_start_says_why(self):
         with Worker("no_such_module:function") as worker:
             answer = worker.call("fine", 60)

@@ -193,7 +193,7 @@ def inspect(cubin: bytes, code: str, tools: Path) -> dict:
 
 
 def times(code: str, operation: str) -> int:
-    """How often a thread executes a float32 operation, which sm_100 and newer also have in pairs."""
+    """How often the code has a float32 operation; sm_100 and newer also have two in one instruction."""
     return len(re.findall(rf"\b{operation}\b", code)) + 2 * len(
         re.findall(rf"\b{operation}2\b", code)
     )

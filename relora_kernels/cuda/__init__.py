@@ -24,12 +24,13 @@ def extension():
             raise
         package = Path(__file__).parent.parent
         note = package / "_C.missing.txt"  # left by csrc/cuda_build.py
-        reason = note.read_text().strip() if note.exists() else "no build was run"
         if not note.exists() and (package.parent / "csrc").exists():
-            reason = (
-                f"{package.parent} holds the sources, which `python -m` and `torchrun -m` started there "
-                f"import instead of what is installed; start them in another folder, or pip install -e ."
+            return None, (
+                f"the CUDA kernels are not built in {package.parent}, which holds the sources; `python -m` and "
+                f"`torchrun -m` started there import these. After `pip install .` start them in another folder, "
+                f"or use `pip install -e .`, which builds the kernels here"
             )
+        reason = note.read_text().strip() if note.exists() else "no build was run"
         return None, f"the CUDA kernels are not built: {reason}; {_REMEDY}"
     except ImportError as error:
         return None, f"relora_kernels._C is built but does not load: {error}; {_REMEDY}"

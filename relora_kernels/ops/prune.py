@@ -103,10 +103,10 @@ def prune_(
 ) -> None:
     """Zero, in place, the elements of each tensor with |t| <= quantile(|t|, ratio).
 
-    Equivalent, for each tensor of at most 2^24 elements, to
+    Equivalent, for each tensor of at most 2^24 elements (from torch 2.14 on of any size), to
     ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``, and for float64
     to the same without ``.float()``. Thresholds are exactly the installed torch.quantile's (linear
-    interpolation), at any size; torch 2.14 changed their last bits. ReLoRA (arXiv 2307.05695) prunes
+    interpolation), at any size; torch 2.14 rounds ranks otherwise, which may move a threshold a little. ReLoRA (arXiv 2307.05695) prunes
     Adam's moments this way at a restart.
 
     Args:
