@@ -299,23 +299,40 @@ class FusedReLoRaLinear(nn.Linear):
         factors = self.lora_A.detach(), self.lora_B.detach()
         check_finite([(merged, *factors, self.scaling, residual, self.name or "FusedReLoRaLinear")])
         merge_checked(merged, *factors, self.scaling, rounding, residual, 0)
-        result = merged.to(self.unloaded_dtype)
-        if merged.dtype != result.dtype and (result.isinf() & merged.isfinite()).any():
-            raise FloatingPointError(
-                f"{self.name or 'FusedReLoRaLinear'}: expected the merged weight in the range of "
-                f"{result.dtype}, which it goes back to, got up to {merged.abs().amax():.4g}; cast the model "
-                f"to a wider dtype first, e.g. model.float()"
-            )
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta"
         )
-        linear.weight, linear.bias = nn.Parameter(result), self.bias
+        linear.weight, linear.bias = nn.Parameter(self._unloaded(merged)), self.bias
         return linear.train(self.training)
+
+    def frozen_weight(self) -> torch.Tensor:
+        """W as the nn.Linear has it that the factors were added to: in its dtype, which takes in the residual if
+        it is another than W's. Raises FloatingPointError if W leaves that dtype's range."""
+        weight = self.weight.detach()
+        if weight.dtype == self.unloaded_dtype:
+            return weight
+        exact = weight.to(self._merging_dtype, copy=True)
+        if self.weight_residual is not None:
+            exact += self.weight_residual.to(exact)
+        return self._unloaded(exact)
 
     @property
     def _merging_dtype(self) -> torch.dtype:
-        """Of the sum in to_linear: it is rounded once if W is stored in a narrower dtype than it goes back to."""
+        """Of sums that are to be rounded to unloaded_dtype: as wide as that and as W's."""
         return torch.promote_types(self.weight.dtype, self.unloaded_dtype)
+
+    def _unloaded(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` in unloaded_dtype."""
+        result = weight.to(self.unloaded_dtype)
+        if weight.dtype == result.dtype or weight.is_meta:
+            return result
+        if (result.isinf() & weight.isfinite()).any():
+            raise FloatingPointError(
+                f"{self.name or 'FusedReLoRaLinear'}: expected a weight in the range of {result.dtype}, which it "
+                f"goes back to, got up to {weight.abs().amax():.4g}; cast the model to a wider dtype first, e.g. "
+                f"model.float()"
+            )
+        return result
 
     def _restart(self) -> tuple[Restart, torch.Tensor | None]:
         """This rank's part of the merge, and the residual in host memory that will receive the new values.

@@ -179,8 +179,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     In place; returns `model` (the new nn.Linear, if `model` is itself a layer). W, residual included, is
     rounded to nearest. What users have put on the layers moves as in apply_relora. Raises, with nothing
     changed, FloatingPointError if an update is not finite or a sum leaves its dtype's range (float16, or
-    what `weight_dtype` had replaced), TypeError for a sharded model, ValueError for a
-    layer whose forward is replaced and BackendUnavailable if a named backend cannot merge a layer.
+    what `weight_dtype` had replaced), TypeError for a sharded model, ValueError for a layer whose forward is
+    replaced and BackendUnavailable if a named backend cannot merge a layer.
     """
     sharding.reshard(model)
     layers = relora_layers(model)

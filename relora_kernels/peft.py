@@ -74,7 +74,8 @@ def save_adapter(
     processes, call this on one of them.
 
     Raises FileExistsError if either folder already exists, ValueError if the base would be lost, one folder
-    lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters; nothing is
+    lies in the other or `model` holds no FusedReLoRaLinear, TypeError for sharded parameters,
+    FloatingPointError if a frozen weight leaves the range of the dtype that it goes back to; nothing is
     written then.
     """
     model = _unwrapped(model)
@@ -218,18 +219,7 @@ def _save_base(model, layers, folder: Path) -> None:
     state = {plain_path(k): v.detach() for k, v in model.state_dict().items()}
     state = {k: v for k, v in state.items() if k not in drop}
     for path, layer in layers.items():
-        weight = layer.weight.detach()
-        if layer.unloaded_dtype != weight.dtype:
-            exact = weight.to(torch.promote_types(weight.dtype, layer.unloaded_dtype), copy=True)
-            if layer.weight_residual is not None:
-                exact += layer.weight_residual.to(exact)
-            weight = exact.to(layer.unloaded_dtype)
-            if (weight.isinf() & exact.isfinite()).any():
-                raise FloatingPointError(
-                    f"save_adapter: expected {path}.weight in the range of {weight.dtype}, which it goes back to, "
-                    f"got up to {exact.abs().amax():.4g}; cast the model to a wider dtype first, e.g. model.float()"
-                )
-        state[f"{path}.weight"] = weight
+        state[f"{path}.weight"] = layer.frozen_weight()
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=state)
         return

@@ -27,11 +27,6 @@ from relora_kernels.cuda import prune as launcher
 
 
 @pytest.fixture(scope="module")
-def shim_library(tmp_path_factory):
-    return simt_library(tmp_path_factory, "prune_harness.cpp")
-
-
-@pytest.fixture(scope="module")
 def held_library(tmp_path_factory):
     return simt_library(tmp_path_factory, "prune_harness.cpp", "-DRELORA_HELD_SWEEPS=1")
 
@@ -113,9 +108,9 @@ def test_a_list_decides_by_how_many_blocks_it_is_held(held_library, monkeypatch,
     assert held.blocks == blocks * len(sizes)
 
 
-def test_clusters_of_the_size_that_a_gpu_has(shim_library, monkeypatch):
+def test_clusters_of_the_size_that_a_gpu_has(tmp_path_factory, monkeypatch):
     """Three sweeps per block: 393,216 elements are held whole, up to twice as many by half; a chain takes more."""
-    held = Shim(shim_library)
+    held = Shim(simt_library(tmp_path_factory, "prune_harness.cpp"))
     held.cluster = 16
     put_in_place(monkeypatch, launcher, held)
     whole = 3 * 16 * SWEEP

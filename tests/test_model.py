@@ -749,6 +749,9 @@ def test_an_update_too_large_for_the_dtype_to_go_back_to_refuses_all():
     merge_and_unload(model)
     assert {type(m) for m in model} == {nn.Linear} and model[1].weight.dtype == torch.float16
     assert model[1].weight.isfinite().all()
+    with torch.device("meta"):  # values are not known, nothing is refused
+        model = apply_relora(nn.Sequential(nn.Linear(4, 4)).half(), config)
+    assert merge_and_unload(model)[0].weight.dtype == torch.float16
 
 
 def test_a_cast_of_the_model_sets_the_dtype_to_go_back_to():

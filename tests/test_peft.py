@@ -453,7 +453,7 @@ def test_a_base_too_large_for_the_dtype_to_go_back_to_is_refused(tmp_path):
     with torch.no_grad():
         model[0].weight[1, 2] = 7e4
     with pytest.raises(
-        FloatingPointError, match=r"0.weight in the range of torch.float16, .* 7e\+04"
+        FloatingPointError, match=r"0: expected a weight in the range of torch.float16, .* 7e\+04"
     ):
         save_adapter(model, tmp_path / "adapter", base_folder=tmp_path / "base")
     assert not list(tmp_path.iterdir())

@@ -38,8 +38,9 @@ def test_compiles_for_every_target(tmp_path, archs):
     for row in rows:
         odd = " odd" in row["kernel"]
         # ptxas for Blackwell spills a few registers in kernels where its limit is no multiple of ours, and
-        # that of Triton 3.8 also for sm_80.
-        few_spills = row["arch"] in (100, 120) or (row["arch"] == 80 and (odd or newer_ptxas))
+        # that of Triton 3.8 in one for sm_80.
+        one = newer_ptxas and row["kernel"] == "low_rank P r=128 fp32"
+        few_spills = row["arch"] in (100, 120) or (row["arch"] == 80 and (odd or one))
         assert row["spills"] <= (4 if few_spills else 0), row
         assert row["shared"] <= row["most_shared"], row
         assert all(op.startswith(TENSOR_CORE[row["arch"]]) for op in row["tensor_core"]), row

@@ -113,7 +113,8 @@ def merge_(
     share memory with weight or residual. Raises FloatingPointError if the update is not sure to be finite:
     NaN; a factor's element of 2^120 or more (allowed for a float64 weight); products whose magnitudes, with
     or without the scaling, sum up to half of the range of float32 (float64 for a float64 weight); a sum
-    beyond float16's range for a float16 weight. Raises BackendUnavailable if a named backend cannot serve the call. W is untouched then.
+    beyond float16's range for a float16 weight. Raises BackendUnavailable if a named backend cannot serve the
+    call. W is untouched then.
     """
     scaling = check_arguments(weight, lora_A, lora_B, scaling, rounding, residual, seed)
     return merge_checked(weight, lora_A, lora_B, scaling, rounding, residual, seed, check=True)

@@ -106,8 +106,8 @@ def prune_(
     Equivalent, for each tensor of at most 2^24 elements (from torch 2.14 on of any size), to
     ``t.masked_fill_(~(t.abs() > torch.quantile(t.abs().float(), ratio).to(t.dtype)), 0)``, and for float64
     to the same without ``.float()``. Thresholds are exactly the installed torch.quantile's (linear
-    interpolation), at any size; torch 2.14 rounds ranks otherwise, which may move a threshold a little. ReLoRA (arXiv 2307.05695) prunes
-    Adam's moments this way at a restart.
+    interpolation), at any size; torch 2.14 rounds ranks otherwise, which may move a threshold a little.
+    ReLoRA (arXiv 2307.05695) prunes Adam's moments this way at a restart.
 
     Args:
         tensors: one tensor or a list; float32, bfloat16, float16 or float64; any shape, size >= 0.

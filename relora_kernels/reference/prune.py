@@ -21,7 +21,7 @@ NONE_ABOVE = 2**63 - 1  # magnitude_counts: no key is that large
 # torch.quantile computes the ranks of float32 tensors in float32 and takes at most 2^24 elements; from torch 2.14 on
 # (pytorch/pytorch#187574) in float64, of the ratio in float32, at any size. The installed torch is followed: of these
 # eleven elements the rank at 0.9 is 9 in float32, and 8.9999998 in float64.
-_ELEVEN = torch.tensor([0.0] * 9 + [1.0, 1.0], device="cpu")
+_ELEVEN = torch.tensor([0.0] * 9 + [1.0, 1.0], dtype=torch.float32, device="cpu")
 _FLOAT64_RANKS = torch.quantile(_ELEVEN, 0.9).item() < 1.0
 
 

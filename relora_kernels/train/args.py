@@ -105,7 +105,8 @@ class DataArgs:
     )
     validation_files: list[str] | None = _option(
         None,
-        "Held-out text. Unset: five per cent of the text, in documents (or pieces, if there are few) chosen by their hash.",
+        "Held-out text. Unset: five per cent of the text, in documents (or pieces, if there are few) chosen by "
+        "their hash.",
     )
     dataset: str | None = _option(
         None, "A text data set for `datasets`, streamed: name or name:config, e.g. allenai/c4:en."
